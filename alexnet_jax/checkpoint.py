@@ -1,0 +1,183 @@
+"""Save and restore: state, and all that evaluation needs, in one Orbax checkpoint a step.
+
+A checkpoint holds the natural shapes of every array, so it knows nothing of meshes: it is read
+to the host, and `state.put` places it on whatever devices there are. It appears whole or not at
+all. The newest is kept, and the one with the lowest validation top-1 error, of equals the earlier.
+"""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from alexnet_jax import config as configs
+from alexnet_jax.config import Config, UserError
+from alexnet_jax.data.augment import Statistics
+from alexnet_jax.train.optim import Plateau
+from alexnet_jax.train.state import Params, TrainState
+
+BEGINNING = Plateau()
+UNFINISHED = "*.orbax-checkpoint-tmp*"
+
+
+@dataclasses.dataclass(frozen=True)
+class Meta:
+    """What a checkpoint holds beside the state."""
+
+    config: Config
+    labels: tuple[str, ...]
+    statistics: Statistics  # of the training split
+    plateau: Plateau = BEGINNING
+    top1_error: float | None = None  # a fraction, where a validation pass was made at the step
+
+
+class SaveError(Exception):
+    """A checkpoint could not be written. Exit status 1; older ones are whole."""
+
+
+class NewestAndBest:
+    """Orbax's preservation policy protocol."""
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """One answer for each checkpoint; those never validated cannot be the best."""
+        del context
+        keep = {max((checkpoint.step for checkpoint in checkpoints), default=None)}
+        errors = [
+            (checkpoint.metrics["top1_error"], checkpoint.step)
+            for checkpoint in checkpoints
+            if checkpoint.metrics and math.isfinite(checkpoint.metrics["top1_error"])
+        ]
+        if errors:
+            keep.add(min(errors)[1])
+        return [checkpoint.step in keep for checkpoint in checkpoints]
+
+
+class Checkpoints:
+    """The checkpoints of one folder; use as a context manager, which waits for the last save."""
+
+    def __init__(self, directory: pathlib.Path):
+        self.directory = epath.Path(directory.absolute())
+        context = ocp.Context()
+        registry = ocp.handlers.local_registry()
+        registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")
+        context.checkpointables.registry = registry
+        context.async_options.create_directories_asynchronously = False  # its failure would hang
+        self.checkpointer = ocp.training.Checkpointer(
+            self.directory, context=context, preservation_policy=NewestAndBest()
+        )
+        self.pending: tuple[int, Any] | None = None
+
+    def __enter__(self) -> "Checkpoints":
+        for leftover in self.directory.glob(UNFINISHED):  # of a run that was killed
+            leftover.rmtree()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        try:
+            self.wait()
+        finally:
+            self.checkpointer.close()
+
+    def steps(self) -> list[int]:
+        """In ascending order."""
+        return [checkpoint.step for checkpoint in self.checkpointer.checkpoints]
+
+    def latest_step(self) -> int | None:
+        return max(self.steps(), default=None)
+
+    def chosen_step(self, wanted: int) -> int:
+        """The step `wanted`, or the newest for -1.
+
+        Raises:
+          UserError: there is none.
+        """
+        steps = self.steps()
+        if not steps:
+            raise UserError(f"{self.directory} holds no checkpoint; train there first")
+        if wanted not in (-1, *steps):
+            raise UserError(
+                f"checkpoint.step={wanted}: {self.directory} holds steps "
+                f"{', '.join(map(str, steps))}; set --config.checkpoint.step to one of them"
+            )
+        return steps[-1] if wanted == -1 else wanted
+
+    def save(self, step: int, state: TrainState, meta: Meta) -> None:
+        """Begin to save; the arrays may be donated as soon as this returns.
+
+        Raises what went wrong with the save before.
+        """
+        self.wait()
+        response = self.checkpointer.save_checkpointables_async(
+            step,
+            {
+                "params": state.params,
+                "training": {"step": state.step, "opt_state": state.opt_state},
+                "meta": {
+                    "config": configs.to_dict(meta.config),
+                    "labels": list(meta.labels),
+                    "plateau": _plateau_to_json(meta.plateau),
+                },
+                "statistics": {k: np.asarray(v) for k, v in meta.statistics._asdict().items()},
+            },
+            metrics=None if meta.top1_error is None else {"top1_error": meta.top1_error},
+            force=True,
+        )
+        if response is None:
+            raise RuntimeError(f"the save of step {step} was skipped")
+        self.pending = step, response
+
+    def wait(self) -> None:
+        """Until the save under way is on disk; raises what went wrong with it."""
+        if self.pending is None:
+            return
+        (step, response), self.pending = self.pending, None
+        try:
+            response.result()
+        except (OSError, ValueError) as error:  # Orbax reports a full disk as ValueError
+            raise SaveError(f"saving step {step} failed: {str(error).splitlines()[0]}") from error
+        if not ocp.is_orbax_checkpoint(self.directory / str(step)):
+            raise RuntimeError(f"step {step} is not on disk after its save")
+
+    def read_meta(self, step: int) -> Meta:
+        """What is beside the state of a step."""
+        wanted = {"meta": None, "statistics": None}
+        found = self.checkpointer.load_checkpointables(step, wanted)
+        meta = found["meta"]
+        arrays = {name: np.asarray(value) for name, value in found["statistics"].items()}
+        return Meta(
+            config=configs.from_dict(meta["config"]),
+            labels=tuple(meta["labels"]),
+            statistics=Statistics(**arrays),
+            plateau=_plateau_from_json(meta["plateau"]),
+        )
+
+    def read_params(self, step: int) -> Params:
+        """A step's parameters on the host, numpy arrays in their natural shapes."""
+        stored = self.checkpointer.checkpointables_metadata(step).metadata["params"]
+        return self._read(step, "params", stored)
+
+    def read_state(self, step: int, shapes: TrainState) -> TrainState:
+        """A step's state on the host, numpy arrays of the structure and shapes of `shapes`."""
+        training = {"step": shapes.step, "opt_state": shapes.opt_state}
+        params = self._read(step, "params", shapes.params)
+        return TrainState(params=params, **self._read(step, "training", training))
+
+    def _read(self, step: int, name: str, shapes: Any) -> Any:
+        target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
+        return self.checkpointer.load_checkpointables(step, {name: target})[name]
+
+
+def _plateau_to_json(plateau: Plateau) -> dict[str, Any]:
+    best = plateau.best if math.isfinite(plateau.best) else None  # JSON has no infinity
+    return plateau._asdict() | {"best": best}
+
+
+def _plateau_from_json(found: dict[str, Any]) -> Plateau:
+    best = math.inf if found["best"] is None else found["best"]
+    return Plateau(**found)._replace(best=best)

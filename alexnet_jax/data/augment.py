@@ -1,0 +1,144 @@
+"""The paper's augmentation (section 4.1): crop, mirror, PCA colour noise; and the ten test crops.
+
+Every draw is a function of (seed, position) alone, position being the image's place in the whole
+training stream, so neither workers nor devices nor restarts change it. The host moves bytes (crop
+and mirror, on uint8); the device does the arithmetic (`normalise`).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from alexnet_jax.config import Data
+
+CROP_STREAM, COLOUR_STREAM, ORDER_STREAM = 1, 2, 3  # independent random streams of one seed
+
+
+class Draws(NamedTuple):
+    """What chance decides for n images in a row."""
+
+    offset: np.ndarray  # (n, 2) int32, the crop's top and left in the stored square
+    mirror: np.ndarray  # (n,) bool
+    colour: np.ndarray  # (n, 3) float64, standard normal
+
+
+class Statistics(NamedTuple):
+    """Of the training split's stored squares, on the scale 0..255."""
+
+    mean_image: np.ndarray  # (stored, stored, 3) float32
+    channel_std: np.ndarray  # (3,) float32
+    eigenvalues: np.ndarray  # (3,) float32, ascending, of the covariance of RGB pixel values
+    eigenvectors: np.ndarray  # (3, 3) float32, in columns
+
+
+def random_blocks(seed: int, stream: int, start: int, count: int) -> np.ndarray:
+    """(count, 4) uint64 random words: row i is a function of (seed, stream, start + i) alone.
+
+    One Philox counter a row, so that any range of rows is drawn without those before it.
+    """
+    generator = np.random.Philox(key=np.array([seed, stream], np.uint64), counter=start)
+    return generator.random_raw(4 * count).reshape(count, 4)
+
+
+def draw(seed: int, start: int, count: int, margin: int, data: Data) -> Draws:
+    """The draws for positions start .. start + count - 1; offsets are 0..margin, both ends in.
+
+    With `data.crop_share` of 32, as the original had it, offset and mirror are drawn once for
+    each 32 positions in a row.
+    """
+    shared = np.arange(start, start + count) // data.crop_share
+    blocks = random_blocks(seed, CROP_STREAM, int(shared[0]), int(shared[-1] - shared[0]) + 1)
+    words = blocks[shared - shared[0]]
+    if data.random_crop:
+        offset = (words[:, :2] >> np.uint64(32)) * np.uint64(margin + 1) >> np.uint64(32)
+    else:
+        offset = np.full((count, 2), margin // 2)
+    mirror = (words[:, 2] >> np.uint64(63)).astype(bool) & data.mirror
+    return Draws(offset.astype(np.int32), mirror, _normals(seed, start, count))
+
+
+def _normals(seed: int, start: int, count: int) -> np.ndarray:
+    """(count, 3) float64 standard normal numbers by Box and Muller's transform."""
+    words = random_blocks(seed, COLOUR_STREAM, start, count) >> np.uint64(11)
+    uniform = (words.astype(np.float64) + 0.5) * 2.0**-53  # in (0, 1), never 0
+    radius = np.sqrt(-2 * np.log(uniform[:, :2]))  # (count, 2)
+    angle = 2 * np.pi * uniform[:, 2:]
+    first, second = radius * np.cos(angle), radius * np.sin(angle)
+    return np.concatenate([first, second[:, :1]], axis=1)
+
+
+def colour_shift(normals: np.ndarray, statistics: Statistics, sigma: float) -> np.ndarray:
+    """What is added to the three channels: sigma * sum_i normal_i * sqrt(eigenvalue_i) * vector_i.
+
+    (n, 3) -> (n, 3) float32. The square root is the original's: the paper's formula, read to the
+    letter on pixels of 0..255, would shift colours by a thousand and more.
+    """
+    scaled = sigma * normals * np.sqrt(statistics.eigenvalues)
+    return (scaled @ statistics.eigenvectors.T).astype(np.float32)
+
+
+def crop(square: np.ndarray, offset: np.ndarray, mirror: bool, out: np.ndarray) -> None:
+    """Write a crop of `square`, (stored, stored, 3) uint8, into `out`, (s, s, 3) uint8."""
+    top, left = offset
+    window = square[top : top + out.shape[0], left : left + out.shape[1]]
+    out[:] = window[:, ::-1] if mirror else window
+
+
+def test_crops(margin: int, num_crops: int) -> np.ndarray:
+    """(num_crops, 3) int32 rows of top, left and mirror: the centre, or corners and centre twice.
+
+    Source: paper, section 4.1; places 0, margin // 2, margin.
+    """
+    middle = margin // 2
+    places = [(0, 0), (0, margin), (middle, middle), (margin, 0), (margin, margin)]
+    if num_crops == 1:
+        return np.array([(middle, middle, 0)], np.int32)
+    return np.array([(*place, mirror) for mirror in (0, 1) for place in places], np.int32)
+
+
+def cut(squares: Array, place: Array, size: int) -> Array:
+    """A row of `test_crops`, on the device: (b, stored, stored, 3) -> (b, s, s, 3)."""
+    top, left, mirror = place
+    start = (jnp.zeros_like(top), top, left, jnp.zeros_like(top))
+    window = lax.dynamic_slice(squares, start, (squares.shape[0], size, size, 3))
+    return jnp.where(mirror > 0, window[:, :, ::-1], window)
+
+
+def normalise(
+    images: Array, offset: Array, mirror: Array, statistics: Statistics, mean: str
+) -> Array:
+    """Pixels less their mean, on the device.
+
+    Args:
+      images: (b, s, s, 3) uint8, cropped and mirrored.
+      offset: (b, 2) int32, where each was cut.
+      mirror: (b,) bool.
+      statistics: of the training split.
+      mean: `central` subtracts the mean image's central crop from every image, wherever it was
+        cut and mirrored or not, as the original did; `at_crop` the mean image's crop at the
+        image's place, mirrored with it, as Caffe; `channel` the channels' means, and divides by
+        their standard deviations, as torchvision.
+
+    Returns:
+      (b, s, s, 3) float32.
+    """
+    pixels = images.astype(jnp.float32)
+    size, stored = images.shape[1], statistics.mean_image.shape[0]
+    if mean == "channel":
+        means = jnp.mean(jnp.asarray(statistics.mean_image), axis=(0, 1))
+        return (pixels - means) / statistics.channel_std
+    if mean == "central":
+        middle = (stored - size) // 2
+        centre = slice(middle, middle + size)
+        return pixels - jnp.asarray(statistics.mean_image)[centre, centre]
+
+    def mean_at(place: Array, flip: Array) -> Array:
+        window = lax.dynamic_slice(
+            jnp.asarray(statistics.mean_image), (place[0], place[1], 0), (size, size, 3)
+        )
+        return jnp.where(flip, window[:, ::-1], window)
+
+    return pixels - jax.vmap(mean_at)(offset, mirror)

@@ -1,0 +1,263 @@
+"""Where images come from: folders, TFDS, the built-in shapes. A source gives bytes and labels."""
+
+import dataclasses
+import hashlib
+import logging
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from alexnet_jax.config import Data, UserError
+from alexnet_jax.data import shapes
+
+log = logging.getLogger(__name__)
+
+FOLDER_NAMES = {
+    "train": ("train",),
+    "validation": ("val", "validation", "valid"),
+    "test": ("test",),
+}
+
+
+class Example(NamedTuple):
+    """One image as it is stored."""
+
+    data: bytes
+    label: int
+    name: str  # for messages
+
+
+class Source(Protocol):
+    """One split of a data set, read by index from any thread."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names; an example's label is a place in them."""
+        ...
+
+    @property
+    def targets(self) -> np.ndarray:
+        """(n,) int64, every example's label; may take a while where they lie with the images."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Text that is another when the examples may be."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Example: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """Image files of class folders."""
+
+    labels: tuple[str, ...]
+    targets: np.ndarray
+    fingerprint: str
+    paths: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int) -> Example:
+        path = self.paths[index]
+        with open(path, "rb") as file:
+            return Example(file.read(), int(self.targets[index]), path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tfds:
+    """One split of a prepared TFDS data set, read without TensorFlow."""
+
+    name: str
+    labels: tuple[str, ...]
+    fingerprint: str
+    examples: Sequence[Any]  # dicts with image, encoded bytes, and label
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @property
+    def targets(self) -> np.ndarray:
+        return np.array([self.read(index).label for index in range(len(self))])
+
+    def read(self, index: int) -> Example:
+        example = self.examples[index]
+        return Example(bytes(example["image"]), int(example["label"]), f"{self.name}, {index}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Subset:
+    """Some examples of a source."""
+
+    source: Source
+    indices: np.ndarray  # (n,) int64
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.source.labels
+
+    @property
+    def targets(self) -> np.ndarray:
+        return self.source.targets[self.indices]
+
+    def read(self, index: int) -> Example:
+        return self.source.read(int(self.indices[index]))
+
+
+def open_source(data: Data, split: str) -> Source:
+    """The examples of one split, `train`, `validation` or `test`.
+
+    Raises:
+      UserError: there is no such data set, split or class.
+    """
+    if data.source == "shapes":
+        directory = shapes.shapes_directory(pathlib.Path(data.cache_dir).expanduser())
+        if not directory.exists():
+            log.info("drawing the built-in shapes, once, into %s", directory)
+        try:
+            shapes.write_shapes(directory)
+        except OSError as error:
+            raise UserError(
+                f"data.cache_dir={data.cache_dir!r} cannot be written ({error}); "
+                "set --config.data.cache_dir=DIR"
+            ) from error
+        return _folder(directory, split, data)
+    kind, _, name = data.source.partition(":")
+    if kind == "tfds":
+        return _tfds(name, split, data)
+    return _folder(pathlib.Path(name).expanduser(), split, data)
+
+
+def stratified(source: Source, split: str, data: Data) -> Subset:
+    """The part of `source` that `data.split` gives to `split`, class by class, by `split_seed`."""
+    rng = np.random.Generator(np.random.Philox(data.split_seed))
+    chosen = []
+    for label, name in enumerate(source.labels):
+        order = rng.permutation(np.flatnonzero(source.targets == label))
+        counts = [round(len(order) * part / sum(data.split)) for part in data.split[1:]]
+        validation, test, train = np.split(order, np.cumsum(counts))
+        parts = {"train": train, "validation": validation, "test": test}
+        if any(len(parts[s]) == 0 for s, share in zip(parts, data.split) if share):
+            raise UserError(
+                f"class {name!r} has {len(order)} images: too few to split by "
+                f"data.split={data.split}; add images or name the splits by folders"
+            )
+        chosen.append(parts[split])
+    indices = np.sort(np.concatenate(chosen))
+    key = f"{source.fingerprint} {data.split} {data.split_seed} {split}"
+    return Subset(source, indices, hashlib.sha256(key.encode()).hexdigest())
+
+
+def _folder(root: pathlib.Path, split: str, data: Data) -> Source:
+    if not root.is_dir():
+        raise UserError(f"data.source=folder:{root}: no such folder")
+    if not (root / "train").is_dir():
+        return stratified(_class_folders(root, _class_names(root)), split, data)
+    labels = _class_names(root / "train")
+    wanted = FOLDER_NAMES[split] + (("test",) if split == "validation" else ())
+    found = [root / name for name in wanted if (root / name).is_dir()]
+    if len(found) > 1 and found[1].name != "test":
+        raise UserError(f"{root} has both {found[0].name} and {found[1].name}; keep one of them")
+    if not found:
+        raise UserError(f"{root} has no folder for split {split!r}: looked for {', '.join(wanted)}")
+    return _class_folders(found[0], labels)
+
+
+def _class_names(root: pathlib.Path) -> tuple[str, ...]:
+    names = sorted(
+        entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."
+    )
+    if not names:
+        raise UserError(
+            f"{root} is empty: it should hold a folder for each class, or train/ and val/ with them"
+        )
+    return tuple(names)
+
+
+def _class_folders(root: pathlib.Path, labels: tuple[str, ...]) -> Folder:
+    unknown = set(_class_names(root)) - set(labels)
+    if unknown:
+        raise UserError(f"{root} has class {min(unknown)!r}, which the training split lacks")
+    paths, targets, state = [], [], hashlib.sha256(repr(labels).encode())
+    for target, label in enumerate(labels):
+        if not (root / label).is_dir():
+            continue
+        with os.scandir(root / label) as scan:
+            entries = sorted((e for e in scan if e.name[0] != "."), key=lambda entry: entry.name)
+        folders = [entry.path for entry in entries if entry.is_dir()]
+        if folders:
+            log.warning("%d folders inside classes are not read: %s", len(folders), folders[0])
+        files = [entry for entry in entries if entry.is_file()]
+        if not files:
+            raise UserError(f"{root / label} has no images; add some or remove the class folder")
+        for entry in files:
+            status = entry.stat()
+            state.update(f"{label}/{entry.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+            paths.append(entry.path)
+            targets.append(target)
+    return Folder(labels, np.array(targets), state.hexdigest(), tuple(paths))
+
+
+def _tfds(name: str, split: str, data: Data) -> Source:
+    # Here, since it takes a second and most runs do without.
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import read_only_builder
+
+    try:  # from files alone: the data set's own code would try to download
+        directory = data.tfds_dir or None
+        builder: Any = read_only_builder.builder_from_files(name, data_dir=directory)
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"data.source=tfds:{name}: not found in {directory or '~/tensorflow_datasets'}. "
+            f"{_tfds_way_out(name)}"
+        ) from error
+    splits, features = builder.info.splits, builder.info.features
+    if not {"image", "label"} <= set(features):
+        raise UserError(f"data.source=tfds:{name} has no features named image and label")
+    alone = set(splits) == {"train"}
+    part = "train" if alone else split
+    if split == "validation" and part not in splits:
+        part = "test"
+    if part not in splits:
+        raise UserError(f"tfds:{name} has no split {split!r}; it has {', '.join(splits)}")
+    try:
+        skip: Any = tfds.decode.SkipDecoding
+        examples = builder.as_data_source(part, decoders={"image": skip()})
+    except NotImplementedError as error:
+        raise UserError(
+            f"data.source=tfds:{name} in {builder.data_dir} is not stored as array_record, which "
+            f"reading without TensorFlow needs. {_tfds_way_out(name)}"
+        ) from error
+    labels = tuple(features["label"].names)
+    key = f"{builder.info.full_name} {part} {len(examples)} {labels}"
+    source = Tfds(f"tfds:{builder.info.full_name} {part}", labels, key, examples)
+    if len(source) and source.read(0).label < 0:
+        raise UserError(f"tfds:{name}: split {part!r} comes without labels; use another")
+    return stratified(source, split, data) if alone else source
+
+
+def _tfds_way_out(name: str) -> str:
+    """What to fetch, where to put it, and what runs without."""
+    if name.partition(":")[0].partition("/")[0] == "imagenet2012":
+        fetch = (
+            "Fetch ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from image-net.org, put "
+            "them into ~/tensorflow_datasets/downloads/manual, and with tensorflow installed run "
+            "`tfds build imagenet2012 --file_format=array_record`"
+        )
+    else:
+        fetch = f"With tensorflow installed run `tfds build {name} --file_format=array_record`"
+    return (
+        f"{fetch}; another place is named by --config.data.tfds_dir=DIR. Without any data, "
+        "--config=configs/quickstart.py runs"
+    )

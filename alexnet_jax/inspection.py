@@ -1,0 +1,224 @@
+"""What a net is made of, and what its split step sends: layers, counts, bytes, collectives."""
+
+import functools
+import math
+import re
+from collections import Counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from alexnet_jax.config import Config, stored_size
+from alexnet_jax.data.augment import Statistics
+from alexnet_jax.mesh import start_cpu_devices
+from alexnet_jax.models.alexnet import Layer, layers
+from alexnet_jax.train import optim
+from alexnet_jax.train.state import make_apply, placed_shapes, state_shapes
+from alexnet_jax.train.step import make_train_step
+
+IMAGENET_CLASSES = 1000  # where neither the config nor data names a number
+BATCH_SIZE = 2  # of the step that is traced and compiled; the counts do not depend on it
+
+COLLECTIVE = re.compile(
+    r"= .*? (all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute|"
+    r"collective-broadcast|ragged-all-to-all)(?:-start)?\(.*"
+)
+EXPLICIT_GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}")
+IOTA_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+
+
+def collectives(hlo: str, mesh: Mesh) -> dict[str, dict[str, int]]:
+    """Collectives of a compiled program by the mesh axis whose devices they join.
+
+    Args:
+      hlo: the compiled module's text.
+      mesh: `data` x `model`.
+
+    Returns:
+      {"model": {"all-gather": 5, ...}, "data": {...}}, and "other" for groups that follow no
+      axis. Asynchronous pairs count once; groups of one device, which send nothing, not at all.
+    """
+    places = np.arange(mesh.devices.size).reshape(mesh.devices.shape)  # HLO numbers by place
+    axes = {
+        "model": {frozenset(map(int, row)) for row in places},
+        "data": {frozenset(map(int, column)) for column in places.T},
+    }
+    counts: dict[str, Counter] = {"model": Counter(), "data": Counter(), "other": Counter()}
+    for line in hlo.splitlines():
+        found = COLLECTIVE.search(line)
+        if not found:
+            continue
+        groups = _groups(line) or {frozenset(places.ravel().tolist())}
+        if all(len(group) == 1 for group in groups):
+            continue
+        axis = next((name for name in axes if groups == axes[name]), "other")
+        counts[axis][found[1]] += 1
+    return {axis: dict(counter) for axis, counter in counts.items() if counter}
+
+
+def _groups(line: str) -> set[frozenset[int]]:
+    """The replica groups of one HLO instruction, written out or as a transposed range."""
+    explicit = EXPLICIT_GROUPS.search(line)
+    if explicit:
+        groups = re.findall(r"\{([\d,]+)\}", explicit[1])
+        return {frozenset(int(number) for number in group.split(",")) for group in groups}
+    iota = IOTA_GROUPS.search(line)
+    if not iota:
+        return set()
+    shape, source, order = (
+        [int(number) for number in part.split(",")] if part else [] for part in iota.groups()
+    )
+    numbers = np.arange(math.prod(source)).reshape(source)
+    numbers = numbers.transpose(order) if order else numbers
+    return {frozenset(map(int, group)) for group in numbers.reshape(shape)}
+
+
+def exchanged_bytes(config: Config, num_classes: int, mesh: Mesh) -> list[int]:
+    """Bytes each tower sends the other per image, exchange by exchange, in the traced forward."""
+    step, arguments = _step(config, num_classes, mesh)
+    sent = []
+
+    def visit(jaxpr: Any) -> None:
+        for equation in jaxpr.eqns:
+            if equation.primitive.name.startswith("all_gather"):
+                operand = equation.invars[0].aval
+                sent.append(operand.size * operand.dtype.itemsize // operand.shape[0])
+            for inner in core.jaxprs_in_params(equation.params):
+                visit(inner)
+
+    visit(step.trace(*arguments).jaxpr.jaxpr)
+    return sent
+
+
+def inspect(config: Config) -> dict[str, Any]:
+    """The table of --mode=inspect as nested dicts; sizes per tower, bytes per image and direction.
+
+    The step is compiled for two CPU devices where the net splits, for one where it does not.
+    """
+    start_cpu_devices(2)
+    model = config.model
+    num_classes = model.num_classes or IMAGENET_CLASSES
+    splits = model.towers == 2 and not model.lrn_across_towers
+    devices = np.asarray(jax.devices("cpu")[: 1 + splits]).reshape(1, -1)
+    mesh = Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    found = layers(model, num_classes)
+    reads_both = [layer for layer in found if layer.groups == 1][1:] if splits else []
+    sent = exchanged_bytes(config, num_classes, mesh) if splits else []
+    into = dict(zip((layer.name for layer in reads_both), sent))
+    step, arguments = _step(config, num_classes, mesh)
+    hlo = step.lower(*arguments).compile().as_text()
+    rows = [_row(layer, model.towers, into.get(layer.name, 0)) for layer in found]
+    return {
+        "preset": model.preset,
+        "width": model.width,
+        "input_size": model.input_size,
+        "num_classes": num_classes,
+        "dtype": model.dtype,
+        "towers": model.towers,
+        "layers": rows,
+        "logits": {"exchanged_bytes": sent[-1] if sent else 0},
+        "totals": {
+            "parameters": sum(layer.parameters for layer in found),
+            "multiply_adds": sum(layer.multiply_adds for layer in found),
+            "exchanged_bytes": sum(sent),
+        },
+        "mesh": dict(mesh.shape),
+        "collectives": collectives(hlo, mesh),
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """The same for a person."""
+    towers = found["towers"]
+    lines = [
+        f"preset {found['preset']}, width {found['width']:g}, input {found['input_size']}, "
+        f"{found['num_classes']} classes, {found['dtype']}, {towers} tower{'s' * (towers > 1)}",
+        "",
+        f"{'layer':8}{'output, per tower':>28}{'parameters':>14}{'multiply-adds':>16}"
+        f"{'bytes exchanged':>18}",
+    ]
+    for row in found["layers"]:
+        shape, stage = ("x".join(map(str, row[key])) for key in ("output", "stage_output"))
+        output = shape if shape == stage else f"{shape} -> {stage}"
+        lines.append(
+            f"{row['name']:8}{output:>28}{row['parameters']:>14,}{row['multiply_adds']:>16,}"
+            f"{row['exchanged_bytes']:>18,}"
+        )
+    lines.append(f"{'logits':66}{found['logits']['exchanged_bytes']:>18,}")
+    totals = found["totals"]
+    lines.append(
+        f"{'total':36}{totals['parameters']:>14,}{totals['multiply_adds']:>16,}"
+        f"{totals['exchanged_bytes']:>18,}"
+    )
+    lines += [
+        "",
+        "Parameters and multiply-adds (per image) are of all towers. Bytes are what each tower",
+        "sends the other per image and direction, before the layer they stand beside, as traced;",
+        "the CPU backend widens bfloat16 collectives to float32.",
+        "",
+        "collectives of the compiled training step, mesh "
+        + " x ".join(f"{name}={size}" for name, size in found["mesh"].items())
+        + ":",
+    ]
+    for axis, counts in found["collectives"].items():
+        each = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+        lines.append(f"  over {axis}: {each}")
+    if not found["collectives"]:
+        lines.append("  none")
+    return "\n".join(lines)
+
+
+def _row(layer: Layer, towers: int, exchanged: int) -> dict[str, Any]:
+    output, stage = (
+        (*shape[:-1], shape[-1] // towers) for shape in (layer.output, layer.stage_output)
+    )
+    return {
+        "name": layer.name,
+        "output": list(output),
+        "stage_output": list(stage),
+        "parameters": layer.parameters,
+        "multiply_adds": layer.multiply_adds,
+        "exchanged_bytes": exchanged,
+    }
+
+
+def _step(config: Config, num_classes: int, mesh: Mesh) -> tuple[Any, tuple]:
+    """The training step, and arguments of the right shapes to trace it with."""
+    model, size, stored = (
+        config.model,
+        config.model.input_size,
+        stored_size(config.data, config.model),
+    )
+    optimizer = optim.make_optimizer(config.optim)
+    step = make_train_step(
+        make_apply(model, num_classes, mesh.shape["model"]),
+        optimizer,
+        optim.make_schedule(config.optim, num_examples=1000, batch_size=BATCH_SIZE, num_steps=1000),
+        mesh,
+        seed=config.seed,
+        mean=config.data.mean,
+    )
+
+    def shaped(spec: P, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    rows = functools.partial(shaped, P("data"))
+    batch = {
+        "image": rows(jnp.uint8, BATCH_SIZE, size, size, 3),
+        "label": rows(jnp.int32, BATCH_SIZE),
+        "offset": rows(jnp.int32, BATCH_SIZE, 2),
+        "mirror": rows(jnp.bool_, BATCH_SIZE),
+        "shift": rows(jnp.float32, BATCH_SIZE, 3),
+        "gain": rows(jnp.float32, BATCH_SIZE),
+    }
+    whole = functools.partial(shaped, P(), jnp.float32)
+    statistics = Statistics._make(
+        whole(*shape) for shape in ((stored, stored, 3), (3,), (3,), (3, 3))
+    )
+    state = placed_shapes(state_shapes(model, num_classes, optimizer), mesh)
+    return step, (state, batch, statistics, whole())

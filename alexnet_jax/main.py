@@ -1,0 +1,122 @@
+"""AlexNet in JAX: train, evaluate, inspect.
+
+  python -m alexnet_jax.main --config=configs/NAME.py --workdir=DIR [--mode=MODE]
+      [--config.SECTION.FIELD=VALUE ...]
+
+Exit status: 0 the whole job is done; 1 training or internal failure; 2 a mistake of the user's,
+in one line; 130 Ctrl-C and 143 SIGTERM, after saving.
+"""
+
+import json
+import logging
+import pathlib
+import re
+import signal
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from alexnet_jax import config as configs
+from alexnet_jax import evaluate, inspection, mesh
+from alexnet_jax.checkpoint import SaveError
+from alexnet_jax.config import UserError
+from alexnet_jax.train import loop
+
+MODES = ("train", "eval", "inspect")
+
+
+def main(argv: list[str]) -> int:
+    """Run one mode and return the exit status; `argv` as in sys.argv."""
+    _log_to_stderr()
+    try:
+        options = parse(argv)
+        if options is None:
+            return 0
+        return run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (loop.TrainingError, SaveError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped before there was anything to save", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def parse(argv: list[str]) -> flags.FlagValues | None:
+    """The command line's flags; None where only help was asked for.
+
+    Raises:
+      UserError: an unknown flag, config file, field, or an ill-typed value.
+    """
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config", None, "a file of configs/", flag_values=values, sys_argv=argv
+    )
+    flags.DEFINE_string("workdir", None, "where the run lives", flag_values=values)
+    flags.DEFINE_string("mode", "train", f"one of {', '.join(MODES)}", flag_values=values)
+    flags.DEFINE_bool("json", False, "inspect: print JSON, not a table", flag_values=values)
+    flags.DEFINE_bool(
+        "allow_config_change", False, "go on in a workdir with changed settings", flag_values=values
+    )
+    flags.DEFINE_bool("help", False, "print this", flag_values=values)
+    try:
+        rest = values(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise UserError(_flag_error(error)) from error
+    if values.help:
+        print(f"{__doc__}\n{values.main_module_help()}")
+        return None
+    if len(rest) > 1:
+        raise UserError(f"argument {rest[1]!r} is not understood; flags are --name=value")
+    if values.mode not in MODES:
+        raise UserError(f"--mode={values.mode}: must be one of {', '.join(MODES)}")
+    if values.config is None:
+        raise UserError("--config is missing; try --config=configs/quickstart.py")
+    if values.workdir is None and values.mode != "inspect":
+        raise UserError(f"--workdir is missing: --mode={values.mode} needs one")
+    return values
+
+
+def run(options: flags.FlagValues) -> int:
+    """The mode that the flags ask for."""
+    config = configs.resolve(options.config)
+    if options.mode == "inspect":
+        found = inspection.inspect(config)
+        print(json.dumps(found) if options.json else inspection.table(found))
+        return 0
+    mesh.start_cpu_devices(config.mesh.cpu_devices)
+    directory = pathlib.Path(options.workdir)
+    if options.mode == "eval":
+        print(json.dumps(evaluate.evaluate_workdir(config, directory)))
+        return 0
+    number = loop.train(config, directory, options.allow_config_change)
+    return 128 + number if number else 0
+
+
+def _flag_error(error: Exception) -> str:
+    """One line for what absl and ml_collections say in several, with the nearest field."""
+    text = " ".join(str(error.args[0] if error.args else error).split())
+    unknown = re.search(r"Did you mean \"(\w+)\" instead of \"(\w+)\"", text)
+    if unknown:
+        return f"config field {unknown[2]!r} does not exist; nearest is {unknown[1]!r}"
+    if isinstance(error, AttributeError | KeyError):
+        names = configs.field_names()
+        wrong = text.strip("'\"").split()[0]
+        return f"config field {wrong!r} does not exist; nearest is {configs.nearest(wrong, names)}"
+    return text
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("alexnet_jax")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

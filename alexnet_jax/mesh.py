@@ -1,0 +1,91 @@
+"""Devices -> mesh; where a batch and a parameter live."""
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from alexnet_jax import config as configs
+from alexnet_jax.config import UserError
+
+
+def start_cpu_devices(count: int) -> None:
+    """Have the CPU platform start `count` virtual devices, unless JAX_NUM_CPU_DEVICES says else.
+
+    Does nothing on other platforms; to be called before JAX is first used.
+    """
+    if count and jax.config.jax_num_cpu_devices < 1:  # pyright: ignore[reportAttributeAccessIssue]
+        jax.config.update("jax_num_cpu_devices", count)
+
+
+def make_mesh(mesh: configs.Mesh, model: configs.Model) -> jax.sharding.Mesh:
+    """A mesh with axes `data` x `model`; the two devices of one `data` place are neighbours.
+
+    Raises:
+      UserError: the net does not split, or there are fewer devices than the mesh takes.
+    """
+    if mesh.model == 2 and (model.towers != 2 or model.lrn_across_towers):
+        reason = "has one tower" if model.towers != 2 else "normalises across the towers"
+        raise UserError(
+            f"mesh.model=2: the net of preset {model.preset!r} {reason} and does not split; "
+            "set --config.mesh.model=1 (more devices then share the batch)"
+        )
+    available = jax.device_count()
+    data = available // mesh.model if mesh.data == -1 else mesh.data
+    if data * mesh.model > available or data == 0:
+        wanted = max(data, 1) * mesh.model
+        way_out = f"run on {wanted} devices"
+        if jax.default_backend() == "cpu":
+            way_out = f"start {wanted} virtual ones with JAX_NUM_CPU_DEVICES={wanted}"
+        raise UserError(
+            f"mesh.model={mesh.model} x mesh.data={max(data, 1)} takes {wanted} devices and there "
+            f"are {available} ({jax.default_backend()}); {way_out}, or set --config.mesh.model=1 "
+            "and --config.mesh.data=-1"
+        )
+    devices = np.asarray(jax.devices()[: data * mesh.model]).reshape(data, mesh.model)
+    return jax.sharding.Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+def check_batch(name: str, batch_size: int, mesh: jax.sharding.Mesh, parts: int = 1) -> None:
+    """Raises UserError unless the batch splits evenly over the mesh's data axis and `parts`."""
+    shares = mesh.shape["data"] * parts
+    if batch_size % shares:
+        micro = f" x {parts} accumulation steps" if parts > 1 else ""
+        raise UserError(
+            f"{name}={batch_size}: must divide by the {mesh.shape['data']} devices of mesh axis "
+            f"data{micro}; set --config.{name}={-(-batch_size // shares) * shares}"
+        )
+
+
+def parameter_spec(array: jax.Array | jax.ShapeDtypeStruct) -> P:
+    """Parameters and their momentum are split on their last axis over `model`; scalars are not."""
+    return P(*(None,) * (array.ndim - 1), "model") if array.ndim else P()
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def local_rows(mesh: jax.sharding.Mesh, batch_size: int) -> range:
+    """The rows of the global batch that this process's devices need.
+
+    Processes that hold the two towers of one `data` place read the same rows; others none twice.
+    """
+    share = batch_size // mesh.shape["data"]
+    process = jax.process_index()
+    places = [
+        place
+        for place, towers in enumerate(mesh.devices)
+        if any(device.process_index == process for device in towers)
+    ]
+    return range(places[0] * share, (places[-1] + 1) * share)
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+    """This process's rows of a batch as arrays split over `data`, on their way to the devices."""
+    sharding = NamedSharding(mesh, P("data"))
+    return {
+        name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
+    }

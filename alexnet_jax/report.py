@@ -1,0 +1,104 @@
+"""What a run says: the terminal, metrics.jsonl, TensorBoard."""
+
+import datetime
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Report:
+    """Writes each record to all three places; use as a context manager.
+
+    On a terminal there is a progress bar; elsewhere a plain line a record.
+
+    Args:
+      workdir: holds metrics.jsonl and tensorboard/.
+      first_step: where the run starts or goes on; records of later steps, left there by a run
+        that was killed after its last checkpoint, are taken out.
+      num_steps: of the whole training.
+    """
+
+    def __init__(self, workdir: pathlib.Path, first_step: int, num_steps: int):
+        self.first_step, self.num_steps = first_step, num_steps
+        self.started = time.perf_counter()
+        path = workdir / METRICS_FILE
+        _drop_later(path, first_step)
+        self.file = path.open("a", encoding="utf-8")
+        self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+        self.bar = tqdm(
+            total=num_steps,
+            initial=first_step,
+            unit="step",
+            disable=None if sys.stderr is not None else True,  # None: where there is no terminal
+            dynamic_ncols=True,
+        )
+
+    def __enter__(self) -> "Report":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
+        self.board.close()
+        self.file.close()
+
+    def record(self, split: str, step: int, epoch: float, values: Mapping[str, Any]) -> None:
+        """One record: a line of JSON, a point for TensorBoard, words for the terminal."""
+        line = {"step": step, "epoch": round(epoch, 4), "split": split, **values}
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        for name, value in values.items():
+            self.board.add_scalar(f"{split}/{name}", value, step)
+        self.board.flush()
+        words = described(values)
+        if split != "train" or self.bar.disable:
+            place = f"step {step}/{self.num_steps}  epoch {epoch:.2f}"
+            left = round(self.seconds_left(step))
+            pace = f"  {values['images_per_second']:,.0f} images/s"
+            eta = f"  ETA {datetime.timedelta(seconds=left)}" if split == "train" else ""
+            self.say(f"{split:>10}  {place}  {words}{pace}{eta}")
+        if not self.bar.disable and split == "train":
+            self.bar.set_postfix_str(f"{words}  {values['images_per_second']:,.0f} images/s")
+            self.bar.update(step - self.bar.n)
+
+    def seconds_left(self, step: int) -> float:
+        """Until the end, validation and all, at the pace since the start."""
+        elapsed = time.perf_counter() - self.started
+        return elapsed / (step - self.first_step) * (self.num_steps - step)
+
+    def say(self, text: str) -> None:
+        """A line for the person at the terminal, above the bar where there is one."""
+        with tqdm.external_write_mode(file=sys.stdout):
+            print(text, flush=True)
+
+
+def described(values: Mapping[str, Any]) -> str:
+    """Loss and errors in words, errors in per cent."""
+    return (
+        f"loss {values['loss']:.4f}  top-1 error {values['top1_error']:.2%}"
+        f"  top-5 error {values['top5_error']:.2%}"
+    )
+
+
+def _drop_later(path: pathlib.Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # the line a killed run was writing
+            continue
+        if record["step"] <= step:
+            kept.append(line + "\n")
+    partial = path.with_suffix(".tmp")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, path)

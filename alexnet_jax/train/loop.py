@@ -1,0 +1,328 @@
+"""The order of events: steps, logs, validation, the plateau, checkpoints, stopping."""
+
+import dataclasses
+import itertools
+import math
+import pathlib
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from alexnet_jax import evaluate, metrics, workdir
+from alexnet_jax.checkpoint import Checkpoints, Meta
+from alexnet_jax.config import Config, UserError
+from alexnet_jax.data import stream, survey
+from alexnet_jax.data.sources import Source
+from alexnet_jax.mesh import check_batch, local_rows, make_mesh, put_batch
+from alexnet_jax.models.alexnet import layers
+from alexnet_jax.report import Report
+from alexnet_jax.train import optim
+from alexnet_jax.train.state import (
+    TrainState,
+    initial_state,
+    make_apply,
+    natural_state,
+    put,
+    state_shapes,
+)
+from alexnet_jax.train.step import DeviceBatch, EvalStep, StepResults, TrainStep, make_train_step
+
+
+class TrainingError(Exception):
+    """Training cannot go on. Exit status 1."""
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM ask for an orderly end after the running step; a second one is at once."""
+
+    def __init__(self) -> None:
+        self.number = 0  # the signal's, 0 while there was none
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.previous[number] = signal.signal(number, self._received)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _received(self, number: int, frame: object) -> None:
+        if self.number:
+            raise KeyboardInterrupt
+        self.number = number
+
+
+@dataclasses.dataclass(frozen=True)
+class Calendar:
+    """When things are due. Step n is the n-th update; all are due after the last."""
+
+    num_examples: int
+    batch_size: int
+    num_steps: int
+
+    def epochs(self, step: int) -> float:
+        return step * self.batch_size / self.num_examples
+
+    def is_due(self, step: int, every: int) -> bool:
+        """After each `every` steps, and after the last step; 0 for never else."""
+        return step == self.num_steps or (every > 0 and step % every == 0)
+
+    def epoch_ends(self, step: int, every: int) -> bool:
+        """At the first step at which another `every` epochs are over, and after the last step."""
+        turns = [n * self.batch_size // self.num_examples // every for n in (step - 1, step)]
+        return step == self.num_steps or turns[1] > turns[0]
+
+
+class Interval:
+    """The steps since the last log: their results, still on the devices, and the time."""
+
+    def __init__(self, batch_size: int):
+        self.batch_size = batch_size
+        self.restart()
+
+    def restart(self) -> None:
+        self.results: list[tuple[int, StepResults]] = []
+        self.started = time.perf_counter()
+
+    def add(self, step: int, results: StepResults) -> None:
+        self.results.append((step, results))
+        if len(self.results) > 2:  # stay two steps ahead of the devices, no more
+            jax.block_until_ready(self.results[-3][1])
+
+    def read(self) -> dict[str, float]:
+        """Means over the interval; starts the next.
+
+        Raises:
+          TrainingError: a loss or a gradient is not finite.
+        """
+        squares = []
+        for step, results in self.results:
+            loss = np.asarray(results.sums.loss)[0]
+            squares.append(np.asarray(results.gradient_square, np.float64).sum())
+            if not (np.isfinite(loss) and np.isfinite(squares[-1])):
+                raise TrainingError(
+                    f"step {step}: the loss is {loss / self.batch_size} and the squared norm of "
+                    f"its gradient {squares[-1]}; the last good checkpoint stays; a lower "
+                    "--config.optim.learning_rate is the usual way out"
+                )
+        seconds = time.perf_counter() - self.started
+        values = metrics.errors(evaluate.total(results.sums for _, results in self.results))
+        values["gradient_norm"] = float(np.sqrt(np.mean(squares)))
+        values["images_per_second"] = len(squares) * self.batch_size / seconds
+        self.restart()
+        return values
+
+
+class Run(NamedTuple):
+    """Everything the loop works with, ready to start."""
+
+    config: Config  # with the classes of the data
+    mesh: Mesh
+    calendar: Calendar
+    source: Source  # of training
+    validation: Source
+    checkpoints: Checkpoints
+    meta: Meta
+    state: TrainState
+    train_step: TrainStep
+    eval_step: EvalStep
+    schedule: optim.Schedule
+
+
+def train(config: Config, directory: pathlib.Path, allow_config_change: bool = False) -> int:
+    """Train, or go on training, in a workdir.
+
+    Returns:
+      0, or the number of the signal that ended it early, after saving.
+
+    Raises:
+      UserError: the data, the mesh, the workdir or their combination cannot be used.
+      TrainingError: a loss or a gradient was not finite.
+    """
+    workdir.make(directory)
+    run = prepare(config, directory, allow_config_change)
+    first = int(run.state.step)
+    last = run.calendar.num_steps
+    with StopSignal() as stop, run.checkpoints, Report(directory, first, last) as report:
+        _introduce(run, first, report)
+        if first < last:
+            _steps(run, first, report, stop)
+    return stop.number
+
+
+def _steps(run: Run, first: int, report: Report, stop: StopSignal) -> None:
+    config, calendar, meta, state = run.config, run.calendar, run.meta, run.state
+    scale = jnp.float32(optim.plateau_scale(meta.plateau, config.optim))
+    batches = _batches(run, first)
+    ready = next(batches)
+    train_step = _compiled(run.train_step, (state, ready, meta.statistics, scale), report)
+    interval = Interval(calendar.batch_size)
+    for step, batch in enumerate(itertools.chain([ready], batches), first + 1):
+        state, results = train_step(state, batch, meta.statistics, scale)
+        interval.add(step, results)
+        passes = calendar.epoch_ends(step, config.eval.every_epochs)
+        saves = passes or stop.number or calendar.is_due(step, config.checkpoint.every_steps)
+        if saves or step == first + 1 or calendar.is_due(step, config.train.log_every_steps):
+            values = interval.read()
+            values["learning_rate"] = float(run.schedule(state.step - 1, scale)["kernel"])
+            report.record("train", step, calendar.epochs(step), values)
+            if step == 1:
+                _say_initial_loss(values["loss"], len(meta.labels), report)
+        if passes:
+            meta = _validated(run, meta, state, step, report)
+            scale = jnp.float32(optim.plateau_scale(meta.plateau, config.optim))
+        if saves:
+            error = meta.top1_error if passes else None
+            saved = dataclasses.replace(meta, top1_error=error)
+            run.checkpoints.save(step, natural_state(state, len(meta.labels)), saved)
+            interval.restart()
+        if stop.number:
+            name = signal.Signals(stop.number).name
+            report.say(f"{name}: saved step {step}; the same command goes on from there")
+            return
+
+
+def _validated(run: Run, meta: Meta, state: TrainState, step: int, report: Report) -> Meta:
+    """A validation pass: its record, and the plateau and best error after it."""
+    started = time.perf_counter()
+    sums = evaluate.evaluate(
+        run.eval_step,
+        state.params,
+        run.validation,
+        meta.statistics,
+        run.config.data,
+        evaluate.batch_size(run.config, run.mesh),
+        run.mesh,
+    )
+    values = metrics.errors(sums)
+    values["num_examples"] = int(sums.count)
+    values["images_per_second"] = float(sums.count) / (time.perf_counter() - started)
+    report.record(run.config.eval.split, step, run.calendar.epochs(step), values)
+    plateau = optim.plateau_update(meta.plateau, values["top1_error"], run.config.optim)
+    if plateau.drops > meta.plateau.drops and run.config.optim.schedule == "plateau":
+        report.say(f"no better for {run.config.optim.plateau_patience} passes: the rate drops")
+    return dataclasses.replace(meta, plateau=plateau, top1_error=values["top1_error"])
+
+
+def _batches(run: Run, first: int) -> Iterator[DeviceBatch]:
+    """Training batches on their devices, each on its way while the step before it runs."""
+    config, batch_size = run.config, run.calendar.batch_size
+    batches = stream.train_batches(
+        run.source,
+        run.meta.statistics,
+        config.data,
+        seed=config.seed,
+        size=config.model.input_size,
+        rows=stream.Rows(batch_size, local_rows(run.mesh, batch_size)),
+        start_step=first,
+        num_steps=run.calendar.num_steps,
+    )
+    ahead = put_batch(next(batches), run.mesh)
+    for batch in batches:
+        now, ahead = ahead, put_batch(batch, run.mesh)
+        yield now
+    yield ahead
+
+
+def _compiled(step: TrainStep, arguments: tuple, report: Report) -> TrainStep:
+    """The step ready to run, so that no compiling hides in the first step's time."""
+    started = time.perf_counter()
+    compiled = step.lower(*arguments).compile()  # pyright: ignore[reportFunctionMemberAccess]
+    report.say(f"compiled the training step in {time.perf_counter() - started:.1f} s")
+    return compiled
+
+
+def _say_initial_loss(loss: float, num_classes: int, report: Report) -> None:
+    report.say(
+        f"loss at initialisation {loss:.4f}; ln({num_classes}) = {math.log(num_classes):.4f}"
+    )
+
+
+def prepare(config: Config, directory: pathlib.Path, allow_config_change: bool) -> Run:
+    """Open the data, restore or begin, and build the steps."""
+    mesh = make_mesh(config.mesh, config.model)
+    check_batch("train.batch_size", config.train.batch_size, mesh, config.train.accumulation_steps)
+    source, statistics = survey.open_split(config.data, config.model, "train")
+    validation, _ = survey.open_split(config.data, config.model, config.eval.split)
+    config = _with_classes(config, source.labels)
+    num_examples, num_classes = len(source), len(source.labels)
+    calendar = Calendar(num_examples, config.train.batch_size, num_steps(config, num_examples))
+    optimizer = optim.make_optimizer(config.optim)
+    schedule = optim.make_schedule(config.optim, *dataclasses.astuple(calendar))
+    checkpoints = Checkpoints(directory / workdir.CHECKPOINTS)
+    latest = checkpoints.latest_step()
+    if latest is None:
+        meta = Meta(config, source.labels, statistics)
+        state = initial_state(config.model, num_classes, optimizer, config.seed)
+    else:
+        workdir.check_resume(directory, config, allow_config_change)
+        meta = dataclasses.replace(checkpoints.read_meta(latest), config=config)
+        evaluate.check_labels(meta.labels, source.labels, config.data.source)
+        shapes = state_shapes(config.model, num_classes, optimizer)
+        state = checkpoints.read_state(latest, shapes)
+    workdir.write(directory, config, source.labels)
+    apply = make_apply(config.model, num_classes, mesh.shape["model"])
+    return Run(
+        config=config,
+        mesh=mesh,
+        calendar=calendar,
+        source=source,
+        validation=validation,
+        checkpoints=checkpoints,
+        meta=meta,
+        state=put(state, mesh),
+        train_step=make_train_step(
+            apply,
+            optimizer,
+            schedule,
+            mesh,
+            seed=config.seed,
+            mean=config.data.mean,
+            accumulation_steps=config.train.accumulation_steps,
+        ),
+        eval_step=evaluate.make_step(apply, config, mesh),
+        schedule=jax.jit(schedule),
+    )
+
+
+def num_steps(config: Config, num_examples: int) -> int:
+    """Of the whole training."""
+    train = config.train
+    return train.num_steps or optim.first_step(train.num_epochs, num_examples, train.batch_size)
+
+
+def _with_classes(config: Config, labels: tuple[str, ...]) -> Config:
+    """The config with the number of classes the data has."""
+    named = config.model.num_classes
+    if named not in (0, len(labels)):
+        raise UserError(
+            f"model.num_classes={named}: {config.data.source} has {len(labels)} classes; "
+            "set --config.model.num_classes=0 to take the data's"
+        )
+    model = dataclasses.replace(config.model, num_classes=len(labels))
+    return dataclasses.replace(config, model=model)
+
+
+def _introduce(run: Run, first: int, report: Report) -> None:
+    model, calendar = run.config.model, run.calendar
+    count = sum(layer.parameters for layer in layers(model, len(run.meta.labels)))
+    shape = " x ".join(f"{name}={size}" for name, size in run.mesh.shape.items())
+    report.say(
+        f"preset {model.preset}, width {model.width:g}, input {model.input_size}, {model.dtype}: "
+        f"{count:,} parameters on {jax.default_backend()} mesh {shape}"
+    )
+    report.say(
+        f"{run.config.data.source}: {calendar.num_examples:,} training images, "
+        f"{len(run.validation):,} of split {run.config.eval.split}, "
+        f"{len(run.meta.labels)} classes; {calendar.num_steps:,} steps of {calendar.batch_size}"
+    )
+    if first:
+        report.say(f"going on from step {first}")

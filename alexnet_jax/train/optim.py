@@ -1,0 +1,144 @@
+"""The paper's update and its schedules, in Optax.
+
+    v <- momentum * v - decay * rate * w - rate * gradient        (paper, section 5)
+    w <- w + v
+
+The rate and the decay act inside the velocity: a drop of the rate leaves the velocity as it is.
+Biases have their own rate and no decay.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from alexnet_jax.config import Optim
+
+Rates = dict[str, Array]  # "kernel", "bias"; "conv1_kernel", "conv1_bias" where they differ
+Schedule = Callable[[Array, Array], Rates]  # (step, plateau scale) -> rates
+
+# The automatic schedule of the original's net #170: the weights' rate falls to .004 of its start
+# in three equal steps of training, the biases' once, by ten, halfway.
+EXPONENTIAL_RATIO = 0.004
+
+
+def make_optimizer(optim: Optim) -> optax.GradientTransformationExtraArgs:
+    """Optax chain of the update above; `update` takes `rates=`, a `Rates`.
+
+    Parameters are {layer: {"kernel": ..., "bias": ...}}; velocities have their shapes and dtypes.
+    """
+    return optax.chain(
+        optax.add_decayed_weights(optim.weight_decay, mask=_kernels),
+        _scale_by_rates(),
+        optax.trace(decay=optim.momentum),
+    )
+
+
+def _kernels(params: Any) -> Any:
+    return {layer: {kind: kind == "kernel" for kind in kinds} for layer, kinds in params.items()}
+
+
+def _scale_by_rates() -> optax.GradientTransformationExtraArgs:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        del params
+        rates: Rates = extra["rates"]
+        scaled = {
+            layer: {
+                kind: -rates.get(f"{layer}_{kind}", rates[kind]) * gradient
+                for kind, gradient in kinds.items()
+            }
+            for layer, kinds in updates.items()
+        }
+        return scaled, state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def first_step(epoch: float, num_examples: int, batch_size: int) -> int:
+    """The step at which `epoch` epochs are over: the first with step * batch >= epoch * N."""
+    return math.ceil(epoch * num_examples / batch_size)
+
+
+def make_schedule(optim: Optim, num_examples: int, batch_size: int, num_steps: int) -> Schedule:
+    """Learning rates by step.
+
+    Args:
+      optim: which schedule, and its numbers.
+      num_examples: in one epoch.
+      batch_size: global.
+      num_steps: of the whole training, for `exponential` and `cosine`.
+
+    Returns:
+      (step, scale) -> rates, float32 scalars. `scale` is `plateau_scale`'s; 1 for the others.
+    """
+
+    def passed(steps: list[int], step: Array) -> Array:
+        return jnp.sum(step >= jnp.array(steps, jnp.int32))
+
+    def at(epoch: float) -> int:
+        return first_step(epoch, num_examples, batch_size)
+
+    def factors(step: Array) -> tuple[Array | float, Array | float]:
+        """What the starting rates of weights and of biases are multiplied by."""
+        if optim.schedule == "epochs":
+            drop = optim.drop_factor ** passed([at(epoch) for epoch in optim.drop_epochs], step)
+            return drop, drop if optim.biases_drop else 1.0
+        if optim.schedule == "steps":
+            drop = optim.drop_factor ** (step // optim.drop_every_steps)
+            return drop, drop
+        if optim.schedule == "exponential":
+            quarters = [math.ceil(num_steps * k / 4) for k in (1, 2, 3)]
+            weights = EXPONENTIAL_RATIO ** (passed(quarters, step) / 3)
+            return weights, 0.1 ** passed([math.ceil(num_steps / 2)], step)
+        if optim.schedule == "cosine":
+            drop = (1 + jnp.cos(jnp.pi * jnp.minimum(step / num_steps, 1.0))) / 2
+            return drop, drop
+        return 1.0, 1.0
+
+    def schedule(step: Array, scale: Array) -> Rates:
+        weights, biases = factors(step)
+        rates = {
+            "kernel": scale * optim.learning_rate * weights,
+            "bias": scale * optim.learning_rate * optim.bias_rate_factor * biases,
+        }
+        if optim.conv1_drop_epoch or optim.conv1_freeze_epoch:
+            drop = optim.drop_factor if optim.conv1_drop_epoch else 1.0
+            dropped = jnp.where(step >= at(optim.conv1_drop_epoch), drop, 1.0)
+            frozen = (step >= at(optim.conv1_freeze_epoch)) & (optim.conv1_freeze_epoch > 0)
+            rates["conv1_kernel"] = jnp.where(frozen, 0.0, rates["kernel"] * dropped)
+            rates["conv1_bias"] = jnp.where(frozen, 0.0, rates["bias"])
+        return jax.tree.map(lambda rate: jnp.asarray(rate, jnp.float32), rates)
+
+    return schedule
+
+
+class Plateau(NamedTuple):
+    """What the plateau schedule remembers between validation passes."""
+
+    best: float = math.inf  # top-1 error, a fraction
+    passes: int = 0  # since the best one or the last drop
+    drops: int = 0
+
+
+def plateau_update(plateau: Plateau, error: float, optim: Optim) -> Plateau:
+    """The state after a validation pass with top-1 error `error`, a fraction.
+
+    The rate drops when so many passes as `plateau_patience` in a row have not improved on the
+    best error by at least `plateau_min_delta`: the paper's rule (section 5), which it gives
+    without numbers.
+    """
+    if plateau.best - error >= optim.plateau_min_delta:
+        return plateau._replace(best=error, passes=0)
+    passes = plateau.passes + 1
+    if passes >= optim.plateau_patience and plateau.drops < optim.plateau_max_drops:
+        return plateau._replace(passes=0, drops=plateau.drops + 1)
+    return plateau._replace(passes=passes)
+
+
+def plateau_scale(plateau: Plateau, optim: Optim) -> float:
+    """What the learning rates are multiplied by."""
+    return optim.drop_factor**plateau.drops

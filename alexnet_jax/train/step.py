@@ -1,0 +1,165 @@
+"""One update and one evaluation of a batch: pure, jitted, split over the mesh.
+
+Each device computes the loss of its own rows. The two devices of one `data` place hold the same
+rows and, after the last exchange, the same logits; differentiated on both, the loss would count
+twice, so each takes half of it. Over `model` nothing travels but the exchanges and their
+transposes; over `data`, gradients and sums.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from alexnet_jax import metrics
+from alexnet_jax.data import augment
+from alexnet_jax.data.augment import Statistics
+from alexnet_jax.mesh import parameter_spec
+from alexnet_jax.models.alexnet import Dropout
+from alexnet_jax.train.optim import Schedule
+from alexnet_jax.train.state import Apply, Params, TrainState
+
+DROPOUT_STREAM = 4  # beside those of data/augment.py
+
+DeviceBatch = dict[str, Array]
+
+
+class StepResults(NamedTuple):
+    """What a training step tells: float32 arrays of one entry a `model` shard."""
+
+    sums: metrics.Sums  # over the global batch, the same in each entry
+    gradient_square: Array  # of the mean loss, over this shard's parameters; entries add up
+
+
+TrainStep = Callable[[TrainState, DeviceBatch, Statistics, Array], tuple[TrainState, StepResults]]
+EvalStep = Callable[[Params, DeviceBatch, Statistics], metrics.Sums]
+
+
+def make_train_step(
+    apply: Apply,
+    optimizer: optax.GradientTransformationExtraArgs,
+    schedule: Schedule,
+    mesh: Mesh,
+    *,
+    seed: int,
+    mean: str,
+    accumulation_steps: int = 1,
+) -> TrainStep:
+    """The paper's update on one global batch.
+
+    Args:
+      apply: the net on one shard of `mesh`'s axis `model`.
+      optimizer, schedule: of train/optim.py.
+      seed: of the dropout masks.
+      mean: what `augment.normalise` subtracts.
+      accumulation_steps: a device takes its rows in so many parts, for the same update in less
+        memory.
+
+    Returns:
+      (state, batch, statistics, scale) -> (state, results), jitted. The state given is donated;
+      `batch` is `stream.train_batches`'s; `scale`, () float32, is the plateau's.
+    """
+    shards = mesh.shape["model"]
+
+    def local_loss(params: Params, batch: DeviceBatch, statistics: Statistics, key: Array):
+        images = augment.normalise(
+            batch["image"], batch["offset"], batch["mirror"], statistics, mean
+        )
+        images = (images + batch["shift"][:, None, None]) * batch["gain"][:, None, None, None]
+        logits = apply(params, images, Dropout(key, batch["row"]))
+        sums = metrics.sums(metrics.log_probabilities(logits), batch["label"])
+        return sums.loss / shards, sums
+
+    def local_step(state: TrainState, batch: DeviceBatch, statistics: Statistics, scale: Array):
+        key = jax.random.fold_in(jax.random.key(seed), DROPOUT_STREAM)
+        key = jax.random.fold_in(key, state.step)
+        count = batch["label"].shape[0]
+        batch = batch | {"row": lax.axis_index("data") * count + jnp.arange(count)}
+        # Gradients stay on their device until all parts are in; only then are they summed.
+        params = lax.pcast(state.params, ("data",), to="varying")
+        gradient = jax.grad(local_loss, has_aux=True)
+
+        def part(batch: DeviceBatch):
+            return gradient(params, batch, statistics, key)
+
+        gradients, sums = _accumulated(part, batch, accumulation_steps)
+        gradients, sums = lax.psum((gradients, sums), "data")
+        gradients = jax.tree.map(lambda leaf: leaf / (count * mesh.shape["data"]), gradients)
+        updates, opt_state = optimizer.update(
+            gradients,
+            state.opt_state,
+            state.params,
+            rates=schedule(state.step, scale),
+        )
+        params = cast(Params, optax.apply_updates(state.params, updates))
+        squares = [jnp.sum(leaf * leaf) for leaf in jax.tree.leaves(gradients)]
+        square = jnp.sum(jnp.stack(squares))
+        results = jax.tree.map(lambda value: jnp.reshape(value, (1,)), StepResults(sums, square))
+        return TrainState(state.step + 1, params, opt_state), results
+
+    def train_step(state: TrainState, batch: DeviceBatch, statistics: Statistics, scale: Array):
+        specs = jax.tree.map(parameter_spec, state)
+        return jax.shard_map(
+            local_step,
+            mesh=mesh,
+            in_specs=(specs, P("data"), P(), P()),
+            out_specs=(specs, P("model")),
+        )(state, batch, statistics, scale)
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def _accumulated(part: Callable[[DeviceBatch], Any], batch: DeviceBatch, steps: int) -> Any:
+    """The sum of `part` over `steps` equal parts of the batch's rows."""
+    if steps == 1:
+        return part(batch)
+    parts = jax.tree.map(lambda rows: rows.reshape(steps, -1, *rows.shape[1:]), batch)
+    shapes = jax.eval_shape(part, jax.tree.map(lambda rows: rows[0], parts))
+    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+
+    def add(total: Any, batch: DeviceBatch):
+        return jax.tree.map(jnp.add, total, part(batch)), None
+
+    return lax.scan(add, lax.pcast(zeros, ("data", "model"), to="varying"), parts)[0]
+
+
+def make_eval_step(apply: Apply, mesh: Mesh, *, size: int, num_crops: int, mean: str) -> EvalStep:
+    """Loss and right answers of one batch of stored squares.
+
+    Args:
+      size: pixels a side of a crop.
+      num_crops: 1, the centre; 10, whose probabilities are averaged (paper, section 4.1).
+
+    Returns:
+      (params, batch, statistics) -> Sums over the valid rows of the global batch, arrays of one
+      equal entry a `model` shard. `batch` is `stream.evaluation_batches`'s.
+    """
+
+    def local_eval(params: Params, batch: DeviceBatch, statistics: Statistics):
+        squares = batch["image"]
+        places = jnp.asarray(augment.test_crops(squares.shape[1] - size, num_crops))
+
+        def one_crop(_, place: Array):
+            crops = augment.cut(squares, place, size)
+            offset = jnp.broadcast_to(place[:2], (crops.shape[0], 2))
+            mirror = jnp.broadcast_to(place[2] > 0, crops.shape[:1])
+            images = augment.normalise(crops, offset, mirror, statistics, mean)
+            return None, metrics.log_probabilities(apply(params, images, None))
+
+        _, log_probs = lax.scan(one_crop, None, places)  # (crops, b, classes)
+        averaged = jax.nn.logsumexp(log_probs, axis=0) - jnp.log(num_crops)
+        sums = metrics.sums(averaged, batch["label"], batch["valid"])
+        return jax.tree.map(lambda value: jnp.reshape(value, (1,)), lax.psum(sums, "data"))
+
+    def eval_step(params: Params, batch: DeviceBatch, statistics: Statistics):
+        specs = jax.tree.map(parameter_spec, params)
+        return jax.shard_map(
+            local_eval, mesh=mesh, in_specs=(specs, P("data"), P()), out_specs=P("model")
+        )(params, batch, statistics)
+
+    return jax.jit(eval_step)

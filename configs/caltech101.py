@@ -1,0 +1,23 @@
+"""A narrow two-tower net on Caltech-101, or any folder of class folders.
+
+  python -m alexnet_jax.main --config=configs/caltech101.py --workdir=runs/caltech101
+      --config.data.source=folder:PATH
+
+On the CPU, JAX_NUM_CPU_DEVICES=2 is set by the config.
+"""
+
+from alexnet_jax.config import blank
+
+
+def get_config():
+    config = blank()
+    config.model.preset = "paper"
+    config.model.width = 0.5
+    config.model.input_size = 112
+    config.mesh.model = 2
+    config.mesh.cpu_devices = 2
+    config.data.source = "tfds:caltech101"
+    config.optim.schedule = "cosine"
+    config.train.batch_size = 32
+    config.train.num_epochs = 60
+    return config

@@ -1,0 +1,17 @@
+"""CIFAR-10, its 32 pixels enlarged to 73 and cut to 64.
+
+python -m alexnet_jax.main --config=configs/cifar10.py --workdir=runs/cifar10
+"""
+
+from alexnet_jax.config import blank
+
+
+def get_config():
+    config = blank()
+    config.model.preset = "paper"
+    config.model.width = 0.5
+    config.model.input_size = 64  # of squares of 73
+    config.data.source = "tfds:cifar10"
+    config.optim.schedule = "cosine"
+    config.train.num_epochs = 40
+    return config
