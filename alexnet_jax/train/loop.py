@@ -154,11 +154,13 @@ def train(config: Config, directory: pathlib.Path, allow_config_change: bool = F
     with StopSignal() as stop, run.checkpoints, Report(directory, first, last) as report:
         _introduce(run, first, report)
         if first < last:
-            _steps(run, first, report, stop)
-    return stop.number
+            return _steps(run, first, report, stop)
+        report.say("nothing to do: more epochs by --config.train.num_epochs=...")
+    return 0
 
 
-def _steps(run: Run, first: int, report: Report, stop: StopSignal) -> None:
+def _steps(run: Run, first: int, report: Report, stop: StopSignal) -> int:
+    """The steps after `first`; the number of the signal that ended them early, or 0."""
     config, calendar, meta, state = run.config, run.calendar, run.meta, run.state
     scale = jnp.float32(optim.plateau_scale(meta.plateau, config.optim))
     batches = _batches(run, first)
@@ -168,8 +170,9 @@ def _steps(run: Run, first: int, report: Report, stop: StopSignal) -> None:
     for step, batch in enumerate(itertools.chain([ready], batches), first + 1):
         state, results = train_step(state, batch, meta.statistics, scale)
         interval.add(step, results)
+        stopping = stop.number  # read once: a signal that comes later waits for the next step
         passes = calendar.epoch_ends(step, config.eval.every_epochs)
-        saves = passes or stop.number or calendar.is_due(step, config.checkpoint.every_steps)
+        saves = passes or stopping or calendar.is_due(step, config.checkpoint.every_steps)
         if saves or step == first + 1 or calendar.is_due(step, config.train.log_every_steps):
             values = interval.read()
             values["learning_rate"] = float(run.schedule(state.step - 1, scale)["kernel"])
@@ -184,10 +187,12 @@ def _steps(run: Run, first: int, report: Report, stop: StopSignal) -> None:
             saved = dataclasses.replace(meta, top1_error=error)
             run.checkpoints.save(step, natural_state(state, len(meta.labels)), saved)
             interval.restart()
-        if stop.number:
-            name = signal.Signals(stop.number).name
+        if stopping:
+            run.checkpoints.wait()
+            name = signal.Signals(stopping).name
             report.say(f"{name}: saved step {step}; the same command goes on from there")
-            return
+            return stopping
+    return 0
 
 
 def _validated(run: Run, meta: Meta, state: TrainState, step: int, report: Report) -> Meta:
