@@ -5,10 +5,12 @@ to the host, and `state.put` places it on whatever devices there are. It appears
 all. The newest is kept, and the one with the lowest validation top-1 error, of equals the earlier.
 """
 
+import contextlib
 import dataclasses
+import logging
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +25,9 @@ from alexnet_jax.train.optim import Plateau
 from alexnet_jax.train.state import Params, TrainState
 
 BEGINNING = Plateau()
+# A failed save is raised; that Orbax logs it too, in hundreds of lines, helps nobody.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+
 UNFINISHED = "*.orbax-checkpoint-tmp*"
 
 
@@ -110,39 +115,54 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, meta: Meta) -> None:
         """Begin to save; the arrays may be donated as soon as this returns.
 
-        Raises what went wrong with the save before.
+        Raises:
+          SaveError: this save cannot begin, or the one before has failed.
         """
         self.wait()
-        response = self.checkpointer.save_checkpointables_async(
-            step,
-            {
-                "params": state.params,
-                "training": {"step": state.step, "opt_state": state.opt_state},
-                "meta": {
-                    "config": configs.to_dict(meta.config),
-                    "labels": list(meta.labels),
-                    "plateau": _plateau_to_json(meta.plateau),
-                },
-                "statistics": {k: np.asarray(v) for k, v in meta.statistics._asdict().items()},
+        contents = {
+            "params": state.params,
+            "training": {"step": state.step, "opt_state": state.opt_state},
+            "meta": {
+                "config": configs.to_dict(meta.config),
+                "labels": list(meta.labels),
+                "plateau": _plateau_to_json(meta.plateau),
             },
-            metrics=None if meta.top1_error is None else {"top1_error": meta.top1_error},
-            force=True,
-        )
+            "statistics": {k: np.asarray(v) for k, v in meta.statistics._asdict().items()},
+        }
+        metrics: Any = None if meta.top1_error is None else {"top1_error": meta.top1_error}
+        with _save_errors(step):
+            response = self.checkpointer.save_checkpointables_async(
+                step, contents, metrics=metrics, force=True
+            )
         if response is None:
-            raise RuntimeError(f"the save of step {step} was skipped")
+            raise SaveError(f"the save of step {step} was skipped")
         self.pending = step, response
 
     def wait(self) -> None:
-        """Until the save under way is on disk; raises what went wrong with it."""
+        """Until the save under way is on disk.
+
+        Raises:
+          SaveError: it failed; the checkpoints before it are whole.
+        """
         if self.pending is None:
             return
         (step, response), self.pending = self.pending, None
         try:
-            response.result()
-        except (OSError, ValueError) as error:  # Orbax reports a full disk as ValueError
-            raise SaveError(f"saving step {step} failed: {str(error).splitlines()[0]}") from error
+            with _save_errors(step):
+                response.result()
+        except SaveError:
+            self._forget(step)
+            raise
         if not ocp.is_orbax_checkpoint(self.directory / str(step)):
-            raise RuntimeError(f"step {step} is not on disk after its save")
+            raise SaveError(f"step {step} is not on disk after its save")
+
+    def _forget(self, step: int) -> None:
+        """After a failed save: drop Orbax's second report of it, its files, and its record."""
+        with contextlib.suppress(Exception):
+            self.checkpointer.wait()
+        (self.directory / f"{step}.orbax-checkpoint-tmp").rmtree(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.checkpointer.reload()
 
     def read_meta(self, step: int) -> Meta:
         """What is beside the state of a step."""
@@ -171,6 +191,16 @@ class Checkpoints:
     def _read(self, step: int, name: str, shapes: Any) -> Any:
         target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
         return self.checkpointer.load_checkpointables(step, {name: target})[name]
+
+
+@contextlib.contextmanager
+def _save_errors(step: int) -> Iterator[None]:
+    """Orbax's failures, a full disk's ValueError among them, as SaveError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SaveError(f"saving step {step} failed: {reason}") from error
 
 
 def _plateau_to_json(plateau: Plateau) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from alexnet_jax import metrics
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.config import Config, Data, UserError
-from alexnet_jax.data import stream, survey
+from alexnet_jax.data import sources, stream, survey
 from alexnet_jax.data.augment import Statistics
 from alexnet_jax.data.sources import Source
 from alexnet_jax.mesh import local_rows, make_mesh, put_batch
@@ -104,8 +104,9 @@ def evaluate_workdir(config: Config, directory: pathlib.Path) -> dict[str, Any]:
     data = dataclasses.replace(config.data, stored_size=stored, mean=meta.config.data.mean)
     config = dataclasses.replace(config, model=model, data=data)
     mesh = _fitting_mesh(config)
-    source, _ = survey.open_split(data, model, config.eval.split)
+    source = sources.open_source(data, config.eval.split)
     check_labels(meta.labels, source.labels, data.source)
+    source, _ = survey.surveyed(source, data, model)
     eval_step = make_step(make_apply(model, len(meta.labels), mesh.shape["model"]), config, mesh)
     size = batch_size(config, mesh)
     sums = evaluate(eval_step, put(params, mesh), source, meta.statistics, data, size, mesh)

@@ -18,10 +18,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from alexnet_jax import config as configs
-from alexnet_jax import evaluate, inspection, mesh
+from alexnet_jax import evaluate, inspection, loop, mesh
 from alexnet_jax.checkpoint import SaveError
 from alexnet_jax.config import UserError
-from alexnet_jax.train import loop
 
 MODES = ("train", "eval", "inspect")
 

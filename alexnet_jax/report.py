@@ -52,7 +52,7 @@ class Report:
 
     def record(self, split: str, step: int, epoch: float, values: Mapping[str, Any]) -> None:
         """One record: a line of JSON, a point for TensorBoard, words for the terminal."""
-        line = {"step": step, "epoch": round(epoch, 4), "split": split, **values}
+        line = {"step": step, "epoch": epoch, "split": split, **values}
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         for name, value in values.items():

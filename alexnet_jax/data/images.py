@@ -8,9 +8,15 @@ from typing import Any
 import numpy as np
 import scipy.sparse
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 100_000_000  # a larger claim is taken for an attack or a broken header
+MAX_ASPECT = 100  # the longer side over the shorter; more is no picture and would fill the memory
+# What libjpeg warns of though every pixel is there; its other warnings are of lost data.
+HARMLESS = ("extraneous bytes before marker 0xd9", "unknown JFIF revision")
+_UNREADABLE = (
+    ValueError, OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError
+)  # fmt: skip
 
 
 class ImageError(Exception):
@@ -32,28 +38,61 @@ def decode(data: bytes, name: str) -> np.ndarray:
       (h, w, 3) uint8.
 
     Raises:
-      ImageError: not an image, truncated, or over MAX_PIXELS.
+      ImageError: not an image, truncated, over MAX_PIXELS or MAX_ASPECT.
     """
     try:
-        if data[:3] == b"\xff\xd8\xff" and b"Exif\0\0" not in data[:4096]:
-            height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
-            _check_size(width, height, name)
-            if colour in ("Gray", "YCbCr", "RGB"):
-                return simplejpeg.decode_jpeg(data, colorspace="RGB")
+        if data[:3] == b"\xff\xd8\xff":
+            pixels = _strictly_decoded(data, name)
+            if pixels is not None:
+                return pixels
         with Image.open(io.BytesIO(data)) as image:
             _check_size(*image.size, name)
             if image.mode.startswith(("I", "F")):
                 raise ImageError(f"{name}: has {image.mode} pixels; only 8 bits a channel are read")
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (ValueError, OSError, SyntaxError, EOFError, struct.error) as error:
+    except _UNREADABLE as error:
         detail = "empty file" if not data else " ".join(str(error).split())[:120]
+        if data and isinstance(error, UnidentifiedImageError):
+            detail = "of no known format"
         raise ImageError(f"{name}: not a whole image ({detail})") from error
+
+
+def _strictly_decoded(data: bytes, name: str) -> np.ndarray | None:
+    """A JPEG's RGB pixels; None where it is whole but Pillow has to read it.
+
+    Raises ValueError where data is lost, which Pillow would fill in.
+    """
+    try:
+        height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
+        _check_size(width, height, name)
+        if colour in ("Gray", "YCbCr", "RGB"):
+            return _upright(simplejpeg.decode_jpeg(data, colorspace="RGB"), data)
+        simplejpeg.decode_jpeg(data, colorspace="CMYK")
+    except ValueError as error:
+        if not any(words in str(error) for words in HARMLESS):
+            raise
+    return None
+
+
+def _upright(pixels: np.ndarray, data: bytes) -> np.ndarray:
+    """A JPEG's pixels turned as its EXIF orientation says."""
+    if data.find(b"Exif\0\0", 0, 1 << 16) < 0:
+        return pixels
+    with Image.open(io.BytesIO(data)) as header:
+        orientation = header.getexif().get(ExifTags.Base.Orientation, 1)
+    photo = Image.fromarray(pixels)
+    photo.getexif()[ExifTags.Base.Orientation] = orientation
+    return np.asarray(ImageOps.exif_transpose(photo))
 
 
 def _check_size(width: Any, height: Any, name: str) -> None:
     if not 0 < width * height <= MAX_PIXELS:
         raise ImageError(
             f"{name}: claims {width} x {height} pixels; at most {MAX_PIXELS:,} are read"
+        )
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ImageError(
+            f"{name}: is {width} x {height} pixels; one side is over {MAX_ASPECT} times the other"
         )
 
 

@@ -141,10 +141,15 @@ def open_source(data: Data, split: str) -> Source:
 
 def stratified(source: Source, split: str, data: Data) -> Subset:
     """The part of `source` that `data.split` gives to `split`, class by class, by `split_seed`."""
+    if not data.split[tuple(FOLDER_NAMES).index(split)]:
+        raise UserError(
+            f"data.split={data.split} leaves nothing for {split}; give it a part or name the "
+            "splits by folders"
+        )
     rng = np.random.Generator(np.random.Philox(data.split_seed))
-    chosen = []
+    targets, chosen = source.targets, []
     for label, name in enumerate(source.labels):
-        order = rng.permutation(np.flatnonzero(source.targets == label))
+        order = rng.permutation(np.flatnonzero(targets == label))
         counts = [round(len(order) * part / sum(data.split)) for part in data.split[1:]]
         validation, test, train = np.split(order, np.cumsum(counts))
         parts = {"train": train, "validation": validation, "test": test}
@@ -180,7 +185,8 @@ def _class_names(root: pathlib.Path) -> tuple[str, ...]:
     )
     if not names:
         raise UserError(
-            f"{root} is empty: it should hold a folder for each class, or train/ and val/ with them"
+            f"{root} has no class folders: it should hold one for each class, or train/ and val/ "
+            "with them"
         )
     return tuple(names)
 

@@ -5,6 +5,7 @@ holds positions [n * B, (n + 1) * B) whatever the machine. Each element of the G
 whole batch, written once into its final buffer; its threads make batches side by side.
 """
 
+import contextlib
 import functools
 import os
 from collections.abc import Iterator
@@ -127,7 +128,8 @@ def evaluation_batches(source: Source, data: Data, *, stored: int, rows: Rows) -
 def _pipeline(read_batch, start: int, stop: int, data: Data) -> Iterator[Batch]:
     options = grain.ReadOptions(num_threads=workers(data), prefetch_buffer_size=data.prefetch)
     batches = grain.MapDataset.range(start, stop).map(read_batch)
-    return iter(batches.to_iter_dataset(options))
+    with contextlib.closing(iter(batches.to_iter_dataset(options))) as ready:  # ends its threads
+        yield from ready
 
 
 def workers(data: Data) -> int:

@@ -4,11 +4,15 @@ What a survey finds is kept in the cache folder, under a name that changes with 
 """
 
 import concurrent.futures
+import contextlib
 import hashlib
 import logging
 import os
 import pathlib
 import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -17,12 +21,16 @@ from tqdm import tqdm
 from alexnet_jax.config import Data, Model, UserError, stored_size
 from alexnet_jax.data import images, stream
 from alexnet_jax.data.augment import Statistics
-from alexnet_jax.data.sources import Source, Subset, open_source
+from alexnet_jax.data.sources import Source, Subset
 
 log = logging.getLogger(__name__)
 
 VERSION = "1"  # raised when the same files would give another survey
 CHUNK = 64  # images a worker takes at a time
+# What numpy and zipfile raise at a damaged file.
+_DAMAGED = (
+    OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error
+)  # fmt: skip
 
 
 class _Sums(NamedTuple):
@@ -33,11 +41,9 @@ class _Sums(NamedTuple):
     broken: list[tuple[int, str]]  # index and message
 
 
-def open_split(data: Data, model: Model, split: str) -> tuple[Source, Statistics]:
-    """A split's whole images and their statistics at the stored size."""
-    return survey(
-        open_source(data, split), stored_size(data, model), data.cache_dir, stream.workers(data)
-    )
+def surveyed(source: Source, data: Data, model: Model) -> tuple[Source, Statistics]:
+    """The whole images of `source`, and their statistics at the stored size of `model`."""
+    return survey(source, stored_size(data, model), data.cache_dir, stream.workers(data))
 
 
 def survey(
@@ -52,10 +58,10 @@ def survey(
     """
     key = hashlib.sha256(f"{VERSION} {stored_size} {source.fingerprint}".encode()).hexdigest()
     path = pathlib.Path(cache_dir).expanduser() / "surveys" / f"{key[:32]}.npz"
-    if path.exists():
-        with np.load(path, allow_pickle=False) as kept:
-            found = {name: kept[name] for name in kept.files}
-    else:
+    found = _kept(path)
+    if found is None:
+        with _writing(path.parent), tempfile.TemporaryFile(dir=path.parent):
+            pass  # a refusal is better heard before the scan than after
         log.info("surveying %d images, once; kept in %s", len(source), path.parent)
         found = _statistics(_scan(source, stored_size, workers), len(source))
         _keep(path, found)
@@ -79,7 +85,12 @@ def _scan(source: Source, stored_size: int, workers: int) -> _Sums:
         products = np.zeros((3, 3), np.int64)
         broken = []
         for index in range(start, min(start + CHUNK, len(source))):
-            example = source.read(index)
+            try:
+                example = source.read(index)
+            except OSError as error:
+                raise UserError(
+                    f"an image cannot be read ({error}); allow it or take it out"
+                ) from error
             try:
                 square = images.square(images.decode(example.data, example.name), stored_size)
             except images.ImageError as error:
@@ -106,7 +117,8 @@ def _scan(source: Source, stored_size: int, workers: int) -> _Sums:
 def _statistics(sums: _Sums, num_examples: int) -> dict[str, np.ndarray]:
     count = num_examples - len(sums.broken)
     if count == 0:
-        raise UserError(f"none of {num_examples} images can be read, e.g. {sums.broken[0][1]}")
+        first = f", e.g. {sums.broken[0][1]}" if sums.broken else ""
+        raise UserError(f"none of {num_examples} images can be read{first}")
     mean_image = sums.pixels / count
     num_pixels = count * mean_image.shape[0] ** 2
     mean = sums.pixels.sum(axis=(0, 1)) / num_pixels
@@ -124,14 +136,32 @@ def _statistics(sums: _Sums, num_examples: int) -> dict[str, np.ndarray]:
     }
 
 
-def _keep(path: pathlib.Path, found: dict[str, np.ndarray]) -> None:
+def _kept(path: pathlib.Path) -> dict[str, np.ndarray] | None:
+    """What an earlier survey found, if it is there and whole."""
+    if not path.exists():
+        return None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with np.load(path, allow_pickle=False) as kept:
+            return {name: kept[name] for name in (*Statistics._fields, "broken", "messages")}
+    except _DAMAGED as error:
+        log.warning("%s is damaged (%s); surveying again", path, error)
+        return None
+
+
+def _keep(path: pathlib.Path, found: dict[str, np.ndarray]) -> None:
+    with _writing(path.parent):
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
             np.savez(file, allow_pickle=False, **found)
         os.replace(file.name, path)
+
+
+@contextlib.contextmanager
+def _writing(folder: pathlib.Path) -> Iterator[None]:
+    """Makes the cache folder, and the disk's refusals the user's to resolve."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
         raise UserError(
-            f"data.cache_dir: {path.parent} cannot be written ({error}); "
-            "set --config.data.cache_dir=DIR"
+            f"data.cache_dir: {folder} cannot be written ({error}); set --config.data.cache_dir=DIR"
         ) from error

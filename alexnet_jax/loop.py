@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from alexnet_jax import evaluate, metrics, workdir
 from alexnet_jax.checkpoint import Checkpoints, Meta
 from alexnet_jax.config import Config, UserError
-from alexnet_jax.data import stream, survey
+from alexnet_jax.data import sources, stream, survey
 from alexnet_jax.data.sources import Source
 from alexnet_jax.mesh import check_batch, local_rows, make_mesh, put_batch
 from alexnet_jax.models.alexnet import layers
@@ -253,24 +253,30 @@ def _say_initial_loss(loss: float, num_classes: int, report: Report) -> None:
 
 def prepare(config: Config, directory: pathlib.Path, allow_config_change: bool) -> Run:
     """Open the data, restore or begin, and build the steps."""
+    layers(config.model, num_classes=1)  # an input that is too small is told before all else
     mesh = make_mesh(config.mesh, config.model)
     check_batch("train.batch_size", config.train.batch_size, mesh, config.train.accumulation_steps)
-    source, statistics = survey.open_split(config.data, config.model, "train")
-    validation, _ = survey.open_split(config.data, config.model, config.eval.split)
+    source = sources.open_source(config.data, "train")
+    validation = sources.open_source(config.data, config.eval.split)
     config = _with_classes(config, source.labels)
+    checkpoints = Checkpoints(directory / workdir.CHECKPOINTS)
+    latest = checkpoints.latest_step()
+    if latest is not None:
+        workdir.check_resume(directory, config, allow_config_change)
+        evaluate.check_labels(
+            checkpoints.read_meta(latest).labels, source.labels, config.data.source
+        )
+    source, statistics = survey.surveyed(source, config.data, config.model)
+    validation, _ = survey.surveyed(validation, config.data, config.model)
     num_examples, num_classes = len(source), len(source.labels)
     calendar = Calendar(num_examples, config.train.batch_size, num_steps(config, num_examples))
     optimizer = optim.make_optimizer(config.optim)
     schedule = optim.make_schedule(config.optim, *dataclasses.astuple(calendar))
-    checkpoints = Checkpoints(directory / workdir.CHECKPOINTS)
-    latest = checkpoints.latest_step()
     if latest is None:
         meta = Meta(config, source.labels, statistics)
         state = initial_state(config.model, num_classes, optimizer, config.seed)
     else:
-        workdir.check_resume(directory, config, allow_config_change)
         meta = dataclasses.replace(checkpoints.read_meta(latest), config=config)
-        evaluate.check_labels(meta.labels, source.labels, config.data.source)
         shapes = state_shapes(config.model, num_classes, optimizer)
         state = checkpoints.read_state(latest, shapes)
     workdir.write(directory, config, source.labels)

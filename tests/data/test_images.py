@@ -1,0 +1,350 @@
+"""What is an image is read to its last pixel, what is not is refused by name; squares are exact."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from alexnet_jax.data import images
+
+HEIGHT, WIDTH = 61, 87
+ORIENTATION = 0x0112  # the EXIF tag
+
+# How a stored picture must be turned to stand upright; EXIF 2.3, section 4.6.4 A.
+UPRIGHT = {
+    1: lambda stored: stored,
+    2: lambda stored: stored[:, ::-1],
+    3: lambda stored: stored[::-1, ::-1],
+    4: lambda stored: stored[::-1],
+    5: lambda stored: stored.swapaxes(0, 1),
+    6: lambda stored: np.rot90(stored, -1),
+    7: lambda stored: stored[::-1, ::-1].swapaxes(0, 1),
+    8: lambda stored: np.rot90(stored, 1),
+}
+
+
+def oriented(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    return exif
+
+
+def with_segment(jpeg: bytes, marker: int, body: bytes) -> bytes:
+    """A JPEG with one more segment in front of the others."""
+    return jpeg[:2] + struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body + jpeg[2:]
+
+
+def png_chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def png_claiming(width: int, height: int) -> bytes:
+    """A PNG of a few bytes whose header is valid and claims a size."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(bytes(9)))
+    return b"\x89PNG\r\n\x1a\n" + body + png_chunk(b"IEND", b"")
+
+
+def jpeg_claiming(jpeg: bytes, width: int, height: int) -> bytes:
+    """A JPEG whose frame header, after marker, length and precision, claims a size."""
+    start = jpeg.index(b"\xff\xc0") + 5
+    return jpeg[:start] + struct.pack(">HH", height, width) + jpeg[start + 4 :]
+
+
+def close(decoded: np.ndarray, drawn: np.ndarray) -> bool:
+    """Whether only what JPEG loses has been lost."""
+    assert decoded.dtype == np.uint8
+    assert decoded.shape == drawn.shape
+    difference = abs(decoded.astype(int) - drawn)
+    return difference.mean() < 2 and difference.max() < 16
+
+
+def refusal(data: bytes) -> str:
+    """Why `data` is refused, without the name, which must come first."""
+    with pytest.raises(images.ImageError) as caught:
+        images.decode(data, "some/file.jpg")
+    name, _, reason = str(caught.value).partition(": ")
+    assert name == "some/file.jpg"
+    assert "\n" not in reason
+    return reason
+
+
+@pytest.mark.parametrize("options", [{"subsampling": 0}, {"subsampling": 2}, {"progressive": True}])
+def test_a_jpeg_becomes_its_pixels(pictures, options):
+    drawn = pictures.smooth(HEIGHT, WIDTH)
+    jpeg = pictures.encode(drawn, "JPEG", quality=95, **options)
+    assert close(images.decode(jpeg, "x"), drawn)
+
+
+def test_a_grey_jpeg_becomes_rgb_with_three_equal_channels(pictures):
+    grey = pictures.smooth(HEIGHT, WIDTH)[..., 0]
+    decoded = images.decode(pictures.encode(grey, "JPEG", quality=95), "x")
+    assert close(decoded, np.stack([grey] * 3, axis=-1))
+    assert (decoded == decoded[..., :1]).all()
+
+
+def test_a_cmyk_jpeg_becomes_rgb_and_not_its_negative(pictures):
+    drawn = pictures.smooth(HEIGHT, WIDTH)
+    jpeg = pictures.encode(drawn, "JPEG", "CMYK", quality=95)
+    with Image.open(io.BytesIO(jpeg)) as image:
+        assert image.mode == "CMYK"
+    assert close(images.decode(jpeg, "x"), drawn)
+
+
+def test_a_png_becomes_exactly_its_pixels(pictures):
+    drawn = pictures.rough(HEIGHT, WIDTH)
+    np.testing.assert_array_equal(images.decode(pictures.encode(drawn), "x"), drawn)
+
+
+def test_png_bytes_are_read_as_png_whatever_the_file_is_called(pictures):
+    drawn = pictures.rough(HEIGHT, WIDTH)
+    decoded = images.decode(pictures.encode(drawn), "n02105855_2933.JPEG")  # as in ImageNet
+    np.testing.assert_array_equal(decoded, drawn)
+
+
+def test_a_palette_png_becomes_the_colours_of_its_palette(pictures):
+    image = Image.fromarray(pictures.rough(HEIGHT, WIDTH)).quantize(13)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    colours = np.array(image.getpalette(), np.uint8).reshape(-1, 3)
+    expected = colours[np.asarray(image)]
+    assert len(np.unique(expected.reshape(-1, 3), axis=0)) > 5
+    np.testing.assert_array_equal(images.decode(buffer.getvalue(), "x"), expected)
+
+
+def test_an_rgba_png_loses_its_alpha_and_nothing_else(pictures):
+    drawn = pictures.rough(HEIGHT, WIDTH)
+    alpha = pictures.rough(HEIGHT, WIDTH, 1)[..., :1]
+    data = pictures.encode(np.concatenate([drawn, alpha], axis=-1))
+    np.testing.assert_array_equal(images.decode(data, "x"), drawn)
+
+
+def test_a_grey_png_becomes_rgb_with_three_equal_channels(pictures):
+    grey = pictures.rough(HEIGHT, WIDTH)[..., 0]
+    decoded = images.decode(pictures.encode(grey), "x")
+    np.testing.assert_array_equal(decoded, np.stack([grey] * 3, axis=-1))
+
+
+def test_of_a_gif_the_first_frame_is_read(pictures):
+    first, second = (Image.fromarray(pictures.rough(23, 31, s)).quantize(16) for s in (0, 1))
+    buffer = io.BytesIO()
+    first.save(buffer, "GIF", save_all=True, append_images=[second])
+    with Image.open(io.BytesIO(buffer.getvalue())) as image:
+        assert image.n_frames == 2
+    decoded = images.decode(buffer.getvalue(), "x")
+    np.testing.assert_array_equal(decoded, np.asarray(first.convert("RGB")))
+
+
+@pytest.mark.parametrize("orientation", sorted(UPRIGHT))
+def test_a_jpegs_exif_orientation_is_applied(pictures, orientation):
+    drawn = pictures.smooth(HEIGHT, WIDTH)
+    turned = pictures.encode(drawn, "JPEG", quality=95, exif=oriented(orientation))
+    assert close(images.decode(turned, "x"), UPRIGHT[orientation](drawn))
+
+
+def test_the_exif_orientation_is_found_behind_a_colour_profile(pictures):
+    drawn = pictures.smooth(HEIGHT, WIDTH)
+    turned = pictures.encode(drawn, "JPEG", quality=95, exif=oriented(6))
+    profile = b"ICC_PROFILE\0\1\1" + bytes(20_000)
+    assert close(images.decode(with_segment(turned, 0xE2, profile), "x"), UPRIGHT[6](drawn))
+
+
+@pytest.mark.parametrize("exif", [b"", b"nonsense", b"II*\0\x08\0\0\0", b"MM\0*\0\0\0\x08\0\x05"])
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_a_jpeg_with_nonsense_for_exif_is_read_as_it_lies(pictures, exif):
+    drawn = pictures.smooth(HEIGHT, WIDTH)
+    jpeg = pictures.encode(drawn, "JPEG", quality=95)
+    assert close(images.decode(with_segment(jpeg, 0xE1, b"Exif\0\0" + exif), "x"), drawn)
+
+
+def test_a_png_may_mention_exif(pictures):
+    drawn = pictures.rough(HEIGHT, WIDTH)
+    data = pictures.encode(drawn, exif=oriented(3))
+    np.testing.assert_array_equal(images.decode(data, "x"), drawn[::-1, ::-1])
+
+
+JPEGS = {
+    "plain": {},
+    "progressive": {"progressive": True},
+    "exif": {"exif": oriented(6)},
+    "cmyk": {"mode": "CMYK"},
+}
+
+
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("options", JPEGS.values(), ids=JPEGS)
+def test_a_truncated_jpeg_is_refused(pictures, options, kept):
+    jpeg = pictures.encode(pictures.rough(HEIGHT, WIDTH), "JPEG", **options)
+    refusal(jpeg[: int(kept * len(jpeg))])
+
+
+@pytest.mark.parametrize("options", JPEGS.values(), ids=JPEGS)
+def test_a_jpeg_that_lost_half_its_pixels_but_not_its_end_is_refused(pictures, options):
+    jpeg = pictures.encode(pictures.rough(HEIGHT, WIDTH), "JPEG", **options)
+    refusal(jpeg[: len(jpeg) // 2] + jpeg[-2:])
+
+
+@pytest.mark.parametrize("kept", [4, 20, 40, 500, 5000])
+def test_a_truncated_png_is_refused(pictures, kept):
+    png = pictures.encode(pictures.rough(HEIGHT, WIDTH))
+    assert len(png) > 5000
+    refusal(png[:kept])
+
+
+def test_an_empty_file_is_refused_as_empty():
+    assert "empty" in refusal(b"")
+
+
+def test_text_is_refused_without_a_memory_address():
+    reason = refusal(b"<html>404 Not Found</html>" * 10)
+    assert "format" in reason
+    assert "0x" not in reason
+
+
+@pytest.mark.parametrize("head", [b"\xff\xd8\xff", b"\xff\xd8\xff\xe0\x00\x10JFIF\0", b"GIF89a"])
+def test_a_head_without_a_body_is_refused(head):
+    refusal(head)
+
+
+def test_a_16_bit_png_is_refused(pictures):
+    deep = pictures.rough(HEIGHT, WIDTH)[..., 0].astype(np.uint16) * 257
+    assert "8 bits" in refusal(pictures.encode(deep))
+
+
+@pytest.mark.parametrize("side", [10_001, 12_000, 20_000, 2**31 - 1])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_png_that_claims_too_many_pixels_is_refused(side):
+    assert "pixels" in refusal(png_claiming(side, side))
+
+
+@pytest.mark.parametrize("options", JPEGS.values(), ids=JPEGS)
+def test_a_jpeg_that_claims_too_many_pixels_is_refused(pictures, options):
+    options = options | {"progressive": False}
+    jpeg = pictures.encode(pictures.smooth(HEIGHT, WIDTH), "JPEG", **options)
+    assert "65500 x 65400 pixels" in refusal(jpeg_claiming(jpeg, 65500, 65400))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP"])
+def test_damage_anywhere_raises_nothing_but_an_image_error(pictures, kind):
+    whole = pictures.encode(pictures.smooth(19, 23), kind)
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for place in rng.integers(0, min(len(whole), 300), rng.integers(1, 5)):
+            damaged[place] = rng.integers(256)
+        try:
+            assert images.decode(bytes(damaged), "x").shape[2] == 3
+        except images.ImageError:
+            refused += 1
+    assert refused > 5
+
+
+def means_of_areas(values: np.ndarray, count: int) -> np.ndarray:
+    """Axis 0 in `count` equal stretches, each one's mean, by the running sum's differences."""
+    running = np.concatenate([np.zeros((1, *values.shape[1:])), np.cumsum(values, axis=0)])
+    edges = np.linspace(0, len(values), count + 1)
+    below = np.minimum(edges.astype(int), len(values) - 1)
+    part = (edges - below).reshape(-1, *[1] * (values.ndim - 1))
+    integral = running[below] + part * values[below]
+    return np.diff(integral, axis=0) * count / len(values)
+
+
+def area_square(image: np.ndarray, size: int) -> np.ndarray:
+    """What the area filter and the centre cut should give, float64."""
+    height, width, _ = image.shape
+    tall = round(height * size / min(height, width))
+    wide = round(width * size / min(height, width))
+    rows = means_of_areas(image.astype(np.float64), tall)
+    both = means_of_areas(rows.swapaxes(0, 1), wide).swapaxes(0, 1)
+    top, left = (tall - size) // 2, (wide - size) // 2
+    return both[top : top + size, left : left + size]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size"),
+    [
+        (64, 64, 16),  # a whole ratio, square
+        (61, 61, 60),  # hardly smaller
+        (97, 151, 32),  # landscape
+        (151, 97, 32),  # portrait
+        (75, 301, 23),  # wide
+        (212, 45, 17),  # tall
+        (375, 500, 256),  # as most of ImageNet
+        (33, 34, 7),
+        (50, 83, 1),
+    ],
+)
+def test_down_each_pixel_is_the_mean_of_the_area_it_covers(pictures, height, width, size):
+    image = pictures.rough(height, width)
+    exact = area_square(image, size)
+    square = images.square(image, size)
+    assert square.shape == (size, size, 3)
+    assert square.dtype == np.uint8
+    # The nearest whole number everywhere; where two are as near, either.
+    assert abs(square - exact).max() <= 0.5 + 1e-3
+
+
+def test_averages_of_areas_by_hand():
+    column = np.array([0, 30, 60, 90, 120], np.uint8)
+    image = np.broadcast_to(column[:, None, None], (5, 5, 3))
+    # Two stretches of 2.5 pixels: (0 + 30 + 60 / 2) / 2.5 and (60 / 2 + 90 + 120) / 2.5.
+    np.testing.assert_array_equal(images.square(image, 2)[:, 0, 0], [24, 96])
+
+
+@pytest.mark.parametrize(("height", "width"), [(21, 34), (21, 35), (34, 21), (35, 21), (21, 21)])
+def test_the_right_size_is_not_resampled_and_the_centre_is_cut(pictures, height, width):
+    image = pictures.rough(height, width)
+    top, left = (height - 21) // 2, (width - 21) // 2
+    expected = image[top : top + 21, left : left + 21]
+    np.testing.assert_array_equal(images.square(image, 21), expected)
+
+
+def test_of_an_odd_surplus_the_larger_part_goes_right_and_below(pictures):
+    image = pictures.rough(8, 13)
+    np.testing.assert_array_equal(images.square(image, 8), image[:, 2:10])
+    turned = image.swapaxes(0, 1)
+    np.testing.assert_array_equal(images.square(turned, 8), turned[2:10])
+
+
+@pytest.mark.parametrize(("height", "width"), [(17, 23), (23, 17), (19, 19), (5, 41)])
+def test_up_it_is_pillows_cubic_and_the_centre(pictures, height, width):
+    image = pictures.rough(height, width)
+    size = 32
+    tall, wide = (round(side * size / min(height, width)) for side in (height, width))
+    larger = Image.fromarray(image).resize((wide, tall), Image.Resampling.BICUBIC)
+    top, left = (tall - size) // 2, (wide - size) // 2
+    expected = np.asarray(larger)[top : top + size, left : left + size]
+    np.testing.assert_array_equal(images.square(image, size), expected)
+
+
+def test_up_it_overshoots_an_edge_as_only_a_cubic_does():
+    image = np.full((16, 16, 3), 60, np.uint8)
+    image[:, 8:] = 200
+    square = images.square(image, 48)
+    assert square.min() < 60
+    assert square.max() > 200
+    assert (square[:, :12] == 60).all()  # four pixels from the edge it has no influence
+
+
+def test_a_harmless_warning_of_libjpeg_does_not_cost_the_picture(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (60, 50, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG")
+    whole = buffer.getvalue()
+    expected = np.asarray(Image.open(io.BytesIO(whole)))
+    padded = whole[:-2] + bytes(40) + whole[-2:]  # extraneous bytes before the end marker
+    revision = whole[:11] + b"\0" + whole[12:]  # JFIF 0.01
+    for data in (padded, revision):
+        np.testing.assert_array_equal(images.decode(data, "odd.jpg"), expected)
+
+
+def test_a_needle_is_no_picture():
+    buffer = io.BytesIO()
+    Image.new("RGB", (1, 101)).save(buffer, "PNG")
+    with pytest.raises(images.ImageError, match="needle.png: is 1 x 101 pixels"):
+        images.decode(buffer.getvalue(), "needle.png")

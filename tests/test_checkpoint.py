@@ -1,0 +1,171 @@
+"""Checkpoints: whole, portable between meshes, the newest and the best kept."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+
+from alexnet_jax.checkpoint import Checkpoints, Meta, NewestAndBest, SaveError
+from alexnet_jax.config import Config, UserError
+from alexnet_jax.data.augment import Statistics
+from alexnet_jax.train.optim import Plateau, make_optimizer
+from alexnet_jax.train.state import initial_state, natural_state, put
+
+CLASSES = 7  # odd: two shards hold eight columns
+OPTIMIZER = make_optimizer(Config().optim)
+
+
+@dataclasses.dataclass
+class Saved:
+    """What Orbax hands to a preservation policy."""
+
+    step: int
+    metrics: dict[str, float] | None
+
+
+@pytest.fixture(scope="module")
+def state() -> Any:
+    model = dataclasses.replace(Config().model, width=1 / 16, input_size=36)
+    state = initial_state(model, CLASSES, OPTIMIZER, seed=3)
+    rng = np.random.default_rng(1)
+    velocities = jax.tree.map(lambda v: rng.normal(size=v.shape).astype(v.dtype), state.opt_state)
+    return state._replace(step=np.int32(5), opt_state=velocities)
+
+
+@pytest.fixture(scope="module")
+def meta() -> Meta:
+    rng = np.random.default_rng(2)
+    shapes = Statistics(*((41, 41, 3), (3,), (3,), (3, 3)))
+    statistics = Statistics(*(rng.uniform(size=shape).astype(np.float32) for shape in shapes))
+    labels = tuple(f"class {number}" for number in range(CLASSES))
+    return Meta(Config(), labels, statistics, Plateau(0.25, 3, 1), top1_error=0.3)
+
+
+def make_mesh(data: int, model: int) -> Mesh:
+    devices = np.asarray(jax.devices()[: data * model]).reshape(data, model)
+    return Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+def plus_one(state: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf + leaf.dtype.type(1), state)
+
+
+def assert_equal(found: Any, expected: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("saver", [(2, 2), (1, 1)], ids=["from 2x2", "from 1x1"])
+@pytest.mark.parametrize("reader", [(2, 2), (1, 2), (1, 1), (4, 1)], ids=str)
+def test_what_one_mesh_saves_another_reads(saver, reader, state, meta, tmp_path):
+    placed = put(state, make_mesh(*saver))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(5, natural_state(placed, CLASSES), meta)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() == 5
+        found = checkpoints.read_state(5, state)
+        assert_equal(checkpoints.read_params(5), state.params)
+    assert found.params["fc8"]["kernel"].shape[-1] == CLASSES
+    assert_equal(found, state)
+    placed = put(found, make_mesh(*reader))
+    assert placed.params["fc8"]["bias"].shape == (CLASSES + CLASSES % reader[1],)
+    assert_equal(natural_state(placed, CLASSES), state)
+
+
+def test_a_checkpoint_holds_all_that_evaluation_needs(state, meta, tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(5, put(state, make_mesh(1, 1)), meta)
+    with Checkpoints(tmp_path) as checkpoints:
+        found = checkpoints.read_meta(5)
+    assert (found.config, found.labels, found.plateau) == (meta.config, meta.labels, meta.plateau)
+    assert_equal(found.statistics, meta.statistics)
+
+
+def test_a_state_donated_right_after_its_save_is_saved_as_it_was(state, meta, tmp_path):
+    change = jax.jit(plus_one, donate_argnums=0)
+    placed, expected = change(put(state, make_mesh(1, 2))), plus_one(state)
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in range(1, 6):
+            checkpoints.save(step, natural_state(placed, CLASSES), meta)
+            between = change(placed)
+            placed = change(between)
+            jax.block_until_ready(placed)
+            assert between.params["fc6"]["kernel"].is_deleted()
+            checkpoints.wait()
+            assert_equal(checkpoints.read_state(step, state), expected)
+            expected = plus_one(plus_one(expected))
+
+
+@pytest.mark.parametrize(
+    ("history", "kept"),
+    [
+        ([(1, 0.5)], [1]),
+        ([(1, 0.5), (2, 0.4), (3, 0.6)], [2, 3]),
+        ([(1, 0.5), (2, 0.4), (3, 0.4), (4, 0.6)], [2, 4]),  # of equals the earlier
+        ([(1, None), (2, 0.9), (3, None)], [2, 3]),  # never validated: not the best
+        ([(1, float("nan")), (2, 0.9), (3, 0.95)], [2, 3]),
+        ([(1, 0.5), (2, 0.4)], [2]),
+        ([], []),
+    ],
+)
+def test_the_newest_and_the_best_are_kept(history, kept):
+    saved = [Saved(step, None if e is None else {"top1_error": e}) for step, e in history]
+    answers = NewestAndBest().should_preserve(saved, context=None)
+    assert [item.step for item, keep in zip(saved, answers, strict=True) if keep] == kept
+
+
+def test_only_the_newest_and_the_best_stay_on_disk(state, meta, tmp_path):
+    placed = put(state, make_mesh(1, 1))
+    with Checkpoints(tmp_path) as checkpoints:
+        for step, error in ((1, 0.5), (2, 0.2), (3, 0.2), (4, 0.4)):
+            checkpoints.save(step, placed, dataclasses.replace(meta, top1_error=error))
+        checkpoints.wait()
+        assert checkpoints.steps() == [2, 4]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["2", "4"]
+
+
+def test_what_a_killed_save_left_is_no_checkpoint_and_is_cleaned(state, meta, tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, put(state, make_mesh(1, 1)), meta)
+    leftover = tmp_path / "2.orbax-checkpoint-tmp"
+    leftover.mkdir()
+    (leftover / "half").touch()
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == [1]
+    assert not leftover.exists()
+
+
+def test_a_save_that_fails_is_not_silent(state, meta, tmp_path):
+    placed = put(state, make_mesh(1, 1))
+    checkpoints = Checkpoints(tmp_path / "run")
+    checkpoints.save(1, placed, meta)
+    checkpoints.wait()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "run").touch()  # a file where the folder was
+    with pytest.raises(SaveError, match="step 2"):
+        checkpoints.save(2, placed, meta)
+
+
+def test_saving_a_step_twice_is_an_error(state, meta, tmp_path):
+    placed = put(state, make_mesh(1, 1))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, placed, meta)
+        checkpoints.wait()
+        with pytest.raises(SaveError, match="step 1"):
+            checkpoints.save(1, placed, meta)
+
+
+def test_the_step_to_read_is_the_newest_or_the_one_named(state, meta, tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(UserError, match="holds no checkpoint"):
+            checkpoints.chosen_step(-1)
+        for step, error in ((3, 0.1), (7, 0.2)):
+            placed = put(state, make_mesh(1, 1))
+            checkpoints.save(step, placed, dataclasses.replace(meta, top1_error=error))
+        checkpoints.wait()
+        assert checkpoints.chosen_step(-1) == 7
+        assert checkpoints.chosen_step(3) == 3
+        with pytest.raises(UserError, match="holds steps 3, 7"):
+            checkpoints.chosen_step(5)

@@ -1,0 +1,293 @@
+"""The command, as a user types it: what it prints, writes, refuses and returns."""
+
+import json
+import pathlib
+import signal
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from alexnet_jax import config as configs
+from alexnet_jax import loop
+from alexnet_jax import main as command
+from alexnet_jax.checkpoint import Checkpoints
+from alexnet_jax.report import Report
+from alexnet_jax.train import optim, state
+
+CLASSES = ("cat", "dog", "owl")
+CONFIG = """
+from alexnet_jax.config import blank
+
+
+def get_config():
+    config = blank()
+    config.model.width = 1 / 16
+    config.model.input_size = 36
+    config.data.source = "folder:{data}"
+    config.data.cache_dir = "{cache}"
+    config.mesh.data = 1
+    config.optim.schedule = "epochs"
+    config.train.batch_size = 8
+    config.train.num_steps = 6
+    config.train.log_every_steps = 1
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> pathlib.Path:
+    """16 training and 5 validation images of each of three classes."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 16), ("val", 5)):
+        for place, label in enumerate(CLASSES):
+            (root / split / label).mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 80, (45 + number, 50, 3)) + 80 * np.eye(3)[place]
+                image = Image.fromarray(pixels.astype(np.uint8))
+                image.save(root / split / label / f"{number:02d}.jpg")
+    return root
+
+
+@pytest.fixture(scope="module")
+def config_file(images, tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("config")
+    path = folder / "tiny.py"
+    path.write_text(CONFIG.format(data=images, cache=folder / "cache"))
+    return path
+
+
+@pytest.fixture
+def run(config_file):
+    """(workdir, further arguments) -> the exit status."""
+
+    def call(workdir, *arguments: str) -> int:
+        return command.main(["main", f"--config={config_file}", f"--workdir={workdir}", *arguments])
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def trained(config_file, tmp_path_factory) -> pathlib.Path:
+    """The workdir of a run of six steps, one epoch."""
+    workdir = tmp_path_factory.mktemp("runs") / "trained"
+    assert command.main(["main", f"--config={config_file}", f"--workdir={workdir}"]) == 0
+    return workdir
+
+
+def records(workdir: pathlib.Path, split: str) -> list[dict]:
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["split"] == split]
+
+
+def final_state(workdir: pathlib.Path, step: int | None = None) -> state.TrainState:
+    config = configs.from_dict(json.loads((workdir / "config.json").read_text()))
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        step = step or checkpoints.steps()[-1]
+        shapes = state.state_shapes(config.model, 3, optim.make_optimizer(config.optim))
+        return checkpoints.read_state(step, shapes)
+
+
+def assert_equal(found, expected) -> None:
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_training_writes_what_the_contract_names(trained):
+    assert (trained / "labels.txt").read_text().split() == list(CLASSES)
+    assert json.loads((trained / "config.json").read_text())["model"]["num_classes"] == 3
+    assert list((trained / "tensorboard").glob("events.out.tfevents.*"))
+    train = records(trained, "train")
+    assert [record["step"] for record in train] == [1, 2, 3, 4, 5, 6]
+    for record in train:
+        assert 0 <= record["top1_error"] <= 1
+        assert record["top5_error"] == 0  # of three classes: top-3
+        assert record["images_per_second"] > 0
+        assert record["learning_rate"] == pytest.approx(0.01)
+        assert record["epoch"] == pytest.approx(record["step"] * 8 / 48)
+    assert abs(train[0]["loss"] - np.log(3)) < 0.5
+    (validation,) = records(trained, "validation")
+    assert (validation["step"], validation["num_examples"]) == (6, 15)
+
+
+def test_evaluation_repeats_the_validation_on_other_devices(trained, run, capsys):
+    (validation,) = records(trained, "validation")
+    for mesh in ("--config.mesh.model=1", "--config.mesh.model=2"):
+        assert run(trained, "--mode=eval", mesh, "--config.eval.batch_size=4") == 0
+        found = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert found["split"] == "validation"
+        assert (found["num_examples"], found["num_crops"], found["step"]) == (15, 1, 6)
+        assert found["loss"] == pytest.approx(validation["loss"], rel=1e-5)
+        assert found["top1_error"] == validation["top1_error"]
+
+
+def test_ten_crops_of_the_training_split_are_evaluated_too(trained, run, capsys):
+    arguments = ("--mode=eval", "--config.eval.num_crops=10", "--config.eval.split=train")
+    assert run(trained, *arguments) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["num_examples"], found["num_crops"], found["split"]) == (48, 10, "train")
+    assert np.isfinite(found["loss"])
+
+
+def test_evaluation_uses_the_devices_there_are(trained, run, capsys):
+    assert run(trained, "--mode=eval", "--config.mesh.model=2", "--config.mesh.data=64") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["num_examples"] == 15
+
+
+def test_a_run_in_two_parts_is_the_undisturbed_run_bit_for_bit(trained, run, tmp_path):
+    assert run(tmp_path, "--config.train.num_steps=4", "--config.checkpoint.every_steps=2") == 0
+    assert run(tmp_path, "--config.train.num_steps=6") == 0
+    assert_equal(final_state(tmp_path), final_state(trained))
+    keys = ("step", "loss", "top1_error", "gradient_norm")
+    straight = [[record[key] for key in keys] for record in records(trained, "train")]
+    assert [[record[key] for key in keys] for record in records(tmp_path, "train")] == straight
+
+
+def test_a_run_goes_on_on_another_mesh(trained, run, tmp_path):
+    mesh = ("--config.mesh.model=2", "--config.mesh.data=2")
+    assert run(tmp_path, "--config.train.num_steps=3", *mesh) == 0
+    assert run(tmp_path, "--config.train.num_steps=6") == 0
+    pairs = zip(records(tmp_path, "train"), records(trained, "train"), strict=True)
+    for found, expected in pairs:
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert {record["step"] for record in records(tmp_path, "train")} == {1, 2, 3, 4, 5, 6}
+
+
+def test_a_finished_run_started_again_does_nothing(trained, run, capsys):
+    before = (trained / "metrics.jsonl").read_text()
+    assert run(trained) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert (trained / "metrics.jsonl").read_text() == before
+
+
+def test_records_after_the_restored_step_are_taken_out(run, tmp_path):
+    assert run(tmp_path, "--config.train.num_steps=2") == 0
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "epoch": 0.5, "split": "train", "loss": 9.0}\n{"step": 4, "ep')
+    assert run(tmp_path, "--config.train.num_steps=3") == 0
+    assert [record["step"] for record in records(tmp_path, "train")] == [1, 2, 3]
+    assert records(tmp_path, "train")[-1]["loss"] < 9
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["int", "term"]
+)
+def test_a_signal_at_any_moment_of_a_step_saves_before_it_ends(
+    number, status, run, tmp_path, monkeypatch
+):
+    record = Report.record
+
+    def interrupted(self, split, step, *rest):
+        record(self, split, step, *rest)
+        if step == 2:  # after the step has looked for signals: the next one saves
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(Report, "record", interrupted)
+    assert run(tmp_path) == status
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.steps() == [3]
+    assert signal.getsignal(number) == (
+        signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    )
+
+
+def test_a_loss_that_is_not_finite_ends_with_status_1_and_keeps_the_good_checkpoint(
+    run, tmp_path, capsys
+):
+    assert run(tmp_path, "--config.train.num_steps=2") == 0
+    good = final_state(tmp_path)
+    change = ("--config.optim.learning_rate=1e30", "--allow_config_change")
+    assert run(tmp_path, *change) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: step ")
+    assert "learning_rate" in error
+    assert_equal(final_state(tmp_path), good)
+
+
+def test_another_model_is_refused_and_other_settings_need_a_flag(trained, run, tmp_path, capsys):
+    assert run(trained, "--config.model.width=0.125") == 2
+    assert "model.width: 0.0625 -> 0.125" in capsys.readouterr().err
+    assert run(trained, "--config.seed=7", "--config.optim.momentum=0.5") == 2
+    error = capsys.readouterr().err
+    assert "seed: 42 -> 7" in error
+    assert "optim.momentum: 0.9 -> 0.5" in error
+    assert "--allow_config_change" in error
+    assert run(trained, "--config.seed=7", "--allow_config_change") == 0
+    assert run(trained, "--config.seed=42", "--allow_config_change") == 0
+
+
+def test_other_classes_are_refused(trained, run, images, tmp_path, capsys):
+    for split in ("train", "val"):
+        for old, new in zip(CLASSES, ("ant", "bee", "owl"), strict=True):
+            (tmp_path / split).mkdir(exist_ok=True)
+            (tmp_path / split / new).symlink_to(images / split / old)
+    source = f"--config.data.source=folder:{tmp_path}"
+    assert run(trained, source, "--allow_config_change") == 2
+    assert "class 0 is 'ant', in the checkpoint 'cat'" in capsys.readouterr().err
+    assert run(trained, source, "--mode=eval") == 2
+    assert "other classes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config=nowhere.py"], ["nowhere.py"]),
+        (["--config.model.widht=1"], ["widht", "width"]),
+        (["--config.modle.width=1"], ["modle", "model"]),
+        (["--config.train.batch_size=many"], ["train.batch_size", "many"]),
+        (["--config.seed=1.5"], ["seed", "1.5"]),
+        (["--config.optim.momentum=2"], ["optim.momentum=2.0", "below 1"]),
+        (["--mode=trian"], ["--mode=trian", "train, eval, inspect"]),
+        (["--wrkdir=x"], ["wrkdir"]),
+        (["stray"], ["stray"]),
+        (["--config.train.batch_size=6", "--config.mesh.data=4"], ["train.batch_size=6", "4"]),
+        (["--config.mesh.data=3", "--config.mesh.model=2"], ["JAX_NUM_CPU_DEVICES=6", "4 (cpu)"]),
+        (["--config.model.preset=caffenet", "--config.mesh.model=2"], ["--config.mesh.model=1"]),
+        (["--config.model.preset=half", "--config.mesh.model=2"], ["--config.mesh.model=1"]),
+        (["--config.model.input_size=20", "--config.mesh.data=1"], ["input_size=20", "36"]),
+        (["--config.model.num_classes=4"], ["num_classes=4", "3 classes"]),
+        (["--config.data.source=folder:/does/not/exist"], ["/does/not/exist"]),
+        (["--config.data.source=tfds:imagenet2012"], ["ILSVRC2012_img_val.tar", "quickstart.py"]),
+        (["--mode=eval"], ["holds no checkpoints"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value[0], str) else None,
+)
+def test_a_mistake_ends_with_one_clear_line_and_status_2(arguments, words, run, tmp_path, capsys):
+    tfds_dir = f"--config.data.tfds_dir={tmp_path / 'tfds'}"
+    assert run(tmp_path / "workdir", tfds_dir, *arguments) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    for word in words:
+        assert word in line
+
+
+def test_a_workdir_that_cannot_be_written_is_a_mistake(run, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert run(tmp_path / "file" / "workdir") == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "cannot be written" in line
+
+
+def test_a_step_that_was_never_saved_is_a_mistake(trained, run, capsys):
+    assert run(trained, "--mode=eval", "--config.checkpoint.step=5") == 2
+    assert "checkpoint.step=5" in capsys.readouterr().err
+
+
+def test_the_calendar_ends_an_epoch_at_the_first_step_past_it():
+    calendar = loop.Calendar(num_examples=10, batch_size=4, num_steps=9)
+    # Steps 3 (12 images), 5 (20), 8 (32); and 9, the last.
+    assert [step for step in range(1, 10) if calendar.epoch_ends(step, 1)] == [3, 5, 8, 9]
+    assert [step for step in range(1, 10) if calendar.epoch_ends(step, 2)] == [5, 9]
+    assert [step for step in range(1, 10) if calendar.is_due(step, 4)] == [4, 8, 9]
+    assert [step for step in range(1, 10) if calendar.is_due(step, 0)] == [9]
+
+
+def test_the_error_of_the_newest_pass_is_saved_only_where_a_pass_was_made(run, tmp_path):
+    assert run(tmp_path, "--config.checkpoint.every_steps=4", "--config.train.num_steps=8") == 0
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        kept = {c.step: c.metrics for c in checkpoints.checkpointer.checkpoints}
+    passes = {record["step"]: record["top1_error"] for record in records(tmp_path, "validation")}
+    assert set(passes) == {6, 8}
+    best = min(passes, key=lambda step: (passes[step], step))
+    assert kept == {step: {"top1_error": passes[step]} for step in {best, 8}}

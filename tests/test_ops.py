@@ -1,0 +1,271 @@
+"""Pool, convolution, normalisation and dropout against the oracle and formulas spelled out."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from alexnet_jax import ops
+
+PAPER = {"size": 5, "k": 2.0, "alpha": 1e-4, "beta": 0.75}
+CAFFE = {"size": 5, "k": 1.0, "alpha": 2e-5, "beta": 0.75}  # 1e-4 over the window of 5
+OTHER = {"size": 3, "k": 1.5, "alpha": 1e-3, "beta": 0.5}
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def with_gradient(function, *arguments, dy):
+    """The value and the gradients of sum(value * dy), as numpy arrays."""
+
+    def both(*inputs):
+        y, back = jax.vjp(function, *inputs)
+        return y, back(dy)
+
+    return jax.tree.map(np.asarray, jax.jit(both)(*arguments))
+
+
+# -------------------------------------------------------------------------------------- pooling
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("window", "stride"), [(3, 2), (2, 2), (3, 1), (3, 3)])
+@pytest.mark.parametrize(("height", "width"), [(7, 7), (8, 5), (3, 4)])
+def test_max_pool_and_its_gradient_are_exactly_the_oracles(height, width, window, stride, dtype):
+    """Whole numbers of a small range: many ties, and sums that bfloat16 holds exactly."""
+    rng = np.random.default_rng(height)
+    x = rng.integers(-2, 3, (2, height, width, 3))
+    expected = oracle.max_pool(x, window, stride)
+    dy = rng.integers(-4, 5, expected.shape)
+    y, (dx,) = with_gradient(
+        lambda x: ops.max_pool(x, window, stride), jnp.asarray(x, dtype), dy=jnp.asarray(dy, dtype)
+    )
+    assert y.dtype == dx.dtype == dtype
+    assert y.shape[1:3] == tuple(ops.pooled_size(n, window, stride) for n in (height, width))
+    np.testing.assert_array_equal(y.astype(float), expected)
+    np.testing.assert_array_equal(dx.astype(float), oracle.max_pool_grad(x, dy, window, stride))
+
+
+@pytest.mark.parametrize(("window", "stride"), [(3, 2), (2, 2)])
+def test_max_pool_of_numbers_without_ties_is_exactly_the_oracles(window, stride):
+    x = normal(1, 2, 9, 9, 4).astype(np.float32)
+    dy = normal(2, *oracle.max_pool(x, window, stride).shape).astype(np.float32)
+    y, (dx,) = with_gradient(lambda x: ops.max_pool(x, window, stride), x, dy=dy)
+    np.testing.assert_array_equal(y, oracle.max_pool(x, window, stride))
+    # A pixel that wins four windows sums four gradients, in whatever order.
+    np.testing.assert_allclose(dx, oracle.max_pool_grad(x, dy, window, stride), atol=1e-6)
+
+
+def test_a_map_smaller_than_the_window_is_pooled_to_its_maximum():
+    x = normal(1, 1, 2, 2, 3).astype(np.float32)
+    np.testing.assert_array_equal(ops.max_pool(x, 3, 2), x.max((1, 2), keepdims=True))
+
+
+def test_the_compiled_max_pool_gradient_has_no_select_and_scatter():
+    def total(pool):
+        return jax.jit(jax.grad(lambda x: jnp.sum(pool(x) ** 2)))
+
+    def xlas_own(x):
+        strides = (1, 2, 2, 1)
+        return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), strides, "VALID")
+
+    x = jnp.zeros((1, 7, 7, 2))
+    ours, theirs = (
+        total(pool).lower(x).as_text() for pool in (lambda x: ops.max_pool(x, 3, 2), xlas_own)
+    )
+    assert "select_and_scatter" in theirs  # this is how it would look
+    assert "select_and_scatter" not in ours
+    compiled = total(lambda x: ops.max_pool(x, 3, 2)).lower(x).compile().as_text()
+    assert "select-and-scatter" not in compiled
+
+
+# ---------------------------------------------------------------------------------- convolution
+
+
+@pytest.mark.parametrize(
+    ("side", "window", "stride", "padding", "groups"),
+    [
+        (19, 11, 4, ((0, 3), (0, 3)), 1),
+        (9, 5, 1, ((2, 2), (2, 2)), 2),
+        (7, 3, 1, ((1, 1), (1, 1)), 1),
+        (6, 3, 1, ((1, 1), (1, 1)), 2),
+    ],
+)
+def test_convolution_and_its_gradients_are_the_oracles(side, window, stride, padding, groups):
+    x = normal(1, 2, side, side, 8).astype(np.float32)
+    kernel = normal(2, window, window, 8 // groups, 6).astype(np.float32)
+    expected = oracle.conv(x, kernel, np.zeros(6), stride, padding, groups)
+    dy = normal(3, *expected.shape).astype(np.float32)
+    y, (dx, dkernel) = with_gradient(
+        lambda x, kernel: ops.conv(x, kernel, stride=stride, padding=padding, groups=groups),
+        x,
+        kernel,
+        dy=dy,
+    )
+    wanted = oracle.conv_grad(x, kernel, dy, stride, padding, groups)
+    # Sums of at most 968 products of numbers near 1: 30 in size, 1e-6 of that in error.
+    np.testing.assert_allclose(y, expected, atol=1e-4)
+    np.testing.assert_allclose(dx, wanted[0], atol=1e-4)
+    np.testing.assert_allclose(dkernel, wanted[1], atol=1e-4)
+
+
+# -------------------------------------------------------------------------------- normalisation
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("constants", [PAPER, CAFFE, OTHER])
+def test_response_normalisation_and_its_gradient_are_the_oracles(constants, groups):
+    """Numbers near 50, as after conv1: the paper's constants then change them noticeably."""
+    x = (50 * normal(1, 2, 3, 3, 12)).astype(np.float32)
+    dy = normal(2, *x.shape).astype(np.float32)
+    y, (dx,) = with_gradient(
+        lambda x: ops.local_response_norm(x, **constants, groups=groups), x, dy=dy
+    )
+    numbers = (*constants.values(), groups)
+    np.testing.assert_allclose(y, oracle.lrn(x, *numbers), rtol=2e-6)
+    wanted = oracle.lrn_grad(x, dy, *numbers)
+    np.testing.assert_allclose(dx, wanted, atol=2e-6 * np.abs(wanted).max())
+
+
+def test_response_normalisation_is_the_equation_of_the_paper_word_for_word():
+    a, (k, n, alpha, beta) = 60 * normal(3, 9), (2, 5, 1e-4, 0.75)  # one pixel of N maps
+    maps = len(a)
+    b = []
+    for i in range(maps):
+        total = 0.0
+        for j in range(max(0, i - n // 2), min(maps - 1, i + n // 2) + 1):
+            total += a[j] ** 2
+        b.append(a[i] / (k + alpha * total) ** beta)
+    found = ops.local_response_norm(jnp.asarray(a.reshape(1, 1, 1, -1), jnp.float32), **PAPER)
+    np.testing.assert_allclose(found[0, 0, 0], b, rtol=2e-6)
+
+
+@pytest.mark.parametrize("constants", [{**PAPER, "k": 1.0, "alpha": 4e-5}, OTHER])
+def test_spatial_normalisation_and_its_gradient_are_the_oracles(constants):
+    x = (50 * normal(1, 2, 6, 7, 3)).astype(np.float32)
+    dy = normal(2, *x.shape).astype(np.float32)
+    y, (dx,) = with_gradient(lambda x: ops.spatial_response_norm(x, **constants), x, dy=dy)
+    np.testing.assert_allclose(y, oracle.spatial_lrn(x, *constants.values()), rtol=2e-6)
+    wanted = oracle.spatial_lrn_grad(x, dy, *constants.values())
+    np.testing.assert_allclose(dx, wanted, atol=2e-6 * np.abs(wanted).max())
+
+
+# ------------------------------------------------------------------------------------- bfloat16
+
+
+def test_a_bfloat16_sum_of_ones_that_bfloat16_itself_could_not_count():
+    """bfloat16 has 8 bits: 256 + 1 is 256 again, so adding ones in it never passes 256."""
+    total = jnp.bfloat16(0)
+    for _ in range(300):
+        total += jnp.bfloat16(1)
+    assert total == 256
+
+    ones = jnp.ones((1, 3, 3, 64), jnp.bfloat16)
+    padding = ((0, 0), (0, 0))
+    y = ops.conv(ones, jnp.ones((3, 3, 64, 1)), padding=padding)
+    assert y.dtype == jnp.bfloat16
+    assert y.item() == 3 * 3 * 64
+
+    maps = jnp.ones((1, 1, 1, 1024), jnp.bfloat16)
+    y = ops.local_response_norm(maps, size=2049, k=1.0, alpha=1.0, beta=0.75)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(y.astype(float), 1025**-0.75, rtol=2**-8)
+
+    plane = jnp.ones((1, 33, 33, 1), jnp.bfloat16)
+    y = ops.spatial_response_norm(plane, size=65, k=1.0, alpha=1.0, beta=0.75)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(y.astype(float), (1 + 33 * 33) ** -0.75, rtol=2**-8)
+
+
+def test_the_squares_of_bfloat16_maps_are_not_rounded_to_it():
+    """A square rounded to 8 bits would be raised to the fourth power, with its error."""
+    x = jnp.asarray(np.linspace(1, 2, 128).reshape(1, 1, -1, 1), jnp.bfloat16)
+    constants = {"size": 1, "k": 1e-3, "alpha": 1.0, "beta": 4.0}
+    exact = oracle.lrn(np.asarray(x, float), *constants.values())
+    for norm in (ops.local_response_norm, ops.spatial_response_norm):
+        found = np.asarray(norm(x, **constants), float)
+        assert np.abs(found / exact - 1).max() <= 2**-8 * (1 + 1e-3)  # one rounding, at the end
+
+
+# -------------------------------------------------------------------------------------- dropout
+
+
+def mask(
+    rows, towers=(0, 1), *, seed: int = 0, layer: int = 1, shape=(64,), rate=0.5
+) -> np.ndarray:
+    numbers = (jnp.asarray(n, jnp.int32) for n in (rows, towers))
+    return np.asarray(_mask(jax.random.key(seed), *numbers, layer, shape, rate))
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _mask(key, rows, towers, layer, shape, rate):
+    return ops.keep_mask(key, rows, layer=layer, towers=towers, shape=shape, rate=rate)
+
+
+def test_a_rows_mask_does_not_depend_on_the_rows_beside_it():
+    everything = mask(range(4))
+    np.testing.assert_array_equal(mask([3, 0, 2, 2]), everything[[3, 0, 2, 2]])
+    np.testing.assert_array_equal(mask([3]), everything[[3]])
+
+
+@pytest.mark.parametrize("shape", [(64,), (3, 2, 8)])
+def test_a_towers_mask_does_not_depend_on_who_asks(shape):
+    """Tower 0's channels come first on the last axis, as everywhere."""
+    both = mask(range(4), (0, 1), shape=shape)
+    assert both.shape == (4, *shape[:-1], 2 * shape[-1])
+    assert both.dtype == bool
+    alone = [mask(range(4), [tower], shape=shape) for tower in (0, 1)]
+    np.testing.assert_array_equal(both, np.concatenate(alone, axis=-1))
+
+
+def test_seed_layer_tower_and_row_all_change_a_mask():
+    first = mask([0], [0])
+    others = [mask([1], [0]), mask([0], [1]), mask([0], [0], layer=2), mask([0], [0], seed=1)]
+    for other in others:
+        assert 0.2 < np.mean(first != other) < 0.8  # 64 fair coins differ in half
+
+
+def test_swapping_row_and_tower_gives_another_mask():
+    assert np.any(mask([0], [1]) != mask([1], [0]))
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.75])
+def test_units_are_dropped_at_the_rate_and_independently(rate):
+    keep = mask(range(100), shape=(200,), rate=rate)  # 40,000 units
+    spread = np.sqrt(rate * (1 - rate))
+    assert abs(keep.mean() - (1 - rate)) < 5 * spread / np.sqrt(keep.size)
+    deviation = (keep - keep.mean()) / spread
+    pairs = {
+        "rows": deviation[:-1] * deviation[1:],
+        "units": deviation[:, :-1] * deviation[:, 1:],
+        "towers": deviation[:, :200] * deviation[:, 200:],
+    }
+    for name, products in pairs.items():
+        assert abs(products.mean()) < 5 / np.sqrt(products.size), name
+
+
+def test_rate_0_keeps_every_unit():
+    assert mask(range(4), rate=0.0).all()
+
+
+def test_both_dropout_rules_have_the_same_mean_and_differ_in_where_they_scale():
+    x = jnp.asarray([[1.0, -2.0, 3.0, 4.0]])
+    keep = jnp.asarray([[True, False, True, False]])
+
+    def values(keep, rate, rule):
+        return ops.dropout(x, keep, rate, rule).tolist()
+
+    assert values(keep, 0.75, "scale_at_test") == [[1, 0, 3, 0]]
+    assert values(None, 0.75, "scale_at_test") == [[0.25, -0.5, 0.75, 1]]
+    assert values(keep, 0.75, "inverted") == [[4, 0, 12, 0]]
+    assert values(None, 0.75, "inverted") == x.tolist()
+
+
+def test_a_dropped_unit_that_is_not_a_number_is_dropped_all_the_same():
+    for rule in ("scale_at_test", "inverted"):
+        kept = ops.dropout(jnp.asarray([jnp.nan, 1.0]), jnp.asarray([False, True]), 0.5, rule)
+        assert np.isfinite(kept).all()

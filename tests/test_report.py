@@ -1,0 +1,89 @@
+"""Where a record goes: a line of JSON, a TensorBoard event, words on the terminal."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from alexnet_jax.report import Report
+
+VALUES = {"loss": 1.5, "top1_error": 0.25, "top5_error": 0.125, "images_per_second": 1234.5}
+
+SCRIPT = """
+import pathlib, sys
+from alexnet_jax.report import Report
+with Report(pathlib.Path(sys.argv[1]), first_step=0, num_steps=4) as report:
+    for step in (1, 2, 3, 4):
+        report.record("train", step, step / 2, {values})
+    report.record("validation", 4, 2.0, {values})
+"""
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def events(workdir):
+    """(step, tag, value) of every scalar: records of length, checksum, data, checksum."""
+    (path,) = (workdir / "tensorboard").iterdir()
+    data, found = path.read_bytes(), []
+    while data:
+        length = int.from_bytes(data[:8], "little")
+        event = Event.FromString(data[12 : 12 + length])
+        found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+        data = data[16 + length :]
+    return found
+
+
+def test_a_record_is_a_line_of_json_and_events_and_a_plain_line(tmp_path, capsys):
+    with Report(tmp_path, first_step=0, num_steps=10) as report:
+        report.record("train", 5, 0.5, VALUES)
+    assert lines(tmp_path) == [{"step": 5, "epoch": 0.5, "split": "train", **VALUES}]
+    assert (5, "train/loss", 1.5) in events(tmp_path)
+    assert (5, "train/top1_error", 0.25) in events(tmp_path)
+    (line,) = capsys.readouterr().out.splitlines()
+    for word in ("step 5/10", "loss 1.5000", "top-1 error 25.00%", "1,234 images/s", "ETA"):
+        assert word in line
+
+
+def test_records_later_than_the_start_are_taken_out(tmp_path):
+    with Report(tmp_path, first_step=0, num_steps=10) as report:
+        for step in (1, 2, 3):
+            report.record("train", step, step / 2, VALUES)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "spl')  # a run killed while writing
+    with Report(tmp_path, first_step=2, num_steps=10) as report:
+        report.record("train", 3, 1.5, VALUES)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+
+
+def test_tensorflow_is_not_needed(tmp_path):
+    code = "import sys; from alexnet_jax import report; print('tensorflow' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_terminal_gets_a_progress_bar_with_errors_and_speed(tmp_path):
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", SCRIPT.format(values=VALUES), str(tmp_path)]
+    environment = os.environ | {"COLUMNS": "200", "LINES": "24"}
+    process = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    shown = b""
+    try:
+        while chunk := os.read(ours, 4096):
+            shown += chunk
+    except OSError:  # the other end is closed
+        pass
+    assert process.wait() == 0
+    text = shown.decode()
+    assert "4/4" in text
+    assert "top-1 error 25.00%" in text
+    assert "1,234 images/s" in text
+    assert "validation  step 4/4" in text
+    assert len(lines(tmp_path)) == 5
