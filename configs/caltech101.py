@@ -19,5 +19,5 @@ def get_config():
     config.data.source = "tfds:caltech101"
     config.optim.schedule = "cosine"
     config.train.batch_size = 32
-    config.train.num_epochs = 120
+    config.train.num_epochs = 90
     return config

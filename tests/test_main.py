@@ -217,6 +217,30 @@ def test_another_model_is_refused_and_other_settings_need_a_flag(trained, run, t
     assert run(trained, "--config.seed=42", "--allow_config_change") == 0
 
 
+# No pass after the first can improve by 1, so each of them, at steps 12 and 18, has a drop due.
+HOPELESS = ("--config.optim.plateau_patience=1", "--config.optim.plateau_min_delta=1.0")
+
+
+def test_the_plateau_drops_the_rate_after_its_pass_and_a_restart_remembers(run, tmp_path):
+    schedule = ("--config.optim.schedule=plateau", *HOPELESS)
+    assert run(tmp_path, "--config.train.num_steps=14", *schedule) == 0
+    assert run(tmp_path, "--config.train.num_steps=20", *schedule) == 0
+    rates = {record["step"]: record["learning_rate"] for record in records(tmp_path, "train")}
+    # Step 14 is the last of the first run, and so has a pass of its own.
+    expected = {step: 0.01 if step <= 12 else 1e-3 if step <= 14 else 1e-4 for step in range(1, 19)}
+    expected |= {19: 1e-5, 20: 1e-5}
+    assert rates == pytest.approx(expected)
+
+
+def test_the_plateau_leaves_other_schedules_alone(run, tmp_path):
+    schedule = ("--config.optim.schedule=cosine", *HOPELESS)
+    assert run(tmp_path, "--config.train.num_steps=20", *schedule) == 0
+    for record in records(tmp_path, "train"):
+        turn = (record["step"] - 1) / 20  # the rate is that of the steps done before
+        rate = 0.005 * (1 + np.cos(np.pi * turn))
+        assert record["learning_rate"] == pytest.approx(rate, rel=1e-4)  # float32 near -1
+
+
 def test_other_classes_are_refused(trained, run, images, tmp_path, capsys):
     for split in ("train", "val"):
         for old, new in zip(CLASSES, ("ant", "bee", "owl"), strict=True):

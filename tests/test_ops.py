@@ -34,7 +34,7 @@ def with_gradient(function, *arguments, dy):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(("window", "stride"), [(3, 2), (2, 2), (3, 1), (3, 3)])
-@pytest.mark.parametrize(("height", "width"), [(7, 7), (8, 5), (3, 4)])
+@pytest.mark.parametrize(("height", "width"), [(8, 5), (3, 4)])
 def test_max_pool_and_its_gradient_are_exactly_the_oracles(height, width, window, stride, dtype):
     """Whole numbers of a small range: many ties, and sums that bfloat16 holds exactly."""
     rng = np.random.default_rng(height)

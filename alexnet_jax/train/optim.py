@@ -140,5 +140,5 @@ def plateau_update(plateau: Plateau, error: float, optim: Optim) -> Plateau:
 
 
 def plateau_scale(plateau: Plateau, optim: Optim) -> float:
-    """What the learning rates are multiplied by."""
-    return optim.drop_factor**plateau.drops
+    """What the learning rates are multiplied by; 1 under every other schedule."""
+    return optim.drop_factor**plateau.drops if optim.schedule == "plateau" else 1.0

@@ -301,13 +301,13 @@ def net_of(preset: str, **changes) -> oracle.Preset:
     return dataclasses.replace(oracle.PRESETS[preset], **changes)
 
 
-def check_forward(model, net, difference, activation="relu") -> None:
+def check_forward(model, net, difference, activation="relu", modes=(False,)) -> None:
     params, images, _ = case(model, net)
     apply = jax.jit(make_apply(model, CLASSES, 1))
-    for dropout, keep in [(None, None), (Dropout(KEY, ROWS), masks(model))]:
+    for train in modes:
+        dropout, keep = (Dropout(KEY, ROWS), masks(model)) if train else (None, None)
         logits = apply(params, jnp.asarray(images), dropout)
         assert logits.dtype == jnp.float32
-        train = dropout is not None
         expected, _ = oracle.forward(params, images, net, train, keep, activation)
         assert difference(logits, expected) < TOLERANCE
 
@@ -357,7 +357,8 @@ def check_training(model, optimizer, net, difference, record=None) -> None:
 
 @pytest.mark.parametrize("preset", ["caffenet", "half", "conv6"])
 def test_the_logits_of_the_other_nets_are_the_oracles(preset, configured, difference):
-    check_forward(configured(preset, SMALL).model, oracle.PRESETS[preset], difference)
+    model = configured(preset, SMALL).model
+    check_forward(model, oracle.PRESETS[preset], difference, modes=(False, True))
 
 
 @pytest.mark.parametrize("preset", ["paper", "source2012", "caffe_alexnet", "owt"])

@@ -471,7 +471,7 @@ def squares(classes: int, garbage: int) -> dict[str, np.ndarray]:
 
 def decided(params: oracle.Params) -> oracle.Params:
     """With steeper logits, so that crops of one image differ in their probabilities."""
-    fc8 = {"kernel": 30 * params["fc8"]["kernel"], "bias": params["fc8"]["bias"]}
+    fc8 = {"kernel": 300 * params["fc8"]["kernel"], "bias": params["fc8"]["bias"]}
     return {**params, "fc8": fc8}
 
 
