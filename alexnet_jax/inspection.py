@@ -29,6 +29,7 @@ COLLECTIVE = re.compile(
     r"collective-broadcast|ragged-all-to-all)(?:-start)?\(.*"
 )
 EXPLICIT_GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}")
+MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}")
 IOTA_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 
 
@@ -62,11 +63,19 @@ def collectives(hlo: str, mesh: Mesh) -> dict[str, dict[str, int]]:
 
 
 def _groups(line: str) -> set[frozenset[int]]:
-    """The replica groups of one HLO instruction, written out or as a transposed range."""
+    """The replica groups of one HLO instruction: written out, by mesh axes, or as a range."""
     explicit = EXPLICIT_GROUPS.search(line)
     if explicit:
         groups = re.findall(r"\{([\d,]+)\}", explicit[1])
         return {frozenset(int(number) for number in group.split(",")) for group in groups}
+    by_axes = MESH_GROUPS.search(line)
+    if by_axes:
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", by_axes[1])}
+        joined = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", by_axes[2])]
+        numbers = np.arange(math.prod(sizes.values())).reshape(*sizes.values())
+        numbers = np.moveaxis(numbers, joined, range(-len(joined), 0))
+        width = math.prod(numbers.shape[-len(joined) :])
+        return {frozenset(map(int, group)) for group in numbers.reshape(-1, width)}
     iota = IOTA_GROUPS.search(line)
     if not iota:
         return set()
