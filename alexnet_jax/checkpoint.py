@@ -39,6 +39,7 @@ class Meta:
     labels: tuple[str, ...]
     statistics: Statistics  # of the training split
     plateau: Plateau = BEGINNING
+    num_examples: int = 0  # of the training split: with them the stream's positions change
     top1_error: float | None = None  # a fraction, where a validation pass was made at the step
 
 
@@ -126,6 +127,7 @@ class Checkpoints:
                 "config": configs.to_dict(meta.config),
                 "labels": list(meta.labels),
                 "plateau": _plateau_to_json(meta.plateau),
+                "num_examples": meta.num_examples,
             },
             "statistics": {k: np.asarray(v) for k, v in meta.statistics._asdict().items()},
         }
@@ -166,8 +168,7 @@ class Checkpoints:
 
     def read_meta(self, step: int) -> Meta:
         """What is beside the state of a step."""
-        wanted = {"meta": None, "statistics": None}
-        found = self.checkpointer.load_checkpointables(step, wanted)
+        found = self._load(step, {"meta": None, "statistics": None})
         meta = found["meta"]
         arrays = {name: np.asarray(value) for name, value in found["statistics"].items()}
         return Meta(
@@ -175,11 +176,13 @@ class Checkpoints:
             labels=tuple(meta["labels"]),
             statistics=Statistics(**arrays),
             plateau=_plateau_from_json(meta["plateau"]),
+            num_examples=meta["num_examples"],
         )
 
     def read_params(self, step: int) -> Params:
         """A step's parameters on the host, numpy arrays in their natural shapes."""
-        stored = self.checkpointer.checkpointables_metadata(step).metadata["params"]
+        with self._damage(step):
+            stored = self.checkpointer.checkpointables_metadata(step).metadata["params"]
         return self._read(step, "params", stored)
 
     def read_state(self, step: int, shapes: TrainState) -> TrainState:
@@ -190,7 +193,24 @@ class Checkpoints:
 
     def _read(self, step: int, name: str, shapes: Any) -> Any:
         target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
-        return self.checkpointer.load_checkpointables(step, {name: target})[name]
+        return self._load(step, {name: target})[name]
+
+    def _load(self, step: int, wanted: dict[str, Any]) -> Any:
+        with self._damage(step):
+            return self.checkpointer.load_checkpointables(step, wanted)
+
+    @contextlib.contextmanager
+    def _damage(self, step: int) -> Iterator[None]:
+        """Whatever Orbax raises at a step it cannot read, as the user's to resolve."""
+        try:
+            yield
+        except Exception as error:
+            others = [str(other) for other in self.steps() if other != step]
+            older = f"the others are {', '.join(others)}" if others else "there is no other"
+            raise UserError(
+                f"checkpoint {self.directory / str(step)} is damaged ({type(error).__name__}); "
+                f"take that folder away to go on without it: {older}"
+            ) from error
 
 
 @contextlib.contextmanager

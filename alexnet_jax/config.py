@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, get_type_hints
@@ -56,13 +57,15 @@ def _numbers(count: int, least: float = -math.inf) -> Rule:
 _FRACTION = Rule("at least 0 and below 1", lambda value: 0 <= value < 1)
 _ASCENDING = Rule("in ascending order", lambda values: list(values) == sorted(values))
 _STAGE = Rule(
-    "of activation, lrn, spatial_lrn and pool",
-    lambda names: set(names) <= {"activation", "lrn", "spatial_lrn", "pool"},
+    "of activation, lrn, spatial_lrn and pool, none twice",
+    lambda names: (
+        set(names) <= {"activation", "lrn", "spatial_lrn", "pool"} and len(names) == len(set(names))
+    ),
 )
 _DROPPED = Rule("of pool5, fc6 and fc7", lambda names: set(names) <= {"pool5", "fc6", "fc7"})
 _SOURCE_NAME = Rule(
     "tfds:NAME, folder:PATH or shapes",
-    lambda name: name == "shapes" or (name.split(":")[0] in ("tfds", "folder") and name[-1] != ":"),
+    lambda name: name == "shapes" or re.fullmatch("(tfds|folder):.+", name) is not None,
 )
 _SPLIT = Rule(
     "train, validation and test parts, train above 0, as (6, 2, 2)",
@@ -176,7 +179,9 @@ class Train:
     """How much, in what portions."""
 
     batch_size: int = _setting(128, _at_least(1))  # images, over all devices; paper, section 5
-    num_epochs: float = _setting(90.0, _above(0))  # "roughly 90 cycles"
+    num_epochs: float = _setting(
+        90.0, Rule("above 0 and at most 1e6", lambda n: 0 < n <= 1e6)
+    )  # "roughly 90 cycles"
     num_steps: int = _setting(0, _at_least(0))  # overrides num_epochs when set
     accumulation_steps: int = _setting(1, _at_least(1))  # parts a device takes its rows in
     log_every_steps: int = _setting(20, _at_least(1))

@@ -101,7 +101,14 @@ def evaluate_workdir(config: Config, directory: pathlib.Path) -> dict[str, Any]:
         meta, params = checkpoints.read_meta(step), checkpoints.read_params(step)
     model = meta.config.model
     stored = meta.statistics.mean_image.shape[0]
-    data = dataclasses.replace(config.data, stored_size=stored, mean=meta.config.data.mean)
+    trained = meta.config.data
+    data = dataclasses.replace(
+        config.data,
+        stored_size=stored,
+        mean=trained.mean,
+        split=trained.split,
+        split_seed=trained.split_seed,
+    )
     config = dataclasses.replace(config, model=model, data=data)
     mesh = _fitting_mesh(config)
     source = sources.open_source(data, config.eval.split)

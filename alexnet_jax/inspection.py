@@ -109,7 +109,7 @@ def inspect(config: Config) -> dict[str, Any]:
 
     The step is compiled for two CPU devices where the net splits, for one where it does not.
     """
-    start_cpu_devices(2)
+    start_cpu_devices(2, at_least=True)
     model = config.model
     num_classes = model.num_classes or IMAGENET_CLASSES
     splits = model.towers == 2 and not model.lrn_across_towers

@@ -5,6 +5,7 @@ import itertools
 import math
 import pathlib
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -56,8 +57,9 @@ class StopSignal:
 
     def _received(self, number: int, frame: object) -> None:
         if self.number:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(number)
         self.number = number
+        print("stopping after this step; once more stops at once", file=sys.stderr)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +157,10 @@ def train(config: Config, directory: pathlib.Path, allow_config_change: bool = F
         _introduce(run, first, report)
         if first < last:
             return _steps(run, first, report, stop)
-        report.say("nothing to do: more epochs by --config.train.num_epochs=...")
+        report.say(
+            f"nothing to do: {first} of {last} steps are done; more by "
+            "--config.train.num_epochs=... or --config.train.num_steps=..."
+        )
     return 0
 
 
@@ -166,6 +171,7 @@ def _steps(run: Run, first: int, report: Report, stop: StopSignal) -> int:
     batches = _batches(run, first)
     ready = next(batches)
     train_step = _compiled(run.train_step, (state, ready, meta.statistics, scale), report)
+    report.start_clock(first)
     interval = Interval(calendar.batch_size)
     for step, batch in enumerate(itertools.chain([ready], batches), first + 1):
         state, results = train_step(state, batch, meta.statistics, scale)
@@ -208,6 +214,11 @@ def _validated(run: Run, meta: Meta, state: TrainState, step: int, report: Repor
         run.mesh,
     )
     values = metrics.errors(sums)
+    if not math.isfinite(values["loss"]):
+        raise TrainingError(
+            f"step {step}: the validation loss is {values['loss']}; the last good checkpoint "
+            "stays; a lower --config.optim.learning_rate is the usual way out"
+        )
     values["num_examples"] = int(sums.count)
     values["images_per_second"] = float(sums.count) / (time.perf_counter() - started)
     report.record(run.config.eval.split, step, run.calendar.epochs(step), values)
@@ -262,10 +273,9 @@ def prepare(config: Config, directory: pathlib.Path, allow_config_change: bool) 
     checkpoints = Checkpoints(directory / workdir.CHECKPOINTS)
     latest = checkpoints.latest_step()
     if latest is not None:
-        workdir.check_resume(directory, config, allow_config_change)
-        evaluate.check_labels(
-            checkpoints.read_meta(latest).labels, source.labels, config.data.source
-        )
+        meta = checkpoints.read_meta(latest)
+        changed = workdir.check_resume(meta.config, config, allow_config_change)
+        evaluate.check_labels(meta.labels, source.labels, config.data.source)
     source, statistics = survey.surveyed(source, config.data, config.model)
     validation, _ = survey.surveyed(validation, config.data, config.model)
     num_examples, num_classes = len(source), len(source.labels)
@@ -273,10 +283,18 @@ def prepare(config: Config, directory: pathlib.Path, allow_config_change: bool) 
     optimizer = optim.make_optimizer(config.optim)
     schedule = optim.make_schedule(config.optim, *dataclasses.astuple(calendar))
     if latest is None:
-        meta = Meta(config, source.labels, statistics)
+        meta = Meta(config, source.labels, statistics, num_examples=num_examples)
         state = initial_state(config.model, num_classes, optimizer, config.seed)
     else:
-        meta = dataclasses.replace(checkpoints.read_meta(latest), config=config)
+        if meta.num_examples != num_examples and not allow_config_change:
+            raise UserError(
+                f"{config.data.source} has {num_examples} training images, and had "
+                f"{meta.num_examples} when the run began; bring them back, or go on by "
+                "--allow_config_change"
+            )
+        meta = dataclasses.replace(meta, config=config, num_examples=num_examples)
+        if any(name.startswith("data.") for name in changed):
+            meta = dataclasses.replace(meta, statistics=statistics)
         shapes = state_shapes(config.model, num_classes, optimizer)
         state = checkpoints.read_state(latest, shapes)
     workdir.write(directory, config, source.labels)

@@ -21,6 +21,7 @@ from alexnet_jax import config as configs
 from alexnet_jax import evaluate, inspection, loop, mesh
 from alexnet_jax.checkpoint import SaveError
 from alexnet_jax.config import UserError
+from alexnet_jax.data.images import ImageError
 
 MODES = ("train", "eval", "inspect")
 
@@ -36,12 +37,12 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (loop.TrainingError, SaveError) as error:
+    except (loop.TrainingError, SaveError, ImageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("stopped before there was anything to save", file=sys.stderr)
-        return 128 + signal.SIGINT
+    except KeyboardInterrupt as stop:
+        print("stopped at once; checkpoints saved before stay", file=sys.stderr)
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
 
 
 def parse(argv: list[str]) -> flags.FlagValues | None:
@@ -63,7 +64,8 @@ def parse(argv: list[str]) -> flags.FlagValues | None:
     flags.DEFINE_bool("help", False, "print this", flag_values=values)
     try:
         rest = values(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        whole = values.config is not None and "model" in values.config  # loads it, at the latest
+    except Exception as error:  # of flags, or of whatever the config file does
         raise UserError(_flag_error(error)) from error
     if values.help:
         print(f"{__doc__}\n{values.main_module_help()}")
@@ -74,7 +76,11 @@ def parse(argv: list[str]) -> flags.FlagValues | None:
         raise UserError(f"--mode={values.mode}: must be one of {', '.join(MODES)}")
     if values.config is None:
         raise UserError("--config is missing; try --config=configs/quickstart.py")
-    if values.workdir is None and values.mode != "inspect":
+    if not whole:
+        raise UserError(
+            "the file of --config returns no config; begin it with blank(), as configs/"
+        )
+    if not values.workdir and values.mode != "inspect":
         raise UserError(f"--workdir is missing: --mode={values.mode} needs one")
     return values
 
@@ -101,6 +107,11 @@ def _flag_error(error: Exception) -> str:
     unknown = re.search(r"Did you mean \"(\w+)\" instead of \"(\w+)\"", text)
     if unknown:
         return f"config field {unknown[2]!r} does not exist; nearest is {unknown[1]!r}"
+    if "get_config" in text:
+        return "the --config file has no get_config(); write it as those of configs/ are"
+    if isinstance(error, OSError):
+        missing = re.search(r"No such file or directory: '(.*?)'", text)
+        return f"--config={missing[1]}: no such file" if missing else text
     if isinstance(error, AttributeError | KeyError):
         names = configs.field_names()
         wrong = text.strip("'\"").split()[0]

@@ -11,12 +11,14 @@ from alexnet_jax import config as configs
 from alexnet_jax.config import UserError
 
 
-def start_cpu_devices(count: int) -> None:
+def start_cpu_devices(count: int, at_least: bool = False) -> None:
     """Have the CPU platform start `count` virtual devices, unless JAX_NUM_CPU_DEVICES says else.
 
-    Does nothing on other platforms; to be called before JAX is first used.
+    With `at_least`, that many even then. Says nothing of other platforms; to be called before
+    JAX is first used.
     """
-    if count and jax.config.jax_num_cpu_devices < 1:  # pyright: ignore[reportAttributeAccessIssue]
+    asked = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
+    if asked < (count if at_least else min(count, 1)):
         jax.config.update("jax_num_cpu_devices", count)
 
 

@@ -193,7 +193,7 @@ def keep_mask(
 
     over_towers = jax.vmap(one, in_axes=(None, 0), out_axes=-2)
     bits = jax.vmap(over_towers, in_axes=(0, None))(rows, towers)  # (b, ..., t, c)
-    keep = bits >= np.uint32(round(rate * 2**32))
+    keep = bits >= np.uint32(int(rate * 2**32))
     return keep.reshape(*keep.shape[:-2], -1)
 
 

@@ -28,8 +28,8 @@ class Report:
     """
 
     def __init__(self, workdir: pathlib.Path, first_step: int, num_steps: int):
-        self.first_step, self.num_steps = first_step, num_steps
-        self.started = time.perf_counter()
+        self.num_steps = num_steps
+        self.start_clock(first_step)
         path = workdir / METRICS_FILE
         _drop_later(path, first_step)
         self.file = path.open("a", encoding="utf-8")
@@ -49,6 +49,10 @@ class Report:
         self.bar.close()
         self.board.close()
         self.file.close()
+
+    def start_clock(self, step: int) -> None:
+        """What is left is told from the pace since here."""
+        self.first_step, self.started = step, time.perf_counter()
 
     def record(self, split: str, step: int, epoch: float, values: Mapping[str, Any]) -> None:
         """One record: a line of JSON, a point for TensorBoard, words for the terminal."""
@@ -70,7 +74,7 @@ class Report:
             self.bar.update(step - self.bar.n)
 
     def seconds_left(self, step: int) -> float:
-        """Until the end, validation and all, at the pace since the start."""
+        """Until the end, validation and all, at the pace since the clock's start."""
         elapsed = time.perf_counter() - self.started
         return elapsed / (step - self.first_step) * (self.num_steps - step)
 
@@ -92,12 +96,12 @@ def _drop_later(path: pathlib.Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # the line a killed run was writing
+            later = json.loads(line)["step"] > step
+        except (ValueError, TypeError, KeyError):  # the line a killed run was writing
             continue
-        if record["step"] <= step:
+        if not later:
             kept.append(line + "\n")
     partial = path.with_suffix(".tmp")
     partial.write_text("".join(kept), encoding="utf-8")

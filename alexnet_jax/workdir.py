@@ -21,6 +21,7 @@ def make(workdir: pathlib.Path) -> None:
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / CHECKPOINTS).mkdir(exist_ok=True)
         probe = workdir / ".writable"
         probe.touch()
         probe.unlink()
@@ -30,36 +31,26 @@ def make(workdir: pathlib.Path) -> None:
         ) from error
 
 
-def read_config(workdir: pathlib.Path) -> Config:
-    """The config of the run in `workdir`.
+def check_resume(old: Config, new: Config, allow_config_change: bool) -> set[str]:
+    """The settings that a run of config `old` would go on with changed, as section.field.
 
     Raises:
-      UserError: there is no run.
+      UserError: the model changes; or anything else that matters, and it is not allowed.
     """
-    path = workdir / CONFIG_FILE
-    try:
-        return configs.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
-        raise UserError(f"--workdir={workdir} holds no run: {path} is missing") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error}); restore it or choose another") from error
-
-
-def check_resume(workdir: pathlib.Path, config: Config, allow_config_change: bool) -> None:
-    """Raises UserError where the run in `workdir` may not go on with `config`."""
-    refused, asked = configs.changes(read_config(workdir), config)
+    refused, asked = configs.changes(old, new)
     if refused:
         raise UserError(
-            f"--workdir={workdir} holds a run of another model ({_listed(refused)}); "
+            f"the workdir holds a run of another model ({_listed(refused)}); "
             "choose another --workdir"
         )
     if asked and not allow_config_change:
         raise UserError(
-            f"--workdir={workdir} holds a run with other settings ({_listed(asked)}); "
+            f"the workdir holds a run with other settings ({_listed(asked)}); "
             "choose another --workdir, or go on with the new ones by --allow_config_change"
         )
     if asked:
         log.warning("going on with changed settings: %s", _listed(asked))
+    return set(asked)
 
 
 def write(workdir: pathlib.Path, config: Config, labels: tuple[str, ...]) -> None:

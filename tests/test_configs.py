@@ -1,6 +1,7 @@
 """The files of configs/: each resolves, each net's size is pinned, none is forgotten."""
 
 import importlib.util
+import itertools
 import math
 import pathlib
 
@@ -19,7 +20,7 @@ def parameters(channels, features, conv_inputs, fc6_inputs, classes):
         for window, inputs, outputs in zip((11, 5, 3, 3, 3), conv_inputs, channels, strict=True)
     )
     widths = (fc6_inputs, *features, classes)
-    return convolutions + sum(i * o + o for i, o in zip(widths[:-1], widths[1:], strict=True))
+    return convolutions + sum(i * o + o for i, o in itertools.pairwise(widths))
 
 
 HALF = ((48, 128, 192, 192, 128), (2048, 2048), (3, 24, 128, 96, 96))

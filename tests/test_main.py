@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import signal
 
 import jax
@@ -192,6 +193,14 @@ def test_a_signal_at_any_moment_of_a_step_saves_before_it_ends(
     )
 
 
+def test_parameters_that_the_last_update_ruined_are_not_saved(run, tmp_path, capsys):
+    ruin = ("--config.optim.learning_rate=1e30", "--config.train.num_steps=1")
+    assert run(tmp_path, *ruin) == 1
+    assert "validation loss" in capsys.readouterr().err
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.steps() == []
+
+
 def test_a_loss_that_is_not_finite_ends_with_status_1_and_keeps_the_good_checkpoint(
     run, tmp_path, capsys
 ):
@@ -273,7 +282,8 @@ def test_other_classes_are_refused(trained, run, images, tmp_path, capsys):
         (["--config.model.num_classes=4"], ["num_classes=4", "3 classes"]),
         (["--config.data.source=folder:/does/not/exist"], ["/does/not/exist"]),
         (["--config.data.source=tfds:imagenet2012"], ["ILSVRC2012_img_val.tar", "quickstart.py"]),
-        (["--mode=eval"], ["holds no checkpoints"]),
+        (["--config.data.source=folder"], ["data.source='folder'", "folder:PATH"]),
+        (["--mode=eval"], ["holds no checkpoint"]),
     ],
     ids=lambda value: value[0] if isinstance(value[0], str) else None,
 )
@@ -284,6 +294,56 @@ def test_a_mistake_ends_with_one_clear_line_and_status_2(arguments, words, run, 
     assert line.startswith("error: ")
     for word in words:
         assert word in line
+
+
+def command_line(capsys, *arguments: str) -> str:
+    """The one line on stderr with which a command ends in status 2."""
+    assert command.main(["main", *arguments]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def test_a_config_file_that_gives_no_config_is_a_mistake(config_file, tmp_path, capsys):
+    workdir = f"--workdir={tmp_path / 'workdir'}"
+    assert "nope.py" in command_line(capsys, "--config=configs/nope.py", workdir)
+    for name, text in {"broken": "def", "raises": "1 / 0"}.items():
+        path = tmp_path / f"{name}.py"
+        path.write_text(text)
+        command_line(capsys, f"--config={path}", workdir)
+    assert "--config is missing" in command_line(capsys, workdir)
+    assert "--workdir is missing" in command_line(capsys, f"--config={config_file}", "--workdir=")
+    assert not (tmp_path / "workdir").exists()
+
+
+def test_a_damaged_checkpoint_is_named_with_the_way_out(run, tmp_path, capsys):
+    assert run(tmp_path, "--config.train.num_steps=2") == 0
+    shutil.rmtree(tmp_path / "checkpoints" / "2" / "params")
+    capsys.readouterr()
+    for mode in ("train", "eval"):
+        assert run(tmp_path, f"--mode={mode}") == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert "checkpoints/2 is damaged" in line
+
+
+def test_garbage_in_the_workdir_does_no_harm(run, tmp_path):
+    assert run(tmp_path, "--config.train.num_steps=2") == 0
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe")
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'\xff\xfe\n3\n{"a": 1}\n[]\n')
+    assert run(tmp_path, "--config.train.num_steps=3") == 0
+    assert [record["step"] for record in records(tmp_path, "train")] == [1, 2, 3]
+
+
+def test_images_that_came_or_went_are_noticed_before_going_on(run, images, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(images, data)
+    source = f"--config.data.source=folder:{data}"
+    assert run(tmp_path / "run", source, "--config.train.num_steps=2") == 0
+    (data / "train" / "cat" / "00.jpg").unlink()
+    assert run(tmp_path / "run", source) == 2
+    assert "has 47 training images, and had 48" in capsys.readouterr().err
+    assert run(tmp_path / "run", source, "--allow_config_change") == 0
 
 
 def test_a_workdir_that_cannot_be_written_is_a_mistake(run, tmp_path, capsys):

@@ -63,7 +63,9 @@ def test_records_later_than_the_start_are_taken_out(tmp_path):
 
 def test_tensorflow_is_not_needed(tmp_path):
     code = "import sys; from alexnet_jax import report; print('tensorflow' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "False"
 
 

@@ -113,7 +113,7 @@ def normalise(
     """Pixels less their mean, on the device.
 
     Args:
-      images: (b, s, s, 3) uint8, cropped and mirrored.
+      images: (b, s, s, 3), on the scale 0..255, cropped and mirrored.
       offset: (b, 2) int32, where each was cut.
       mirror: (b,) bool.
       statistics: of the training split.

@@ -168,6 +168,10 @@ def _folder(root: pathlib.Path, split: str, data: Data) -> Source:
     if not root.is_dir():
         raise UserError(f"data.source=folder:{root}: no such folder")
     if not (root / "train").is_dir():
+        splits = {name for names in FOLDER_NAMES.values() for name in names}
+        found = [entry.name for entry in root.iterdir() if entry.name.lower() in splits]
+        if found:
+            raise UserError(f"{root} has a folder {found[0]!r} but none named train; add it")
         return stratified(_class_folders(root, _class_names(root)), split, data)
     labels = _class_names(root / "train")
     wanted = FOLDER_NAMES[split] + (("test",) if split == "validation" else ())
@@ -175,7 +179,10 @@ def _folder(root: pathlib.Path, split: str, data: Data) -> Source:
     if len(found) > 1 and found[1].name != "test":
         raise UserError(f"{root} has both {found[0].name} and {found[1].name}; keep one of them")
     if not found:
-        raise UserError(f"{root} has no folder for split {split!r}: looked for {', '.join(wanted)}")
+        raise UserError(
+            f"{root} has no folder for split {split!r}: looked for {', '.join(wanted)}; add one, "
+            "or leave only class folders, which are then split"
+        )
     return _class_folders(found[0], labels)
 
 
@@ -209,7 +216,8 @@ def _class_folders(root: pathlib.Path, labels: tuple[str, ...]) -> Folder:
             raise UserError(f"{root / label} has no images; add some or remove the class folder")
         for entry in files:
             status = entry.stat()
-            state.update(f"{label}/{entry.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+            stamp = f"{label}/{entry.name} {status.st_size} {status.st_mtime_ns}"
+            state.update(os.fsencode(stamp) + b"\n")
             paths.append(entry.path)
             targets.append(target)
     return Folder(labels, np.array(targets), state.hexdigest(), tuple(paths))

@@ -24,7 +24,7 @@ from alexnet_jax.config import LAYERS, Model, UserError
 
 SPATIAL_LRN = {"size": 5, "k": 1.0, "alpha": 4e-5, "beta": 0.75}  # layers-145.cfg, rnorm2's second
 
-INITIAL_STREAM = 1 << 16  # of random numbers, beside those of data and dropout
+INITIAL_STREAM = 1 << 40  # of random numbers, beside those of data and dropout
 
 
 class Layer(NamedTuple):

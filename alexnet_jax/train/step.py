@@ -67,10 +67,9 @@ def make_train_step(
     shards = mesh.shape["model"]
 
     def local_loss(params: Params, batch: DeviceBatch, statistics: Statistics, key: Array):
-        images = augment.normalise(
-            batch["image"], batch["offset"], batch["mirror"], statistics, mean
-        )
-        images = (images + batch["shift"][:, None, None]) * batch["gain"][:, None, None, None]
+        pixels = batch["image"].astype(jnp.float32) + batch["shift"][:, None, None]
+        images = augment.normalise(pixels, batch["offset"], batch["mirror"], statistics, mean)
+        images = images * batch["gain"][:, None, None, None]
         logits = apply(params, images, Dropout(key, batch["row"]))
         sums = metrics.sums(metrics.log_probabilities(logits), batch["label"])
         return sums.loss / shards, sums

@@ -346,5 +346,5 @@ def test_a_harmless_warning_of_libjpeg_does_not_cost_the_picture(tmp_path):
 def test_a_needle_is_no_picture():
     buffer = io.BytesIO()
     Image.new("RGB", (1, 101)).save(buffer, "PNG")
-    with pytest.raises(images.ImageError, match="needle.png: is 1 x 101 pixels"):
+    with pytest.raises(images.ImageError, match="is 1 x 101 pixels"):
         images.decode(buffer.getvalue(), "needle.png")
