@@ -177,7 +177,7 @@ def test_records_after_the_restored_step_are_taken_out(run, tmp_path):
 def test_a_signal_at_any_moment_of_a_step_saves_before_it_ends(
     number, status, run, tmp_path, monkeypatch
 ):
-    record = Report.record
+    record, handler = Report.record, signal.getsignal(number)
 
     def interrupted(self, split, step, *rest):
         record(self, split, step, *rest)
@@ -188,9 +188,7 @@ def test_a_signal_at_any_moment_of_a_step_saves_before_it_ends(
     assert run(tmp_path) == status
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.steps() == [3]
-    assert signal.getsignal(number) == (
-        signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-    )
+    assert signal.getsignal(number) == handler
 
 
 def test_parameters_that_the_last_update_ruined_are_not_saved(run, tmp_path, capsys):
