@@ -1,10 +1,10 @@
 """The paper's net on ImageNet 2012, its two towers on two devices.
 
-  python -m alexnet_jax.main --config=configs/alexnet.py --workdir=runs/alexnet
+    python -m alexnet_jax.main --config=configs/alexnet.py --workdir=runs/alexnet
 
-Needs two devices or a multiple; on one, add --config.mesh.model=1. Not measured: ImageNet cannot
-be downloaded without an account. The paper: 40.7 % top-1 and 18.2 % top-5 validation error with
-ten crops (--mode=eval --config.eval.num_crops=10), after 90 epochs.
+Needs two devices or a multiple; on one, add --config.mesh.model=1. Not measured: ImageNet has to be
+fetched by hand, and takes a GPU. The paper: 40.7 % top-1 and 18.2 % top-5 validation error with ten
+crops (--mode=eval --config.eval.num_crops=10), after 90 epochs.
 """
 
 from alexnet_jax.config import blank

@@ -1,6 +1,8 @@
 """Imagenette, ten classes of ImageNet, at the paper's size.
 
-python -m alexnet_jax.main --config=configs/imagenette.py --workdir=runs/imagenette
+    python -m alexnet_jax.main --config=configs/imagenette.py --workdir=runs/imagenette
+
+Not measured.
 """
 
 from alexnet_jax.config import blank
