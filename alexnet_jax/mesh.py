@@ -66,10 +66,6 @@ def parameter_spec(array: jax.Array | jax.ShapeDtypeStruct) -> P:
     return P(*(None,) * (array.ndim - 1), "model") if array.ndim else P()
 
 
-def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
-    return NamedSharding(mesh, P())
-
-
 def local_rows(mesh: jax.sharding.Mesh, batch_size: int) -> range:
     """The rows of the global batch that this process's devices need.
 

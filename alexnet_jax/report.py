@@ -38,7 +38,7 @@ class Report:
             total=num_steps,
             initial=first_step,
             unit="step",
-            disable=None if sys.stderr is not None else True,  # None: where there is no terminal
+            disable=None,  # where there is no terminal
             dynamic_ncols=True,
         )
 
