@@ -183,7 +183,7 @@ def run(problem):
             mean="central",
             accumulation_steps=accumulation,
         )
-        everywhere = meshes.replicated(mesh)
+        everywhere = jax.NamedSharding(mesh, P())
         rest = jax.device_put((statistics, np.float32(1)), everywhere)
         now = state.put(natural, mesh)
         executable = train_step.lower(now, meshes.put_batch(batches[0], mesh), *rest).compile()
@@ -519,7 +519,7 @@ def test_evaluation_averages_the_crops_probabilities_and_skips_the_padding(
         num_crops=num_crops,
         mean=mean,
     )
-    everywhere = jax.device_put(statistics, meshes.replicated(mesh))
+    everywhere = jax.device_put(statistics, jax.NamedSharding(mesh, P()))
     found = [
         jax.device_get(
             evaluate(
