@@ -64,8 +64,8 @@ _STAGE = Rule(
 )
 _DROPPED = Rule("of pool5, fc6 and fc7", lambda names: set(names) <= {"pool5", "fc6", "fc7"})
 _SOURCE_NAME = Rule(
-    "tfds:NAME, folder:PATH or shapes",
-    lambda name: name == "shapes" or re.fullmatch("(tfds|folder):.+", name) is not None,
+    "tfds:NAME, folder:PATH, records:PATH or shapes",
+    lambda name: name == "shapes" or re.fullmatch("(tfds|folder|records):.+", name) is not None,
 )
 _SPLIT = Rule(
     "train, validation and test parts, train above 0, as (6, 2, 2)",
@@ -135,7 +135,8 @@ class Data:
     # Subtract the mean image's central crop, its crop at the image's place, or the channel means
     # (and divide by the channels' standard deviations).
     mean: str = _setting("central", _one_of("central", "at_crop", "channel"))
-    workers: int = _setting(0, _at_least(0))  # threads that read and decode; 0: one a core
+    workers: int = _setting(0, _at_least(0))  # that read and decode; 0: one a core
+    worker_kind: str = _setting("auto", _one_of("auto", "threads", "processes"))
     prefetch: int = _setting(4, _at_least(1))  # batches ready ahead of the step
     cache_dir: str = "~/.cache/alexnet_jax"  # drawn shapes, image statistics
     tfds_dir: str = ""  # where TFDS looks; "": TFDS_DATA_DIR or ~/tensorflow_datasets
@@ -286,7 +287,7 @@ SECTIONS = tuple(f.name for f in dataclasses.fields(Config) if dataclasses.is_da
 # A run goes on in its workdir whatever happens to these; `model` may not change at all; a change
 # of anything else needs --allow_config_change.
 FREE_ON_RESUME = frozenset({
-    "data.workers", "data.prefetch", "data.cache_dir", "data.tfds_dir",
+    "data.workers", "data.worker_kind", "data.prefetch", "data.cache_dir", "data.tfds_dir",
     "train.num_epochs", "train.num_steps", "train.accumulation_steps", "train.log_every_steps",
 })  # fmt: skip
 FREE_SECTIONS = frozenset({"mesh", "eval", "checkpoint"})

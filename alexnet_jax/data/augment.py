@@ -2,15 +2,12 @@
 
 Every draw is a function of (seed, position) alone, position being the image's place in the whole
 training stream, so neither workers nor devices nor restarts change it. The host moves bytes (crop
-and mirror, on uint8); the device does the arithmetic (`normalise`).
+and mirror, on uint8, `images.crop`); the device does the arithmetic (`train.pixels`).
 """
 
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
 
 from alexnet_jax.config import Data
 
@@ -80,13 +77,6 @@ def colour_shift(normals: np.ndarray, statistics: Statistics, sigma: float) -> n
     return (scaled @ statistics.eigenvectors.T).astype(np.float32)
 
 
-def crop(square: np.ndarray, offset: np.ndarray, mirror: bool, out: np.ndarray) -> None:
-    """Write a crop of `square`, (stored, stored, 3) uint8, into `out`, (s, s, 3) uint8."""
-    top, left = offset
-    window = square[top : top + out.shape[0], left : left + out.shape[1]]
-    out[:] = window[:, ::-1] if mirror else window
-
-
 def test_crops(margin: int, num_crops: int) -> np.ndarray:
     """(num_crops, 3) int32 rows of top, left and mirror: the centre, or corners and centre twice.
 
@@ -97,48 +87,3 @@ def test_crops(margin: int, num_crops: int) -> np.ndarray:
     if num_crops == 1:
         return np.array([(middle, middle, 0)], np.int32)
     return np.array([(*place, mirror) for mirror in (0, 1) for place in places], np.int32)
-
-
-def cut(squares: Array, place: Array, size: int) -> Array:
-    """A row of `test_crops`, on the device: (b, stored, stored, 3) -> (b, s, s, 3)."""
-    top, left, mirror = place
-    start = (jnp.zeros_like(top), top, left, jnp.zeros_like(top))
-    window = lax.dynamic_slice(squares, start, (squares.shape[0], size, size, 3))
-    return jnp.where(mirror > 0, window[:, :, ::-1], window)
-
-
-def normalise(
-    images: Array, offset: Array, mirror: Array, statistics: Statistics, mean: str
-) -> Array:
-    """Pixels less their mean, on the device.
-
-    Args:
-      images: (b, s, s, 3), on the scale 0..255, cropped and mirrored.
-      offset: (b, 2) int32, where each was cut.
-      mirror: (b,) bool.
-      statistics: of the training split.
-      mean: `central` subtracts the mean image's central crop from every image, wherever it was
-        cut and mirrored or not, as the original did; `at_crop` the mean image's crop at the
-        image's place, mirrored with it, as Caffe; `channel` the channels' means, and divides by
-        their standard deviations, as torchvision.
-
-    Returns:
-      (b, s, s, 3) float32.
-    """
-    pixels = images.astype(jnp.float32)
-    size, stored = images.shape[1], statistics.mean_image.shape[0]
-    if mean == "channel":
-        means = jnp.mean(jnp.asarray(statistics.mean_image), axis=(0, 1))
-        return (pixels - means) / statistics.channel_std
-    if mean == "central":
-        middle = (stored - size) // 2
-        centre = slice(middle, middle + size)
-        return pixels - jnp.asarray(statistics.mean_image)[centre, centre]
-
-    def mean_at(place: Array, flip: Array) -> Array:
-        window = lax.dynamic_slice(
-            jnp.asarray(statistics.mean_image), (place[0], place[1], 0), (size, size, 3)
-        )
-        return jnp.where(flip, window[:, ::-1], window)
-
-    return pixels - jax.vmap(mean_at)(offset, mirror)

@@ -2,8 +2,10 @@
 
 import functools
 import io
+import math
 import struct
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse
@@ -19,20 +21,27 @@ _UNREADABLE = (
 )  # fmt: skip
 
 
+class Example(NamedTuple):
+    """One image as it is stored."""
+
+    data: bytes | np.ndarray  # a file's bytes, or (h, w, 3) uint8 pixels
+    label: int
+    name: str  # for messages
+
+
 class ImageError(Exception):
     """An image that cannot be read: its name and why."""
 
 
-def decode(data: bytes, name: str) -> np.ndarray:
-    """The RGB pixels of an image file's bytes.
+def decode(data: bytes | np.ndarray, name: str) -> np.ndarray:
+    """The RGB pixels of an image file's bytes; pixels pass as they are.
 
     JPEGs are decoded whole or not at all; greyscale, CMYK, palette and other modes become RGB;
     a JPEG's EXIF orientation is applied. Other formats are those Pillow reads; of several frames
     the first.
 
     Args:
-      data: the file's bytes.
-      name: for messages.
+      data, name: of an `Example`.
 
     Returns:
       (h, w, 3) uint8.
@@ -40,6 +49,8 @@ def decode(data: bytes, name: str) -> np.ndarray:
     Raises:
       ImageError: not an image, truncated, over MAX_PIXELS or MAX_ASPECT.
     """
+    if isinstance(data, np.ndarray):
+        return data
     try:
         if data[:3] == b"\xff\xd8\xff":
             pixels = _strictly_decoded(data, name)
@@ -55,6 +66,28 @@ def decode(data: bytes, name: str) -> np.ndarray:
         if data and isinstance(error, UnidentifiedImageError):
             detail = "of no known format"
         raise ImageError(f"{name}: not a whole image ({detail})") from error
+
+
+def oddities(example: Example) -> tuple[str, ...]:
+    """What is unusual about a whole image's file: of greyscale, cmyk, misnamed and rotated.
+
+    `misnamed` is no JPEG though its name says so; `rotated` has an EXIF orientation.
+    """
+    if isinstance(example.data, np.ndarray):
+        return ()
+    try:
+        image = Image.open(io.BytesIO(example.data))
+    except _UNREADABLE:  # by Pillow, though whole
+        return ()
+    with image:
+        called_jpeg = example.name.lower().endswith((".jpg", ".jpeg"))
+        signs = {
+            "greyscale": image.mode in ("1", "L", "LA"),
+            "cmyk": image.mode == "CMYK",
+            "misnamed": called_jpeg and image.format not in ("JPEG", "MPO"),
+            "rotated": image.getexif().get(ExifTags.Base.Orientation, 1) != 1,
+        }
+    return tuple(name for name, shown in signs.items() if shown)
 
 
 def _strictly_decoded(data: bytes, name: str) -> np.ndarray | None:
@@ -102,31 +135,78 @@ def square(image: np.ndarray, size: int) -> np.ndarray:
     Down by the area filter, each output pixel the mean of the area it covers; up by the cubic.
     Source: the original's preparation (cuda-convnet2, make-data).
     """
+    out = np.empty((size, size, 3), np.uint8)
+    crop(image, size, (0, 0), False, out)
+    return out
+
+
+def crop(
+    image: np.ndarray, size: int, offset: Sequence[int] | np.ndarray, mirror: bool, out: np.ndarray
+) -> None:
+    """Write into `out` a crop of the `square` of an image; no pixel outside it is computed.
+
+    Args:
+      image: (h, w, 3) uint8.
+      size: pixels a side of the square.
+      offset: the crop's top and left in the square.
+      mirror: whether left and right change places.
+      out: (s, s, 3) uint8, s at most `size`.
+    """
     height, width, _ = image.shape
-    shorter = min(height, width)
-    if shorter == size:
-        tall, wide = height, width
+    shorter, side = min(height, width), len(out)
+    tall, wide = (max(size, round(length * size / shorter)) for length in (height, width))
+    top, left = (tall - size) // 2 + int(offset[0]), (wide - size) // 2 + int(offset[1])
+    if shorter > size:
+        window = _shrunk(image, (tall, wide), (top, left), side)
     else:
-        tall, wide = (max(size, round(side * size / shorter)) for side in (height, width))
-    top, left = (tall - size) // 2, (wide - size) // 2
-    if shorter < size:
-        larger = Image.fromarray(image).resize((wide, tall), Image.Resampling.BICUBIC)
-        image, shorter = np.asarray(larger), size
-    if shorter == size:
-        return np.ascontiguousarray(image[top : top + size, left : left + size])
-    rows = _area(height, tall, top, size) @ image.reshape(height, -1).astype(np.float32)
-    turned = rows.reshape(size, width, 3).swapaxes(0, 1).reshape(width, -1)  # (w, size * 3)
-    both = _area(width, wide, left, size) @ turned  # (size, size * 3), columns first
-    return np.rint(both).astype(np.uint8).reshape(size, size, 3).swapaxes(0, 1).copy()
+        if shorter < size:
+            larger = Image.fromarray(image).resize((wide, tall), Image.Resampling.BICUBIC)
+            image = np.asarray(larger)
+        window = image[top : top + side, left : left + side]
+    if mirror:
+        window = window[:, ::-1]
+    if window.strides[1:] == (3, 1):
+        out[:] = window
+    else:  # numpy is slow at moving three bytes and quick at moving every third
+        for channel in range(3):
+            out[..., channel] = window[..., channel]
+
+
+def _shrunk(
+    image: np.ndarray, outputs: tuple[int, int], first: tuple[int, int], side: int
+) -> np.ndarray:
+    """(side, side, 3) uint8 from `first` on of the image shrunk to `outputs` by the area filter."""
+    rows, down = _area(image.shape[0], outputs[0], first[0], side, 1)
+    columns, across = _area(image.shape[1], outputs[1], first[1], side, 3)
+    region = image[rows, columns].astype(np.float32)
+    lines = down @ region.reshape(len(region), -1)  # (side, columns * 3)
+    turned = across @ lines.T  # (side * 3, side)
+    return np.rint(turned).astype(np.uint8).reshape(side, 3, side).transpose(2, 0, 1)
 
 
 @functools.lru_cache(maxsize=4096)
-def _area(inputs: int, outputs: int, first: int, count: int) -> scipy.sparse.csr_array:
-    """Weights (count, inputs) float32 of the area filter for outputs first .. first + count - 1."""
+def _area(
+    inputs: int, outputs: int, first: int, count: int, channels: int
+) -> tuple[slice, scipy.sparse.csr_array]:
+    """The area filter from `inputs` pixels to `outputs`, for `count` of these from `first` on.
+
+    Returns:
+      The input pixels it reads, and for these its weights, (count * channels, pixels * channels)
+      float32; channels lie beside each other.
+    """
     scale = inputs / outputs
     edges = np.arange(first, first + count + 1) * scale
-    starts, ends = edges[:-1], np.minimum(edges[1:], inputs)
-    pixels = np.arange(inputs)
-    covered = np.minimum(ends[:, None], pixels + 1) - np.maximum(starts[:, None], pixels)
+    starts, ends = edges[:-1, None], np.minimum(edges[1:, None], inputs)
+    low, high = int(edges[0]), min(math.ceil(edges[-1]), inputs)
+    pixels = starts.astype(np.int64) + np.arange(int(scale) + 2)  # (count, taps)
+    covered = np.minimum(ends, pixels + 1) - np.maximum(starts, pixels)
     covered = np.maximum(covered, 0)
-    return scipy.sparse.csr_array((covered / covered.sum(1, keepdims=True)).astype(np.float32))
+    weights = (covered / covered.sum(1, keepdims=True)).astype(np.float32)
+    places = np.minimum(pixels, high - 1) - low  # where clipped, the weight is 0
+    channel = np.arange(channels)[:, None]
+    indices = places[:, None] * channels + channel  # (count, channels, taps)
+    data = np.broadcast_to(weights[:, None], indices.shape)
+    ends_of_rows = np.arange(count * channels + 1) * pixels.shape[1]
+    shape = (count * channels, (high - low) * channels)
+    csr = scipy.sparse.csr_array((data.ravel(), indices.ravel(), ends_of_rows), shape=shape)
+    return slice(low, high), csr

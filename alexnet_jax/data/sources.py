@@ -1,4 +1,4 @@
-"""Where images come from: folders, TFDS, the built-in shapes. A source gives bytes and labels."""
+"""Where images come from: folders, TFDS, prepared records, the built-in shapes."""
 
 import dataclasses
 import hashlib
@@ -6,12 +6,13 @@ import logging
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from alexnet_jax.config import Data, UserError
-from alexnet_jax.data import shapes
+from alexnet_jax.data import records, shapes
+from alexnet_jax.data.images import Example
 
 log = logging.getLogger(__name__)
 
@@ -20,14 +21,6 @@ FOLDER_NAMES = {
     "validation": ("val", "validation", "valid"),
     "test": ("test",),
 }
-
-
-class Example(NamedTuple):
-    """One image as it is stored."""
-
-    data: bytes
-    label: int
-    name: str  # for messages
 
 
 class Source(Protocol):
@@ -52,6 +45,10 @@ class Source(Protocol):
 
     def read(self, index: int) -> Example: ...
 
+    def take(self, indices: np.ndarray) -> "Source":
+        """The examples at `indices`, (m,) int64, in their order."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
@@ -70,6 +67,10 @@ class Folder:
         with open(path, "rb") as file:
             return Example(file.read(), int(self.targets[index]), path)
 
+    def take(self, indices: np.ndarray) -> "Folder":
+        paths = tuple(self.paths[index] for index in indices)
+        return Folder(self.labels, self.targets[indices], _taken(self, indices), paths)
+
 
 @dataclasses.dataclass(frozen=True)
 class Tfds:
@@ -79,40 +80,28 @@ class Tfds:
     labels: tuple[str, ...]
     fingerprint: str
     examples: Sequence[Any]  # dicts with image, encoded bytes, and label
+    indices: np.ndarray  # (n,) int64, of the examples that are this source's
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return len(self.indices)
 
     @property
     def targets(self) -> np.ndarray:
         return np.array([self.read(index).label for index in range(len(self))])
 
     def read(self, index: int) -> Example:
-        example = self.examples[index]
-        return Example(bytes(example["image"]), int(example["label"]), f"{self.name}, {index}")
+        place = int(self.indices[index])
+        example = self.examples[place]
+        return Example(bytes(example["image"]), int(example["label"]), f"{self.name}, {place}")
+
+    def take(self, indices: np.ndarray) -> "Tfds":
+        fingerprint = _taken(self, indices)
+        return dataclasses.replace(self, indices=self.indices[indices], fingerprint=fingerprint)
 
 
-@dataclasses.dataclass(frozen=True)
-class Subset:
-    """Some examples of a source."""
-
-    source: Source
-    indices: np.ndarray  # (n,) int64
-    fingerprint: str
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        return self.source.labels
-
-    @property
-    def targets(self) -> np.ndarray:
-        return self.source.targets[self.indices]
-
-    def read(self, index: int) -> Example:
-        return self.source.read(int(self.indices[index]))
+def _taken(source: Source, indices: np.ndarray) -> str:
+    """The fingerprint of some examples of a source."""
+    return hashlib.sha256(source.fingerprint.encode() + indices.tobytes()).hexdigest()
 
 
 def open_source(data: Data, split: str) -> Source:
@@ -136,10 +125,12 @@ def open_source(data: Data, split: str) -> Source:
     kind, _, name = data.source.partition(":")
     if kind == "tfds":
         return _tfds(name, split, data)
+    if kind == "records":
+        return records.open_records(pathlib.Path(name).expanduser(), split)
     return _folder(pathlib.Path(name).expanduser(), split, data)
 
 
-def stratified(source: Source, split: str, data: Data) -> Subset:
+def stratified(source: Source, split: str, data: Data) -> Source:
     """The part of `source` that `data.split` gives to `split`, class by class, by `split_seed`."""
     if not data.split[tuple(FOLDER_NAMES).index(split)]:
         raise UserError(
@@ -159,9 +150,7 @@ def stratified(source: Source, split: str, data: Data) -> Subset:
                 f"data.split={data.split}; add images or name the splits by folders"
             )
         chosen.append(parts[split])
-    indices = np.sort(np.concatenate(chosen))
-    key = f"{source.fingerprint} {data.split} {data.split_seed} {split}"
-    return Subset(source, indices, hashlib.sha256(key.encode()).hexdigest())
+    return source.take(np.sort(np.concatenate(chosen)))
 
 
 def _folder(root: pathlib.Path, split: str, data: Data) -> Source:
@@ -255,7 +244,8 @@ def _tfds(name: str, split: str, data: Data) -> Source:
         ) from error
     labels = tuple(features["label"].names)
     key = f"{builder.info.full_name} {part} {len(examples)} {labels}"
-    source = Tfds(f"tfds:{builder.info.full_name} {part}", labels, key, examples)
+    every = np.arange(len(examples))
+    source = Tfds(f"tfds:{builder.info.full_name} {part}", labels, key, examples, every)
     if len(source) and source.read(0).label < 0:
         raise UserError(f"tfds:{name}: split {part!r} comes without labels; use another")
     return stratified(source, split, data) if alone else source

@@ -1,23 +1,28 @@
 """Grain: source -> batches, from any step on.
 
 The stream is the concatenation of epoch permutations, and a batch is a stretch of it: batch n
-holds positions [n * B, (n + 1) * B) whatever the machine. Each element of the Grain pipeline is a
-whole batch, written once into its final buffer; its threads make batches side by side.
+holds positions [n * B, (n + 1) * B) whatever the machine. An element of the Grain pipeline is a
+piece of a batch, not a record, so that its overhead is paid once for many. Threads write their
+pieces into the batch itself; processes send theirs, and they are copied into it.
 """
 
 import contextlib
 import functools
-import os
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import grain
 import numpy as np
+from absl import flags
 
 from alexnet_jax.config import Data
-from alexnet_jax.data import augment, images
+from alexnet_jax.data import augment, images, workers
 from alexnet_jax.data.augment import Statistics
 from alexnet_jax.data.sources import Source
+
+PIECE = 64  # rows at most
 
 Batch = dict[str, np.ndarray]
 
@@ -73,30 +78,29 @@ def train_batches(
     stored = statistics.mean_image.shape[0]
     num_examples = len(source)
 
-    def read_batch(step: int) -> Batch:
-        start, count = step * rows.batch_size + rows.local.start, len(rows.local)
+    def read(step: int, local: range, image: np.ndarray) -> Batch:
+        start, count = step * rows.batch_size + local.start, len(local)
         draws = augment.draw(seed, start, count, stored - size, data)
         noisy = np.full(count, data.colour_noise > 0)
         if data.colour_noise_epochs:
             noisy &= np.arange(start, start + count) < data.colour_noise_epochs * num_examples
         shift = augment.colour_shift(draws.colour, statistics, data.colour_noise)
         divisor = 1 + data.colour_noise if data.colour_noise_divides else 1
-        batch = {
-            "image": np.empty((count, size, size, 3), np.uint8),
-            "label": np.empty(count, np.int32),
+        label = np.empty(count, np.int32)
+        for row, index in enumerate(examples_at(seed, start, count, num_examples)):
+            example = source.read(int(index))
+            pixels = images.decode(example.data, example.name)
+            images.crop(pixels, stored, draws.offset[row], draws.mirror[row], image[row])
+            label[row] = example.label
+        return {
+            "label": label,
             "offset": draws.offset,
             "mirror": draws.mirror,
             "shift": np.where(noisy[:, None], shift, 0).astype(np.float32),
             "gain": np.where(noisy, 1 / divisor, 1).astype(np.float32),
         }
-        for row, index in enumerate(examples_at(seed, start, count, num_examples)):
-            example = source.read(int(index))
-            square = images.square(images.decode(example.data, example.name), stored)
-            augment.crop(square, draws.offset[row], draws.mirror[row], batch["image"][row])
-            batch["label"][row] = example.label
-        return batch
 
-    return _pipeline(read_batch, start_step, num_steps, data)
+    return _batches(read, rows.local, size, range(start_step, num_steps), data)
 
 
 def evaluation_batches(source: Source, data: Data, *, stored: int, rows: Rows) -> Iterator[Batch]:
@@ -108,31 +112,95 @@ def evaluation_batches(source: Source, data: Data, *, stored: int, rows: Rows) -
     """
     num_examples = len(source)
 
-    def read_batch(step: int) -> Batch:
-        first = step * rows.batch_size
-        batch = {
-            "image": np.zeros((len(rows.local), stored, stored, 3), np.uint8),
-            "label": np.zeros(len(rows.local), np.int32),
-            "valid": np.array([first + row < num_examples for row in rows.local]),
-        }
-        for place in np.flatnonzero(batch["valid"]):
-            example = source.read(first + rows.local[int(place)])
+    def read(step: int, local: range, image: np.ndarray) -> Batch:
+        places = step * rows.batch_size + np.array(local)
+        valid, label = places < num_examples, np.zeros(len(local), np.int32)
+        image[~valid] = 0
+        for row in np.flatnonzero(valid):
+            example = source.read(int(places[row]))
             pixels = images.decode(example.data, example.name)
-            batch["image"][place] = images.square(pixels, stored)
-            batch["label"][place] = example.label
-        return batch
+            images.crop(pixels, stored, (0, 0), False, image[row])
+            label[row] = example.label
+        return {"label": label, "valid": valid}
 
-    return _pipeline(read_batch, 0, -(-num_examples // rows.batch_size), data)
-
-
-def _pipeline(read_batch, start: int, stop: int, data: Data) -> Iterator[Batch]:
-    options = grain.ReadOptions(num_threads=workers(data), prefetch_buffer_size=data.prefetch)
-    batches = grain.MapDataset.range(start, stop).map(read_batch)
-    with contextlib.closing(iter(batches.to_iter_dataset(options))) as ready:  # ends its threads
-        yield from ready
+    return _batches(read, rows.local, stored, range(-(-num_examples // rows.batch_size)), data)
 
 
-def workers(data: Data) -> int:
-    """Threads that read and decode."""
-    allowed = getattr(os, "sched_getaffinity", None)  # Linux; containers give fewer than there are
-    return data.workers or (len(allowed(0)) if allowed else os.cpu_count() or 1)
+# (step, rows of the global batch, where their pixels go) -> the rest of what a batch holds
+ReadPiece = Callable[[int, range, np.ndarray], Batch]
+
+
+def _batches(read: ReadPiece, local: range, side: int, steps: range, data: Data) -> Iterator[Batch]:
+    """The batches of `steps`, whose pixels are (len(local), side, side, 3) uint8."""
+    pieces = [local[first : first + PIECE] for first in range(0, len(local), PIECE)]
+    processes = workers.kind(data) == "processes"
+    images_of = _Images((len(local), side, side, 3))
+
+    def element(number: int) -> Batch:
+        step, piece = steps[number // len(pieces)], pieces[number % len(pieces)]
+        if processes:
+            image = np.empty((len(piece), side, side, 3), np.uint8)
+            return read(step, piece, image) | {"image": image}
+        first = piece.start - local.start
+        return read(step, piece, images_of(step)[first : first + len(piece)])
+
+    ahead = data.prefetch * len(pieces)
+    elements = grain.MapDataset.range(len(steps) * len(pieces)).map(element)
+    ready = _in_processes if processes else _in_threads
+    with contextlib.closing(
+        ready(elements, ahead, workers.count(data.workers))
+    ) as arriving:  # ends them
+        for step in steps:
+            parts = [next(arriving) for _ in pieces]
+            image = images_of.take(step)
+            for piece, part in zip(pieces, parts):
+                if "image" in part:
+                    first = piece.start - local.start
+                    image[first : first + len(piece)] = part.pop("image")
+            yield {"image": image} | {
+                name: np.concatenate([part[name] for part in parts]) for name in parts[0]
+            }
+
+
+class _Images:
+    """The pixels of batches in the making, each made by whoever comes first."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        self.shape = shape
+        self.making: dict[int, np.ndarray] = {}
+        self.lock = threading.Lock()
+
+    def __call__(self, step: int) -> np.ndarray:
+        with self.lock:
+            if step not in self.making:
+                self.making[step] = np.empty(self.shape, np.uint8)
+            return self.making[step]
+
+    def take(self, step: int) -> np.ndarray:
+        image = self(step)
+        del self.making[step]
+        return image
+
+    def __reduce__(self):  # processes have no batches in common
+        return _Images, (self.shape,)
+
+
+def _in_threads(elements: grain.MapDataset, ahead: int, count: int) -> grain.DatasetIterator:
+    options = grain.ReadOptions(num_threads=count, prefetch_buffer_size=max(ahead, count))
+    return iter(elements.to_iter_dataset(options))
+
+
+def _in_processes(elements: grain.MapDataset, ahead: int, count: int) -> grain.DatasetIterator:
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain reads its own flags and insists
+    one_by_one = elements.to_iter_dataset(grain.ReadOptions(num_threads=0))
+    options = grain.MultiprocessingOptions(
+        num_workers=count, per_worker_buffer_size=-(-ahead // count)
+    )
+    return iter(one_by_one.mp_prefetch(options, worker_init_fn=_live_with_parent))
+
+
+def _live_with_parent(worker: int, count: int) -> None:
+    """A worker leaves SIGTERM, which a scheduler may send to all, to the parent."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    workers.live_with_parent()

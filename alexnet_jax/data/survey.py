@@ -13,15 +13,16 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from alexnet_jax.config import Data, Model, UserError, stored_size
-from alexnet_jax.data import images, stream
+from alexnet_jax.data import images, workers
 from alexnet_jax.data.augment import Statistics
-from alexnet_jax.data.sources import Source, Subset
+from alexnet_jax.data.records import Records
+from alexnet_jax.data.sources import Source
+from alexnet_jax.data.statistics import Sums
 
 log = logging.getLogger(__name__)
 
@@ -33,21 +34,19 @@ _DAMAGED = (
 )  # fmt: skip
 
 
-class _Sums(NamedTuple):
-    """Exact integers, so that no order of adding shows in the result."""
-
-    pixels: np.ndarray  # (stored, stored, 3) int64, summed over images
-    products: np.ndarray  # (3, 3) int64, of channels, summed over images and pixels
-    broken: list[tuple[int, str]]  # index and message
-
-
 def surveyed(source: Source, data: Data, model: Model) -> tuple[Source, Statistics]:
-    """The whole images of `source`, and their statistics at the stored size of `model`."""
-    return survey(source, stored_size(data, model), data.cache_dir, stream.workers(data))
+    """The whole images of `source`, and their statistics at the stored size of `model`.
+
+    Prepared records were surveyed when they were made; the statistics are the training split's.
+    """
+    size = stored_size(data, model)
+    if isinstance(source, Records) and source.size == size:
+        return source, source.statistics
+    return survey(source, size, data.cache_dir, workers.count(data.workers))
 
 
 def survey(
-    source: Source, stored_size: int, cache_dir: str, workers: int
+    source: Source, stored_size: int, cache_dir: str, num_workers: int
 ) -> tuple[Source, Statistics]:
     """The whole images of `source`, and their statistics at `stored_size`.
 
@@ -63,7 +62,7 @@ def survey(
         with _writing(path.parent), tempfile.TemporaryFile(dir=path.parent):
             pass  # a refusal is better heard before the scan than after
         log.info("surveying %d images, once; kept in %s", len(source), path.parent)
-        found = _statistics(_scan(source, stored_size, workers), len(source))
+        found = _found(*_scan(source, stored_size, num_workers))
         _keep(path, found)
     broken = found.pop("broken")
     if len(broken):
@@ -74,65 +73,42 @@ def survey(
         lost = np.setdiff1d(source.targets, source.targets[whole])
         if len(lost):
             raise UserError(f"class {source.labels[lost[0]]!r} has no image that can be read")
-        source = Subset(source, whole, key)
+        source = source.take(whole)
     del found["messages"]
     return source, Statistics(**found)
 
 
-def _scan(source: Source, stored_size: int, workers: int) -> _Sums:
-    def chunk(start: int) -> _Sums:
-        pixels = np.zeros((stored_size, stored_size, 3), np.int64)
-        products = np.zeros((3, 3), np.int64)
-        broken = []
-        for index in range(start, min(start + CHUNK, len(source))):
+def _scan(source: Source, size: int, num_workers: int) -> tuple[Sums, list[tuple[int, str]]]:
+    """The sums of the whole images, and of the broken ones the places and why."""
+
+    def chunk(first: int) -> tuple[Sums, list[tuple[int, str]]]:
+        sums, broken = Sums(size), []
+        for index in range(first, min(first + CHUNK, len(source))):
+            example = source.read(index)
             try:
-                example = source.read(index)
-            except OSError as error:
-                raise UserError(
-                    f"an image cannot be read ({error}); allow it or take it out"
-                ) from error
-            try:
-                square = images.square(images.decode(example.data, example.name), stored_size)
+                sums.add(images.square(images.decode(example.data, example.name), size))
             except images.ImageError as error:
                 broken.append((index, str(error)))
-                continue
-            pixels += square
-            flat = square.reshape(-1, 3).astype(np.float64)
-            products += (flat.T @ flat).astype(np.int64)  # exact: below 2**53
-        return _Sums(pixels, products, broken)
+        return sums, broken
 
-    total = chunk(len(source))  # of nothing
-    pool = concurrent.futures.ThreadPoolExecutor(workers)
+    total, broken = Sums(size), []
+    pool = concurrent.futures.ThreadPoolExecutor(num_workers)
     with pool, tqdm(total=len(source), unit="image", disable=None, leave=False) as bar:
-        for part in pool.map(chunk, range(0, len(source), CHUNK)):
-            total = _Sums(
-                total.pixels + part.pixels,
-                total.products + part.products,
-                total.broken + part.broken,
-            )
+        for sums, out in pool.map(chunk, range(0, len(source), CHUNK)):
+            total.merge(sums)
+            broken += out
             bar.update(CHUNK)
-    return total
+    return total, broken
 
 
-def _statistics(sums: _Sums, num_examples: int) -> dict[str, np.ndarray]:
-    count = num_examples - len(sums.broken)
-    if count == 0:
-        first = f", e.g. {sums.broken[0][1]}" if sums.broken else ""
-        raise UserError(f"none of {num_examples} images can be read{first}")
-    mean_image = sums.pixels / count
-    num_pixels = count * mean_image.shape[0] ** 2
-    mean = sums.pixels.sum(axis=(0, 1)) / num_pixels
-    covariance = sums.products / num_pixels - np.outer(mean, mean)
-    eigenvalues, eigenvectors = np.linalg.eigh(covariance)
-    # Of one colour all over, a channel would divide by nothing; half a grey level stands in.
-    std = np.sqrt(np.maximum(np.diag(covariance), 0.25))
+def _found(sums: Sums, broken: list[tuple[int, str]]) -> dict[str, np.ndarray]:
+    if sums.count == 0:
+        first = f", e.g. {broken[0][1]}" if broken else ""
+        raise UserError(f"none of {len(broken)} images can be read{first}")
     return {
-        "mean_image": mean_image.astype(np.float32),
-        "channel_std": std.astype(np.float32),
-        "eigenvalues": np.maximum(eigenvalues, 0).astype(np.float32),
-        "eigenvectors": eigenvectors.astype(np.float32),
-        "broken": np.array([index for index, _ in sums.broken], np.int64),
-        "messages": np.array([message for _, message in sums.broken], np.str_),
+        **sums.statistics()._asdict(),
+        "broken": np.array([index for index, _ in broken], np.int64),
+        "messages": np.array([message for _, message in broken], np.str_),
     }
 
 

@@ -21,6 +21,7 @@ from alexnet_jax.data import augment
 from alexnet_jax.data.augment import Statistics
 from alexnet_jax.mesh import parameter_spec
 from alexnet_jax.models.alexnet import Dropout
+from alexnet_jax.train import pixels
 from alexnet_jax.train.optim import Schedule
 from alexnet_jax.train.state import Apply, Params, TrainState
 
@@ -56,7 +57,7 @@ def make_train_step(
       apply: the net on one shard of `mesh`'s axis `model`.
       optimizer, schedule: of train/optim.py.
       seed: of the dropout masks.
-      mean: what `augment.normalise` subtracts.
+      mean: what `pixels.normalise` subtracts.
       accumulation_steps: a device takes its rows in so many parts, for the same update in less
         memory.
 
@@ -67,8 +68,8 @@ def make_train_step(
     shards = mesh.shape["model"]
 
     def local_loss(params: Params, batch: DeviceBatch, statistics: Statistics, key: Array):
-        pixels = batch["image"].astype(jnp.float32) + batch["shift"][:, None, None]
-        images = augment.normalise(pixels, batch["offset"], batch["mirror"], statistics, mean)
+        images = batch["image"].astype(jnp.float32) + batch["shift"][:, None, None]
+        images = pixels.normalise(images, batch["offset"], batch["mirror"], statistics, mean)
         images = images * batch["gain"][:, None, None, None]
         logits = apply(params, images, Dropout(key, batch["row"]))
         sums = metrics.sums(metrics.log_probabilities(logits), batch["label"])
@@ -144,10 +145,10 @@ def make_eval_step(apply: Apply, mesh: Mesh, *, size: int, num_crops: int, mean:
         places = jnp.asarray(augment.test_crops(squares.shape[1] - size, num_crops))
 
         def one_crop(_, place: Array):
-            crops = augment.cut(squares, place, size)
+            crops = pixels.cut(squares, place, size)
             offset = jnp.broadcast_to(place[:2], (crops.shape[0], 2))
             mirror = jnp.broadcast_to(place[2] > 0, crops.shape[:1])
-            images = augment.normalise(crops, offset, mirror, statistics, mean)
+            images = pixels.normalise(crops, offset, mirror, statistics, mean)
             return None, metrics.log_probabilities(apply(params, images, None))
 
         _, log_probs = lax.scan(one_crop, None, places)  # (crops, b, classes)

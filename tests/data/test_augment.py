@@ -185,18 +185,6 @@ def test_no_sigma_no_shift(many, imagenet):
     assert not augment.colour_shift(many.colour[:9], imagenet, 0.0).any()
 
 
-@pytest.mark.parametrize("offset", [(0, 0), (0, 8), (3, 5), (8, 8)])
-def test_a_crop_holds_the_pixels_of_its_place(pictures, offset):
-    square = pictures.rough(21, 21)
-    out = np.zeros((13, 13, 3), np.uint8)
-    top, left = offset
-    for mirror in (False, True):
-        augment.crop(square, np.array(offset), mirror, out)
-        for y, x in itertools.product(range(13), range(13)):
-            column = 12 - x if mirror else x
-            assert (out[y, x] == square[top + y, left + column]).all()
-
-
 def test_ten_crops_are_the_corners_and_the_centre_and_their_mirror_images():
     places = {(0, 0), (0, 32), (16, 16), (32, 0), (32, 32)}
     crops = augment.test_crops(32, 10)
@@ -208,61 +196,3 @@ def test_ten_crops_are_the_corners_and_the_centre_and_their_mirror_images():
 def test_one_crop_is_the_centre_as_it_is():
     assert augment.test_crops(32, 1).tolist() == [[16, 16, 0]]
     assert augment.test_crops(29, 1).tolist() == [[14, 14, 0]]  # 256 to 227
-
-
-def test_cut_takes_each_of_the_ten_crops(pictures):
-    squares = np.stack([pictures.rough(21, 21, seed) for seed in range(4)])
-    for top, left, mirror in augment.test_crops(8, 10):
-        expected = squares[:, top : top + 13, left : left + 13]
-        if mirror:
-            expected = np.flip(expected, axis=2)
-        cut = augment.cut(squares, np.array([top, left, mirror], np.int32), 13)
-        np.testing.assert_array_equal(np.asarray(cut), expected)
-
-
-@pytest.fixture
-def rough_statistics(pictures) -> Statistics:
-    mean = pictures.rough(22, 22, 9).astype(np.float32) + np.float32(0.25)
-    std = np.array([50.0, 60.0, 70.0], np.float32)
-    return Statistics(mean, std, np.ones(3, np.float32), np.eye(3, dtype=np.float32))
-
-
-OFFSETS = np.array([(0, 0), (0, 9), (9, 0), (2, 7), (2, 7)], np.int32)
-MIRRORS = np.array([False, True, False, True, False])
-
-
-def normalised(pictures, statistics: Statistics, mean: str) -> tuple[np.ndarray, np.ndarray]:
-    """Five pictures of 13 x 13 and what `normalise` makes of them."""
-    batch = np.stack([pictures.rough(13, 13, seed) for seed in range(5)])
-    result = np.asarray(augment.normalise(batch, OFFSETS, MIRRORS, statistics, mean))
-    assert result.dtype == np.float32
-    return batch, result
-
-
-def test_central_subtracts_the_mean_images_centre_whatever_the_crop(pictures, rough_statistics):
-    batch, result = normalised(pictures, rough_statistics, "central")
-    expected = batch - rough_statistics.mean_image[4:17, 4:17]  # (22 - 13) // 2 from the top
-    np.testing.assert_array_equal(result, expected)
-
-
-def test_at_crop_subtracts_the_mean_at_the_same_place_mirrored_alike(pictures, rough_statistics):
-    batch, result = normalised(pictures, rough_statistics, "at_crop")
-    for image, row, (top, left), mirror in zip(batch, result, OFFSETS, MIRRORS):
-        mean = rough_statistics.mean_image[top : top + 13, left : left + 13]
-        np.testing.assert_array_equal(row, image - (np.fliplr(mean) if mirror else mean))
-
-
-def test_at_crop_of_the_mean_itself_is_nothing(pictures, rough_statistics):
-    """A square equal to the mean gives zeros from every crop of it."""
-    whole = rough_statistics._replace(mean_image=pictures.rough(22, 22).astype(np.float32))
-    batch = np.zeros((5, 13, 13, 3), np.uint8)
-    for row in range(5):
-        augment.crop(pictures.rough(22, 22), OFFSETS[row], MIRRORS[row], batch[row])
-    assert not np.asarray(augment.normalise(batch, OFFSETS, MIRRORS, whole, "at_crop")).any()
-
-
-def test_channel_subtracts_the_channels_means_and_divides(pictures, rough_statistics):
-    batch, result = normalised(pictures, rough_statistics, "channel")
-    mean = rough_statistics.mean_image.astype(np.float64).mean(axis=(0, 1))
-    expected = (batch - mean) / np.array([50.0, 60.0, 70.0])
-    np.testing.assert_allclose(result, expected, rtol=0, atol=1e-5)

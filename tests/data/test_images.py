@@ -1,6 +1,7 @@
 """What is an image is read to its last pixel, what is not is refused by name; squares are exact."""
 
 import io
+import itertools
 import struct
 import zlib
 
@@ -348,3 +349,18 @@ def test_a_needle_is_no_picture():
     Image.new("RGB", (1, 101)).save(buffer, "PNG")
     with pytest.raises(images.ImageError, match="is 1 x 101 pixels"):
         images.decode(buffer.getvalue(), "needle.png")
+
+
+@pytest.mark.parametrize("shape", [(21, 21), (21, 30), (64, 40), (200, 37), (9, 14)], ids=str)
+@pytest.mark.parametrize("offset", [(0, 0), (0, 8), (3, 5), (8, 8)])
+def test_a_crop_holds_the_pixels_of_its_place_in_the_square(pictures, shape, offset):
+    """Of images taken as they are, shrunk by little and much, and enlarged."""
+    image = pictures.rough(*shape)
+    square = images.square(image, 21)
+    out = np.zeros((13, 13, 3), np.uint8)
+    top, left = offset
+    for mirror in (False, True):
+        images.crop(image, 21, np.array(offset), mirror, out)
+        for y, x in itertools.product(range(13), range(13)):
+            column = 12 - x if mirror else x
+            assert (out[y, x] == square[top + y, left + column]).all()

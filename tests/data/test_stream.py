@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from alexnet_jax.config import Data
-from alexnet_jax.data import augment, images, sources, stream, survey
+from alexnet_jax.data import augment, images, sources, stream, survey, workers
 from alexnet_jax.data.augment import Statistics
 from alexnet_jax.data.sources import Source
 from alexnet_jax.data.stream import Batch, Rows
@@ -409,8 +409,8 @@ def test_order_crops_and_colours_do_not_share_their_random_numbers():
 
 @pytest.mark.parametrize("asked", [1, 3])
 def test_workers_are_as_many_as_asked_for(asked):
-    assert stream.workers(Data(workers=asked)) == asked
+    assert workers.count(asked) == asked
 
 
 def test_workers_are_at_least_one_by_themselves():
-    assert stream.workers(Data()) >= 1
+    assert workers.count(0) >= 1

@@ -1,0 +1,457 @@
+"""ILSVRC2012 from its tars as downloaded: nothing is unpacked, images are read where they lie."""
+
+import contextlib
+import dataclasses
+import gzip
+import hashlib
+import importlib.util
+import io
+import os
+import pathlib
+import posixpath
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import scipy.io
+
+from alexnet_jax.config import UserError
+from alexnet_jax.data import images
+from alexnet_jax.data.sources import Example
+
+MAX_BYTES = 2**28  # a larger member is no picture and would fill the memory
+BLOCK_BYTES = 2**22  # hashed at a time
+DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
+SYNSETS = "data/meta.mat"
+GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
+AGAIN = "download it again"
+# What tarfile and gzip raise at damaged bytes.
+_DAMAGED = (
+    tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError, RecursionError,
+    zlib.error,
+)  # fmt: skip
+
+
+class Official(NamedTuple):
+    """A tar as image-net.org gives it. Source: tensorflow_datasets' checksums."""
+
+    name: str
+    size: int  # bytes
+    sha256: str
+
+
+OFFICIAL = {
+    "train": Official(
+        "ILSVRC2012_img_train.tar",
+        147_897_477_120,
+        "b08200a27a8e34218a0e58fde36b0fe8f73bc377f4acea2d91602057c3ca45bb",
+    ),
+    "validation": Official(
+        "ILSVRC2012_img_val.tar",
+        6_744_924_160,
+        "c7e06a6c0baccf06d8dbeb6577d71efff84673a5dbdd50633ab44f8ea0456ae0",
+    ),
+}
+
+
+class Tars(NamedTuple):
+    """Where the downloads lie."""
+
+    train: pathlib.Path
+    validation: pathlib.Path
+    devkit: pathlib.Path | None
+
+    @property
+    def splits(self) -> dict[str, pathlib.Path]:
+        """The tars of images, by split."""
+        return {"train": self.train, "validation": self.validation}
+
+
+class Classes(NamedTuple):
+    """What the classes are called; everything in the order of labels."""
+
+    labels: tuple[str, ...]  # WNIDs, sorted: an image's label is a place in them
+    names: tuple[str, ...] | None  # in words; None without a devkit
+    devkit_ids: tuple[int, ...] | None  # ILSVRC2012_ID, which is in another order
+
+
+def find(where: str) -> Tars | None:
+    """The tars of a folder, or those listed; None where a folder has neither.
+
+    Args:
+      where: a folder that holds the tars under their official names; or the files themselves,
+        comma-separated, told apart by `train`, `val` or `devkit` in a file's name.
+
+    Raises:
+      UserError: one tar is missing; a listed file is missing, twice there or called otherwise.
+    """
+    folder = os.path.expanduser(where)
+    if where and os.path.isdir(folder):
+        names = {split: official.name for split, official in OFFICIAL.items()} | {"devkit": DEVKIT}
+        paths = {kind: pathlib.Path(folder, name) for kind, name in names.items()}
+        found = {kind: path for kind, path in paths.items() if path.is_file()}
+        if not OFFICIAL.keys() & found.keys():
+            return None
+    else:
+        found = _listed(where)
+    for split, official in OFFICIAL.items():
+        if split not in found:
+            raise UserError(
+                f"{where!r} lacks the {split} tar, {official.name}; register at image-net.org and "
+                "download it"
+            )
+    return Tars(found["train"], found["validation"], found.get("devkit"))
+
+
+def _listed(where: str) -> dict[str, pathlib.Path]:
+    found: dict[str, pathlib.Path] = {}
+    words = {"train": "train", "val": "validation", "devkit": "devkit"}
+    for entry in filter(None, map(str.strip, where.split(","))):
+        path = pathlib.Path(os.path.expanduser(entry))
+        if not os.path.isfile(path):
+            raise UserError(
+                f"{entry!r}: no such file; give the ImageNet tars as image-net.org gives them to "
+                "registered users, or their folder"
+            )
+        kinds = [kind for word, kind in words.items() if word in path.name.lower()]
+        if len(kinds) != 1:
+            raise UserError(
+                f"{entry!r}: an ImageNet file is known by one of {', '.join(words)} in its name; "
+                "rename it"
+            )
+        if kinds[0] in found:
+            raise UserError(f"{found[kinds[0]]} and {path} are both for {kinds[0]}; list one")
+        found[kinds[0]] = path
+    return found
+
+
+def check_sizes(tars: Tars) -> None:
+    """Raises UserError where a tar is not of the official size, as a broken download is."""
+    for split, path in tars.splits.items():
+        with _reading(path):
+            size = path.stat().st_size
+        _check(split, "bytes", size, OFFICIAL[split].size)
+
+
+def check_digest(split: str, digest: str) -> None:
+    """Raises UserError where the SHA-256 of a split's tar, in hex, is not the official one."""
+    _check(split, "as its SHA-256", digest, OFFICIAL[split].sha256)
+
+
+def _check(split: str, unit: str, found: int | str, expected: int | str) -> None:
+    if found != expected:
+        raise UserError(
+            f"the {split} tar has {found} {unit}, {OFFICIAL[split].name} of image-net.org has "
+            f"{expected}; {AGAIN}, or take it as it is with --unofficial"
+        )
+
+
+def read_classes(tars: Tars) -> Classes:
+    """The classes of the training tar, from its headers alone, and what the devkit says of them.
+
+    Raises:
+      UserError: not a whole tar of class tars; a devkit that is damaged or lacks a class.
+    """
+    with _opened(tars.train) as outer:
+        labels = tuple(sorted(label for label, _ in _class_tars(outer, tars.train)))
+    if tars.devkit is None:
+        return Classes(labels, None, None)
+    synsets = _synsets(tars.devkit)
+    if unknown := [label for label in labels if label not in synsets]:
+        raise UserError(
+            f"class {unknown[0]!r} of {tars.train} is not in {tars.devkit}; use the devkit that "
+            "belongs to the tars, or none"
+        )
+    ids, names = zip(*(synsets[label] for label in labels))
+    return Classes(labels, names, ids)
+
+
+def _synsets(devkit: pathlib.Path) -> dict[str, tuple[int, str]]:
+    """WNID -> ILSVRC2012_ID and words of the classes; other synsets have classes below them."""
+    data = io.BytesIO(_devkit_file(devkit, SYNSETS))
+    try:
+        table: Any = np.atleast_1d(scipy.io.loadmat(data, squeeze_me=True)["synsets"])
+        leaves = [row for row in table if int(row["num_children"]) == 0]
+        found = {str(s["WNID"]): (int(s["ILSVRC2012_ID"]), str(s["words"])) for s in leaves}
+    except Exception as error:  # at damaged bytes scipy and numpy raise whatever they stumble over
+        raise UserError(
+            f"{devkit}, {SYNSETS} has no table of synsets ({error}); {AGAIN}"
+        ) from error
+    if not len(leaves) == len(found) == len({number for number, _ in found.values()}):
+        raise UserError(f"{devkit}, {SYNSETS} has a class or a number twice; {AGAIN}")
+    return found
+
+
+def validation_targets(tars: Tars, classes: Classes) -> np.ndarray:
+    """Every validation image's label, from the devkit or else from tensorflow_datasets.
+
+    Returns:
+      (n,) int64: entry k is the label of validation image number k + 1.
+
+    Raises:
+      UserError: there is no list, or it names what is no class of the training tar.
+    """
+    if tars.devkit is not None and classes.devkit_ids is not None:
+        origin, keys = f"{tars.devkit}, {GROUND_TRUTH}", map(str, classes.devkit_ids)
+        data = _devkit_file(tars.devkit, GROUND_TRUTH)
+    else:
+        spec = importlib.util.find_spec("tensorflow_datasets")  # to import it takes a second
+        package = ((spec and spec.submodule_search_locations) or ["tensorflow_datasets"])[0]
+        origin = os.path.join(package, "datasets", "imagenet2012", "validation_labels.txt")
+        if not os.path.isfile(origin):
+            raise UserError(
+                f"the validation tar has no labels, and there is no {origin}; install "
+                f"tensorflow-datasets, or put {DEVKIT} beside the tars"
+            )
+        keys, data = classes.labels, pathlib.Path(origin).read_bytes()
+    label_of = {key: label for label, key in enumerate(keys)}
+    targets = []
+    for number, line in enumerate(data.decode("ascii", "replace").rstrip().split("\n"), 1):
+        if line.strip() not in label_of:
+            raise UserError(
+                f"{origin}, line {number}: {line[:40]!r} is none of the {len(label_of)} classes "
+                f"of {tars.train}; use a list and a training tar that belong together"
+            )
+        targets.append(label_of[line.strip()])
+    return np.array(targets, np.int64)
+
+
+def _devkit_file(devkit: pathlib.Path, name: str) -> bytes:
+    """The content of the devkit's file whose path ends in `name`."""
+    with _reading(devkit):
+        data = devkit.read_bytes()  # 2.5 MB; whole, so that gzip's checksum vouches for every byte
+        if data.startswith(b"\x1f\x8b"):
+            data = gzip.decompress(data)
+    with _opened(devkit, io.BytesIO(data)) as tar:
+        for member in _files(tar, devkit, len(data)):
+            if f"/{member.name}".endswith(f"/{name}"):
+                return data[member.offset_data :][: member.size]
+    raise UserError(f"{devkit} has no {name}; download {DEVKIT} again, or go without")
+
+
+@dataclasses.dataclass(frozen=True)
+class Members:
+    """A source: some images of a tar, read by their place in it, in any process."""
+
+    path: str  # of the tar
+    labels: tuple[str, ...]
+    names: tuple[str, ...]  # as n01440764/n01440764_10026.JPEG
+    offsets: np.ndarray  # (n,) int64, where the data begin in the tar
+    sizes: np.ndarray  # (n,) int64, bytes
+    targets: np.ndarray  # (n,) int64
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, index: int) -> Example:
+        """One image as it is stored.
+
+        Raises:
+          ImageError: over MAX_BYTES.
+          UserError: the tar is no longer what it was.
+        """
+        name, size = self.names[index], int(self.sizes[index])
+        if size > MAX_BYTES:
+            raise images.ImageError(f"{name}: has {size} bytes; at most {MAX_BYTES} are read")
+        with _reading(self.path), open(self.path, "rb") as file:
+            file.seek(int(self.offsets[index]))
+            data = file.read(size)
+        if len(data) < size:
+            raise UserError(f"{self.path} has become shorter; {AGAIN}")
+        return Example(data, int(self.targets[index]), name)
+
+    def take(self, indices: np.ndarray) -> "Members":
+        """Those at `indices`, (m,) int64, in that order."""
+        indices = np.asarray(indices, np.int64)
+        key = hashlib.sha256(self.fingerprint.encode() + indices.astype("<i8").tobytes())
+        return dataclasses.replace(
+            self,
+            names=tuple(self.names[index] for index in indices),
+            offsets=self.offsets[indices],
+            sizes=self.sizes[indices],
+            targets=self.targets[indices],
+            fingerprint=key.hexdigest(),
+        )
+
+
+class Scan:
+    """One pass over a tar's bytes, in their order: portions of images, hashed on the way.
+
+    Attributes:
+      size: bytes of the tar.
+      position: bytes hashed so far.
+      sha256: of the whole file, in hex; empty before the iteration has ended.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], split: str, classes: Classes,
+        targets: np.ndarray | None, count: int,
+    ):  # fmt: skip
+        """A scan that has yet to begin.
+
+        Args:
+          path: the tar.
+          split: `train`, a tar of class tars, or `validation`, a tar of images.
+          classes: of the training tar.
+          targets: (n,) int64, the label of validation image number k + 1; None for `train`.
+          count: images of a portion, at least 1.
+        """
+        self._path, self._labels, self._count = os.fspath(path), classes.labels, count
+        self._targets = np.empty(0, np.int64) if targets is None else targets
+        self._images = {"train": self._train, "validation": self._validation}[split]
+        with _reading(self._path):
+            self.size = os.path.getsize(self._path)
+        self.position, self.sha256 = 0, ""
+
+    def __iter__(self) -> Iterator[Members]:
+        """Portions of `count` images, the last of what is left.
+
+        A portion's fingerprint is the SHA-256 of the tar's bytes up to its last image's end.
+
+        Raises:
+          UserError: not a whole tar, or one that is not built as ImageNet's are.
+        """
+        state, portion, self.position, self.sha256 = hashlib.sha256(), [], 0, ""
+        with _reading(self._path), open(self._path, "rb", buffering=0) as file:
+            for image in self._images():
+                # After each image, not each portion: header, data, header, data is the order in
+                # which they lie, so the disk is read once and without jumps.
+                self._hash(file, state, image.offset + image.size)
+                portion.append(image)
+                if len(portion) == self._count:
+                    yield self._members(portion, state.hexdigest())
+                    portion = []
+            if self.position == 0:
+                raise UserError(f"{self._path} has no images; {AGAIN}")
+            if portion:
+                yield self._members(portion, state.hexdigest())
+            self._hash(file, state, self.size)
+            if file.read(1):
+                raise UserError(f"{self._path} has grown while it was read; let it become whole")
+        self.sha256 = state.hexdigest()
+
+    def _hash(self, file: io.FileIO, state: Any, stop: int) -> None:
+        """Adds the bytes up to `stop` to the hash."""
+        while self.position < stop:
+            block = file.read(min(BLOCK_BYTES, stop - self.position))
+            if not block:
+                raise UserError(f"{self._path} has become shorter; {AGAIN}")
+            state.update(block)
+            self.position += len(block)
+
+    def _members(self, portion: list["_Image"], fingerprint: str) -> Members:
+        names = tuple(image.name for image in portion)
+        offsets, sizes, targets = np.array([image[1:] for image in portion], np.int64).T.copy()
+        return Members(self._path, self._labels, names, offsets, sizes, targets, fingerprint)
+
+    def _train(self) -> Iterator["_Image"]:
+        label_of = {label: target for target, label in enumerate(self._labels)}
+        with _opened(self._path) as outer:
+            for label, member in _class_tars(outer, self._path):
+                if label not in label_of:
+                    raise UserError(f"{self._path} has class {label!r} anew; leave it as it is")
+                what, empty = f"{self._path}, {label}.tar", True
+                with _opened(what, outer.extractfile(member)) as inner:
+                    for image in _files(inner, what, member.size):
+                        name, empty = f"{label}/{_basename(image)}", False
+                        offset = member.offset_data + image.offset_data
+                        yield _Image(name, offset, image.size, label_of[label])
+                if empty:
+                    raise UserError(f"{what} has no images; {AGAIN} or take it out")
+
+    def _validation(self) -> Iterator["_Image"]:
+        seen = np.zeros(len(self._targets) + 1, bool)
+        with _opened(self._path) as tar:
+            for image in _files(tar, self._path, self.size):
+                name = _basename(image)
+                match = re.search(r"_([0-9]{1,18})\.jpe?g\Z", name, re.IGNORECASE)
+                number = int(match[1]) if match else 0
+                if not 1 <= number < len(seen):
+                    raise UserError(
+                        f"{self._path} has {name!r}: the name of a validation image should end in "
+                        f"_NUMBER.JPEG, 1 to {len(seen) - 1}, which gives its label; take it out"
+                    )
+                if seen[number]:
+                    raise UserError(f"{self._path} has number {number} twice; take {name!r} out")
+                seen[number] = True
+                target = int(self._targets[number - 1])
+                yield _Image(name, image.offset_data, image.size, target)
+
+
+class _Image(NamedTuple):
+    """Where an image lies in the tar."""
+
+    name: str
+    offset: int
+    size: int
+    target: int
+
+
+def _class_tars(
+    outer: tarfile.TarFile, path: str | os.PathLike[str]
+) -> Iterator[tuple[str, tarfile.TarInfo]]:
+    """Class name and header of every class tar, in the order of the training tar."""
+    seen = set()
+    for member in _files(outer, path, os.path.getsize(path)):
+        label, suffix = os.path.splitext(_basename(member))
+        if suffix != ".tar":
+            raise UserError(
+                f"{path} has {member.name!r}, but should hold nothing but a tar of each class, "
+                "named CLASS.tar; take it out"
+            )
+        if label in seen:
+            raise UserError(f"{path} has class {label!r} twice; take one out")
+        seen.add(label)
+        yield label, member
+    if not seen:
+        raise UserError(f"{path} has no class tars; {AGAIN}")
+
+
+@contextlib.contextmanager
+def _reading(what: str | os.PathLike[str]) -> Iterator[None]:
+    """Makes what a file or its content refuse the user's to resolve."""
+    try:
+        yield
+    except _DAMAGED as error:
+        detail = " ".join(str(error).split())[:160] or type(error).__name__
+        raise UserError(f"{what} cannot be read ({detail}); make it readable or {AGAIN}") from error
+
+
+@contextlib.contextmanager
+def _opened(
+    what: str | os.PathLike[str], file: IO[bytes] | None = None
+) -> Iterator[tarfile.TarFile]:
+    """The tar in `file` or else of the path `what`, which is its name in messages."""
+    with _reading(what), tarfile.open(None if file else what, "r:", file) as tar:
+        yield tar
+
+
+def _files(
+    tar: tarfile.TarFile, what: str | os.PathLike[str], size: int
+) -> Iterator[tarfile.TarInfo]:
+    """The files of an open tar of `size` bytes, in its order; refuses all but directories."""
+    while (member := tar.next()) is not None:
+        vars(tar)["members"].clear()  # tarfile would keep a million of them
+        if member.isdir():
+            continue
+        if not member.isreg() or member.issparse():
+            raise UserError(f"{what} has {member.name!r}, which is no plain file; take it out")
+        # At a negative size tarfile would go round in circles.
+        if member.size < 0 or member.offset_data + member.size > size:
+            raise UserError(f"{what} is cut short or damaged at {member.name!r}; {AGAIN}")
+        yield member
+    # tarfile takes anything that is no header for the end, which is a block of zeros.
+    file: Any = tar.fileobj
+    file.seek(tar.offset)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise UserError(f"{what} is cut short or damaged at its byte {tar.offset}; {AGAIN}")
+
+
+def _basename(member: tarfile.TarInfo) -> str:
+    """The last part of a member's name, fit for a line of text."""
+    name = posixpath.basename(member.name)
+    return name if name.isprintable() else ascii(name)[1:-1]

@@ -1,0 +1,172 @@
+"""What can be prepared: ImageNet's tars, image folders, TFDS data sets, the built-in shapes."""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from alexnet_jax.config import Data, UserError, from_dict
+from alexnet_jax.data import imagenet, sources
+from alexnet_jax.data.sources import Source
+
+log = logging.getLogger(__name__)
+
+CLASSES = "classes.tsv"
+
+
+class Input(Protocol):
+    """What is prepared."""
+
+    kind: str
+    labels: tuple[str, ...]
+    splits: tuple[str, ...]
+    total: int  # units of all splits, for the progress bar
+    unit: str
+    digests: dict[str, str]  # SHA-256 of what was read whole
+
+    def describe(self) -> dict[str, Any]:
+        """What the manifest says of it."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Text that is another when the input may be."""
+        ...
+
+    def portions(self, split: str, count: int) -> Iterator[Source]:
+        """The examples of a split in order, `count` at a time; their fingerprints tell them."""
+        ...
+
+    def units(self, portion: Source) -> int: ...
+
+    def files(self) -> dict[str, str]:
+        """Names and contents of small files more."""
+        ...
+
+
+class SourceInput:
+    """A folder, a TFDS data set or the built-in shapes: whatever splits they have."""
+
+    unit = "image"
+
+    def __init__(self, data: Data):
+        self.kind, _, name = data.source.partition(":")
+        self.name = name if self.kind == "tfds" else ""  # where a folder lies does not matter
+        self.digests: dict[str, str] = {}
+        self.sources: dict[str, Source] = {}
+        for split in ("train", "validation", "test"):
+            try:
+                self.sources[split] = sources.open_source(data, split)
+            except UserError as error:
+                if split == "train":
+                    raise
+                log.info("no %s split: %s", split, error)
+        if self._same("validation", "test"):  # the test split stood in
+            del self.sources["validation"]
+        self.splits = tuple(self.sources)
+        self.labels = self.sources["train"].labels
+        self.total = sum(len(source) for source in self.sources.values())
+
+    def _same(self, one: str, other: str) -> bool:
+        found = [self.sources[split].fingerprint for split in (one, other) if split in self.sources]
+        return len(found) == 2 and found[0] == found[1]
+
+    def describe(self) -> dict[str, Any]:
+        counts = {split: len(source) for split, source in self.sources.items()}
+        return {"kind": self.kind, "name": self.name, "num_examples": counts}
+
+    def fingerprint(self) -> str:
+        return " ".join(source.fingerprint for source in self.sources.values())
+
+    def portions(self, split: str, count: int) -> Iterator[Source]:
+        source = self.sources[split]
+        for first in range(0, len(source), count):
+            yield source.take(np.arange(first, min(first + count, len(source))))
+
+    def units(self, portion: Source) -> int:
+        return len(portion)
+
+    def files(self) -> dict[str, str]:
+        return {}
+
+
+class ImageNetInput:
+    """The tars of ILSVRC2012, hashed on the way and checked at the end of each."""
+
+    kind, unit = "imagenet", "B"
+    splits: tuple[str, ...] = ("train", "validation")
+
+    def __init__(self, tars: imagenet.Tars, official: bool):
+        if official:
+            imagenet.check_sizes(tars)
+        self.tars, self.official = tars, official
+        self.classes = imagenet.read_classes(tars)
+        self.targets = imagenet.validation_targets(tars, self.classes)
+        self.labels = self.classes.labels
+        self.sizes = {split: path.stat().st_size for split, path in tars.splits.items()}
+        self.total = sum(self.sizes.values())
+        self.digests: dict[str, str] = {}
+
+    def describe(self) -> dict[str, Any]:
+        devkit = self.tars.devkit is not None
+        return {
+            "kind": self.kind,
+            "official": self.official,
+            "devkit": devkit,
+            "bytes": self.sizes,
+        }
+
+    def fingerprint(self) -> str:
+        # What the tars hold is told by their portions' own.
+        return f"{self.describe()} {self.labels} {self.targets.tolist()} {self.files()}"
+
+    def portions(self, split: str, count: int) -> Iterator[Source]:
+        targets = self.targets if split == "validation" else None
+        scan = imagenet.Scan(self.tars.splits[split], split, self.classes, targets, count)
+        yield from scan
+        if self.official:
+            imagenet.check_digest(split, scan.sha256)
+        self.digests[split] = scan.sha256
+
+    def units(self, portion: Source) -> int:
+        return int(portion.sizes.sum()) if isinstance(portion, imagenet.Members) else 0
+
+    def files(self) -> dict[str, str]:
+        """The classes' devkit numbers and names in words, where there is a devkit."""
+        if self.classes.names is None or self.classes.devkit_ids is None:
+            return {}
+        rows = zip(self.labels, self.classes.devkit_ids, self.classes.names)
+        lines = [f"{label}\t{number}\t{name}\n" for label, number, name in rows]
+        return {CLASSES: "wnid\tdevkit_id\tname\n" + "".join(lines)}
+
+
+def open_input(
+    text: str, *, official: bool, split: Sequence[str], tfds_dir: str, cache_dir: str
+) -> Input:
+    """What `--input` names: a folder with the tars, the tars, an image folder, TFDS or shapes.
+
+    Args:
+      official: whether tars have to be the published ones.
+      split: parts for a folder or data set that comes without a split.
+
+    Raises:
+      UserError: it is none of these, or not whole.
+    """
+    kind, _, rest = text.partition(":")
+    if kind in ("shapes", "tfds"):
+        source = text
+    else:
+        where = rest if kind == "folder" else text
+        if "," not in where and not os.path.exists(os.path.expanduser(where)):
+            raise UserError(f"--input={text}: no such file or folder, nor tfds:NAME or shapes")
+        tars = imagenet.find(where)
+        if tars is not None:
+            return ImageNetInput(tars, official)
+        source = f"folder:{where}"
+    try:
+        parts = [int(part) for part in split]
+    except ValueError as error:
+        raise UserError(f"--split={','.join(split)}: must be whole numbers, as 6,2,2") from error
+    asked = {"source": source, "split": parts, "tfds_dir": tfds_dir, "cache_dir": cache_dir}
+    return SourceInput(from_dict({"data": asked}).data)

@@ -1,0 +1,427 @@
+"""Any input -> records: decoded, squared and stored once, as the paper did, by several processes.
+
+The input is cut into portions, each of which becomes one shard. A shard and what was learnt of it
+are kept in OUTPUT.partial, the second as a journal entry whose appearance says that both are
+whole; so a run that was killed goes on with the portions that have no entry. When all are there
+the manifest is written and the folder gets its name, at once.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import simplejpeg
+from tqdm import tqdm
+
+from alexnet_jax.config import UserError
+from alexnet_jax.data import images, records, workers
+from alexnet_jax.data.images import ImageError
+from alexnet_jax.data.inputs import Input
+from alexnet_jax.data.sources import Source
+from alexnet_jax.data.statistics import Sums
+
+log = logging.getLogger(__name__)
+
+ODDITIES = ("greyscale", "cmyk", "misnamed", "rotated")
+_progress: Any = None  # in a worker: units done, shared with the parent
+
+
+class BrokenImagesError(Exception):
+    """More images were broken than allowed. Exit status 1."""
+
+
+class Settings(NamedTuple):
+    """What the output follows from, beside the input."""
+
+    format: str  # jpeg or raw
+    quality: int  # of jpeg
+    size: int  # pixels a side
+    shard_size: int  # images
+
+
+def prepare(
+    given: Input,
+    output: pathlib.Path,
+    settings: Settings,
+    *,
+    num_workers: int,
+    allow_broken: int,
+) -> dict[str, Any]:
+    """Write `output`, or go on writing it, and return its manifest.
+
+    Raises:
+      UserError: the output exists, or is being made of another input or by another process.
+      BrokenImagesError: more than `allow_broken`.
+      OSError: the disk refuses.
+    """
+    partial = output.with_name(output.name + ".partial")
+    data, journal = partial / "data", partial / "journal"
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        manifest = _already(output, given, settings)
+        shutil.rmtree(partial, ignore_errors=True)  # left where a run was killed at its very end
+        return manifest
+    for folder in (data, journal):
+        folder.mkdir(parents=True, exist_ok=True)
+    with _locked(partial):
+        _check_plan(partial / "plan.json", given, settings)
+        with _Workers(num_workers) as pool, _progress_bar(given) as bar:
+            entries = _write_shards(given, data, journal, settings, pool, bar)
+        broken = [name for split in entries.values() for e in split for name in _journal(e).broken]
+        if len(broken) > allow_broken:
+            raise BrokenImagesError(
+                f"{len(broken)} broken images, {allow_broken} allowed: {'; '.join(broken[:20])}"
+                f"{'; ...' if len(broken) > 20 else ''}. Replace them, or leave them out by "
+                f"--allow_broken={len(broken)}; what was prepared is kept in {partial}"
+            )
+        manifest = _finish(given, data, entries, settings)
+        _sync(data)
+        os.rename(data, output)
+        _sync(output.parent)
+        shutil.rmtree(partial)
+    return manifest
+
+
+def _write_shards(
+    given: Input,
+    data: pathlib.Path,
+    journal: pathlib.Path,
+    settings: Settings,
+    pool: "_Workers",
+    bar: tqdm,
+) -> dict[str, list[pathlib.Path]]:
+    """The journal entries of every split, in order, each there with its shard."""
+    entries: dict[str, list[pathlib.Path]] = {split: [] for split in given.splits}
+    kept = len(list(journal.glob("*.npz")))
+    if kept:
+        log.info("going on: %d shards are there already", kept)
+    for split in given.splits:
+        for number, portion in enumerate(given.portions(split, settings.shard_size)):
+            entry = journal / f"{split}-{number:05d}.npz"
+            entries[split].append(entry)
+            if not entry.exists():
+                shard = data / records.shard_file(split, number)
+                weight = given.units(portion) / len(portion)
+                pool.submit(portion, shard, entry, settings, split == "train", weight)
+            elif _journal(entry).fingerprint == portion.fingerprint:
+                bar.update(given.units(portion))
+            else:
+                raise UserError(
+                    f"{entry.stem} was prepared from other bytes than the input has now; "
+                    f"remove {journal.parent} to begin again"
+                )
+            pool.wait(2 * pool.count, bar)
+    pool.wait(0, bar)
+    bar.update(given.total - bar.n)  # headers, and what images are padded with
+    return entries
+
+
+class _Entry(NamedTuple):
+    """What is known of a shard."""
+
+    fingerprint: str  # of the portion it holds
+    sha256: str
+    oddities: dict[str, int]
+    broken: list[str]
+    offset: np.ndarray
+    length: np.ndarray
+    label: np.ndarray
+    sums: Sums
+
+
+def write_shard(
+    portion: Source,
+    shard: pathlib.Path,
+    entry: pathlib.Path,
+    settings: Settings,
+    summed: bool,
+    weight: float,
+) -> None:
+    """Write one shard and its journal entry, each whole or not at all. Runs in a worker."""
+    sums, labels, broken = Sums(settings.size), [], []
+    oddities: collections.Counter[str] = collections.Counter()
+
+    def packed() -> Iterator[bytes]:
+        for index in range(len(portion)):
+            try:
+                example = portion.read(index)
+                square = images.square(images.decode(example.data, example.name), settings.size)
+                found = images.oddities(example)
+            except ImageError as error:
+                broken.append(str(error))
+            else:
+                image, seen = _encoded(square, settings)
+                if summed:
+                    sums.add(seen)
+                oddities.update(found)
+                labels.append(example.label)
+                yield records.pack(example.label, example.name, image)
+            if _progress is not None:
+                with _progress.get_lock():
+                    _progress.value += weight
+
+    partial = shard.with_name(f"{shard.name}.tmp")
+    offset, length = records.write_shard(partial, packed())
+    _sync(partial)
+    facts = {
+        "fingerprint": portion.fingerprint,
+        "sha256": records.digest(partial),
+        "oddities": {name: oddities[name] for name in ODDITIES},
+        "broken": broken,
+        "count": sums.count,
+    }
+    os.replace(partial, shard)
+    _sync(shard.parent)
+    _write(
+        entry,
+        facts=np.array(json.dumps(facts)),
+        offset=offset,
+        length=length,
+        label=np.array(labels, np.int32),
+        pixels=sums.pixels if summed else np.zeros(0, np.int64),
+        products=sums.products,
+    )
+
+
+def _encoded(square: np.ndarray, settings: Settings) -> tuple[bytes, np.ndarray]:
+    """What is stored of a square, and the pixels that will be read from it."""
+    if settings.format == "raw":
+        return square.tobytes(), square
+    data = simplejpeg.encode_jpeg(square, settings.quality, "RGB", "420")
+    return data, simplejpeg.decode_jpeg(data, "RGB")
+
+
+def _journal(entry: pathlib.Path) -> _Entry:
+    with np.load(entry, allow_pickle=False) as arrays:
+        facts = json.loads(str(arrays["facts"]))
+        sums = Sums(0)
+        sums.count = facts.pop("count")
+        sums.pixels, sums.products = arrays["pixels"], arrays["products"]
+        columns = {name: arrays[name] for name in ("offset", "length", "label")}
+    return _Entry(**facts, **columns, sums=sums)
+
+
+def _finish(
+    given: Input, data: pathlib.Path, entries: Mapping[str, list[pathlib.Path]], settings: Settings
+) -> dict[str, Any]:
+    """Write what lies beside the shards, the manifest last."""
+    total = Sums(settings.size)
+    splits = {}
+    for split, paths in entries.items():
+        columns: list[list[np.ndarray]] = []
+        shards, broken, oddities = [], [], collections.Counter[str]()
+        for number, path in enumerate(paths):
+            entry = _journal(path)
+            count = len(entry.label)
+            shard = np.full(count, number, np.int32)
+            columns.append([shard, entry.offset, entry.length, entry.label])
+            oddities.update(entry.oddities)
+            broken += entry.broken
+            if split == "train":
+                total.merge(entry.sums)
+            file = data / records.shard_file(split, number)
+            shards.append(
+                {
+                    "file": file.name,
+                    "num_examples": count,
+                    "bytes": file.stat().st_size,
+                    "sha256": entry.sha256,
+                }
+            )
+        index = records.Index(*(np.concatenate(column) for column in zip(*columns)))
+        _write(data / records.index_file(split), **index._asdict())
+        splits[split] = {
+            "num_examples": len(index.shard),
+            "oddities": {name: oddities[name] for name in ODDITIES},
+            "broken": broken,
+            "shards": shards,
+        }
+    if total.count == 0:
+        raise UserError("no image of the training split can be read")
+    statistics = total.statistics()
+    mean = statistics.mean_image.astype(np.float64).mean((0, 1)).astype(np.float32)
+    _write(data / records.STATISTICS, **statistics._asdict(), channel_mean=mean)
+    texts = {records.LABELS: "".join(f"{label}\n" for label in given.labels), **given.files()}
+    for name, text in texts.items():
+        (data / name).write_text(text, encoding="utf-8")
+    manifest = {
+        "version": records.VERSION,
+        **settings._asdict(),
+        "input": given.describe() | {"sha256": given.digests},
+        "splits": splits,
+        "files": {
+            name: records.file_entry(data / name)
+            for name in (*texts, records.STATISTICS, *map(records.index_file, splits))
+        },
+    }
+    known = {shard["file"] for split in splits.values() for shard in split["shards"]}
+    for path in data.iterdir():
+        if path.name not in known | set(manifest["files"]):  # of a worker that was killed
+            path.unlink()
+    for name in manifest["files"]:
+        _sync(data / name)
+    _write_text(data / records.MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    return manifest
+
+
+class _Workers:
+    """Processes that write shards. When this one ends, however it does, they end."""
+
+    def __init__(self, count: int):
+        context = multiprocessing.get_context("spawn")
+        self.count = count
+        self.done, self.shown = context.Value("d", 0.0), 0.0
+        self.pending: set[concurrent.futures.Future] = set()
+        self.pool = concurrent.futures.ProcessPoolExecutor(
+            count, context, initializer=_begin_worker, initargs=(self.done,)
+        )
+
+    def __enter__(self) -> "_Workers":
+        return self
+
+    def __exit__(self, kind: type | None, *rest: object) -> None:
+        if kind is not None:  # what is being written is not needed any more
+            for process in multiprocessing.active_children():
+                process.terminate()
+        self.pool.shutdown(cancel_futures=True)
+
+    def submit(self, *arguments: Any) -> None:
+        self.pending.add(self.pool.submit(write_shard, *arguments))
+
+    def wait(self, most: int, bar: tqdm) -> None:
+        """Until at most `most` shards are still to be written.
+
+        Raises whatever stopped a worker, OSError where it was killed.
+        """
+        while True:
+            enough = len(self.pending) <= most
+            done, self.pending = concurrent.futures.wait(
+                self.pending,
+                timeout=0 if enough else 0.5,
+                return_when=concurrent.futures.FIRST_COMPLETED,
+            )
+            bar.update(self.done.value - self.shown)
+            self.shown = self.done.value
+            try:
+                for future in done:
+                    future.result()
+            except concurrent.futures.BrokenExecutor as error:
+                raise OSError(
+                    "a worker was killed, by lack of memory most often: the same command goes on, "
+                    "with fewer by --workers=N"
+                ) from error
+            if enough:
+                return
+
+
+def _begin_worker(progress: Any) -> None:
+    global _progress
+    _progress = progress
+    workers.live_with_parent()
+
+
+def _progress_bar(given: Input) -> tqdm:
+    return tqdm(
+        total=given.total,
+        unit=given.unit,
+        unit_scale=True,
+        desc="preparing",
+        disable=None,
+        bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
+        "[{elapsed}<{remaining}, {rate_fmt}]",
+    )
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes out of the folder until this one leaves it or ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise UserError(f"another process is writing {folder}; wait for it, or stop it") from error
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _check_plan(path: pathlib.Path, given: Input, settings: Settings) -> None:
+    """Writes down what is being prepared, or raises UserError where it is something else."""
+    fingerprint = hashlib.sha256(given.fingerprint().encode()).hexdigest()
+    plan = settings._asdict() | {"input": given.kind, "fingerprint": fingerprint}
+    if not path.exists():
+        _write_text(path, json.dumps(plan))
+        return
+    old = json.loads(path.read_text(encoding="utf-8"))
+    changes = _changes(old, plan)
+    if changes:
+        raise UserError(
+            f"{path.parent} was begun with another input, or other settings ({changes}); "
+            "choose another --output, or remove it to begin again"
+        )
+
+
+def _already(output: pathlib.Path, given: Input, settings: Settings) -> dict[str, Any]:
+    """The manifest of an output that is there already.
+
+    Raises:
+      UserError: it is of another input or other settings, or no prepared data at all.
+    """
+    if not (output / records.MANIFEST).is_file():
+        raise UserError(f"--output={output} exists and is no prepared data; choose another")
+    manifest, _ = records.read_manifest(output)
+    old = {name: manifest[name] for name in settings._asdict()} | manifest["input"]
+    new = settings._asdict() | given.describe()
+    changes = _changes(old, new)
+    if changes:
+        raise UserError(
+            f"--output={output} holds another input, or other settings ({changes}); choose another"
+        )
+    log.info("%s is prepared already; --verify=%s reads every byte again", output, output)
+    return manifest
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """What `new` has otherwise than `old`, in words."""
+    pairs = ((name, old.get(name), value) for name, value in new.items())
+    return ", ".join(f"{name}: {was} -> {value}" for name, was, value in pairs if was != value)
+
+
+def _write(path: pathlib.Path, **arrays: np.ndarray) -> None:
+    """Write an npz file, whole or not at all."""
+    partial = path.with_name(f"{path.name}.tmp")
+    with open(partial, "wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
+    _sync(partial)
+    os.replace(partial, path)
+    _sync(path.parent)
+
+
+def _write_text(path: pathlib.Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    partial = path.with_name(f"{path.name}.tmp")
+    partial.write_text(text, encoding="utf-8")
+    _sync(partial)
+    os.replace(partial, path)
+    _sync(path.parent)
+
+
+def _sync(path: pathlib.Path) -> None:
+    """Have a file, or what a folder lists, on the disk before anything that comes after."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

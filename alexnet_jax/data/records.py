@@ -1,0 +1,289 @@
+"""Prepared data: ArrayRecord shards of small squares, an index of where each lies, a manifest.
+
+A record is a label (int32, little-endian), the length of a name (uint16), the name, and the image:
+a JPEG file or raw pixels. A shard is an ArrayRecord file that any reader of the format can read.
+This one goes by the index, with one system call a record: the library's own reader copies and
+hashes every record again, which takes four times as long as all else for raw pixels.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import struct
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from alexnet_jax.config import UserError
+from alexnet_jax.data.augment import Statistics
+from alexnet_jax.data.images import Example
+
+VERSION = 1
+MANIFEST, LABELS, STATISTICS = "manifest.json", "labels.txt", "statistics.npz"
+_HEAD = struct.Struct("<iH")
+# ArrayRecord lies in Riegeli files: chunks, interrupted by a header at the start of each block.
+_BLOCK, _BLOCK_HEADER = 1 << 16, 24
+_CHUNK = struct.Struct("<8xQ8xQQ")  # size of the data; kind and number of records; decoded size
+
+
+class Index(NamedTuple):
+    """Where the n records of a split lie."""
+
+    shard: np.ndarray  # (n,) int32, a place among the split's shards
+    offset: np.ndarray  # (n,) int64, bytes into the shard, of the record's own first byte
+    length: np.ndarray  # (n,) int32, bytes, block headers not counted
+    label: np.ndarray  # (n,) int32
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """One split of a prepared data set."""
+
+    labels: tuple[str, ...]
+    fingerprint: str
+    size: int  # pixels a side of the squares
+    raw: bool
+    statistics: Statistics  # of the training split
+    index: Index
+    shards: "_Files"
+
+    def __len__(self) -> int:
+        return len(self.index.shard)
+
+    @property
+    def targets(self) -> np.ndarray:
+        return self.index.label.astype(np.int64)
+
+    def read(self, index: int) -> Example:
+        shard, offset, length, _ = (int(column[index]) for column in self.index)
+        label, name, image = unpack(read_record(self.shards[shard], offset, length))
+        if self.raw:
+            return Example(image.reshape(self.size, self.size, 3), label, name)
+        return Example(image.tobytes(), label, name)
+
+    def take(self, indices: np.ndarray) -> "Records":
+        fingerprint = hashlib.sha256(self.fingerprint.encode() + indices.tobytes()).hexdigest()
+        index = Index(*(column[indices] for column in self.index))
+        return dataclasses.replace(self, index=index, fingerprint=fingerprint)
+
+
+class _Files:
+    """Files opened when first read; in another process they are opened again."""
+
+    def __init__(self, paths: tuple[str, ...]):
+        self.paths = paths
+        self.opened: dict[int, int] = {}
+
+    def __getitem__(self, number: int) -> int:
+        """A file descriptor."""
+        descriptor = self.opened.get(number)
+        if descriptor is None:
+            descriptor = os.open(self.paths[number], os.O_RDONLY)
+            kept = self.opened.setdefault(number, descriptor)
+            if kept != descriptor:  # another thread was faster
+                os.close(descriptor)
+            descriptor = kept
+        return descriptor
+
+    def __reduce__(self):
+        return _Files, (self.paths,)
+
+    def __del__(self):
+        for descriptor in self.opened.values():
+            os.close(descriptor)
+
+
+def pack(label: int, name: str, image: bytes) -> bytes:
+    """A record."""
+    encoded = name.encode("utf-8", "surrogateescape")[-1000:]
+    return _HEAD.pack(label, len(encoded)) + encoded + image
+
+
+def unpack(record: np.ndarray) -> tuple[int, str, np.ndarray]:
+    """Label, name and image of a record, (n,) uint8 -> image (m,) uint8, a view."""
+    label, length = _HEAD.unpack(record[: _HEAD.size].tobytes())
+    name = record[_HEAD.size : _HEAD.size + length].tobytes()
+    return label, name.decode("utf-8", "replace"), record[_HEAD.size + length :]
+
+
+def write_shard(path: pathlib.Path, records: Iterable[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """Write an ArrayRecord file, and return where its records lie: offsets (n,), lengths (n,).
+
+    Raises:
+      OSError: the disk refuses.
+    """
+    lengths = []
+    writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+    try:
+        for record in records:
+            writer.write(record)
+            lengths.append(len(record))
+        writer.close()
+    except RuntimeError as error:  # what the library makes of a full disk
+        raise OSError(f"{path} cannot be written: {error}") from error
+    with open(path, "rb") as file:
+        found = list(_places(file.fileno(), len(lengths)))
+    if [length for _, length in found] != lengths:
+        raise RuntimeError(
+            f"{path} is not laid out as this version of array_record did when this was written"
+        )
+    return np.array([o for o, _ in found], np.int64), np.array(lengths, np.int32)
+
+
+def _places(file: int, count: int) -> Iterator[tuple[int, int]]:
+    """Offset and length of each of the first `count` records of an ArrayRecord file.
+
+    Every record is a chunk of its own: a chunk header, then data that ends with the record.
+    """
+    position = 64  # the file's signature is a chunk without data
+    while count:
+        start = _skipped(position, 0)
+        size, kind, length = _CHUNK.unpack(read_record(file, start, _CHUNK.size).tobytes())
+        if kind & 0xFF == ord("r"):
+            data = _skipped(start, _CHUNK.size)
+            yield _skipped(data, size - length), length
+            count -= 1
+        position = _skipped(_skipped(start, _CHUNK.size), size, landing=False)
+
+
+def _skipped(position: int, size: int, landing: bool = True) -> int:
+    """Where `size` bytes after `position` one is, block headers stepped over.
+
+    With `landing`, at the first byte that is no block header.
+    """
+    if position % _BLOCK == 0:
+        position += _BLOCK_HEADER
+    room = _BLOCK - position % _BLOCK
+    if size >= room:
+        blocks, rest = divmod(size - room, _BLOCK - _BLOCK_HEADER)
+        position += room + blocks * _BLOCK
+        size = rest + (_BLOCK_HEADER if rest else 0)
+    position += size
+    return position + (_BLOCK_HEADER if landing and position % _BLOCK == 0 else 0)
+
+
+def read_record(file: int, offset: int, length: int) -> np.ndarray:
+    """The record of `length` bytes at `offset` of a file, (length,) uint8, in one system call.
+
+    Raises:
+      OSError: the file ends before the record does.
+    """
+    record = np.empty(length, np.uint8)
+    target = record.data
+    done = min(_BLOCK - offset % _BLOCK, length)
+    parts = [target[:done]]
+    while done < length:
+        more = min(_BLOCK - _BLOCK_HEADER, length - done)
+        parts += [memoryview(bytearray(_BLOCK_HEADER)), target[done : done + more]]
+        done += more
+    wanted = sum(len(part) for part in parts)
+    if os.preadv(file, parts, offset) != wanted:
+        raise OSError(f"a shard ends within the record at {offset}; verify the prepared data")
+    return record
+
+
+def open_records(directory: pathlib.Path, split: str) -> Records:
+    """One split of a prepared directory; validation is the test split where there is no other.
+
+    Raises:
+      UserError: there is none, or its files are not those of the manifest.
+    """
+    manifest, text = read_manifest(directory)
+    splits = manifest["splits"]
+    chosen = "test" if split == "validation" and split not in splits else split
+    if chosen not in splits:
+        raise UserError(f"records:{directory} has no split {split!r}; it has {', '.join(splits)}")
+    entries = splits[chosen]["shards"]
+    for entry in entries:
+        problem = _wrong_size(directory, entry)
+        if problem:
+            raise UserError(f"records:{directory}: {problem}; prepare it again")
+    small = {name: _whole(directory, entry) for name, entry in manifest["files"].items()}
+    fingerprint = hashlib.sha256(f"{chosen} ".encode() + text).hexdigest()
+    with np.load(small[STATISTICS], allow_pickle=False) as arrays:
+        statistics = Statistics(*(arrays[name] for name in Statistics._fields))
+    with np.load(small[index_file(chosen)], allow_pickle=False) as arrays:
+        index = Index(*(arrays[name] for name in Index._fields))
+    labels = tuple(small[LABELS].read_text(encoding="utf-8").splitlines())
+    shards = _Files(tuple(str(directory / entry["file"]) for entry in entries))
+    raw = manifest["format"] == "raw"
+    return Records(labels, fingerprint, manifest["size"], raw, statistics, index, shards)
+
+
+def shard_file(split: str, number: int) -> str:
+    return f"{split}-{number:05d}.array_record"
+
+
+def index_file(split: str) -> str:
+    return f"{split}.index.npz"
+
+
+def read_manifest(directory: pathlib.Path) -> tuple[dict[str, Any], bytes]:
+    """The manifest of a prepared directory, and its bytes.
+
+    Raises:
+      UserError: there is none that can be read.
+    """
+    try:
+        text = (directory / MANIFEST).read_bytes()
+        manifest = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"records:{directory} holds no readable {MANIFEST} ({error}); "
+            f"make it by `python -m alexnet_jax.prepare --input=... --output={directory}`"
+        ) from error
+    if manifest.get("version") != VERSION:
+        raise UserError(
+            f"records:{directory} is of version {manifest.get('version')}, read is {VERSION}; "
+            "prepare it again"
+        )
+    return manifest, text
+
+
+def verify(directory: pathlib.Path) -> Iterator[tuple[str, str]]:
+    """Every file of a prepared directory, read whole: its name, and what is wrong or ""."""
+    manifest, _ = read_manifest(directory)
+    shards = [entry for split in manifest["splits"].values() for entry in split["shards"]]
+    for entry in [*manifest["files"].values(), *shards]:
+        problem = _wrong_size(directory, entry)
+        if not problem and digest(directory / entry["file"]) != entry["sha256"]:
+            problem = f"{entry['file']} has other bytes than were written: its SHA-256 differs"
+        if not problem and "num_examples" in entry:
+            count = ArrayRecordReader(str(directory / entry["file"])).num_records()
+            if count != entry["num_examples"]:
+                problem = f"{entry['file']} has {count} records, not {entry['num_examples']}"
+        yield entry["file"], problem
+
+
+def file_entry(path: pathlib.Path) -> dict[str, Any]:
+    """What the manifest says of a file."""
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest(path)}
+
+
+def digest(path: pathlib.Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _wrong_size(directory: pathlib.Path, entry: dict[str, Any]) -> str:
+    path = directory / entry["file"]
+    if not path.is_file():
+        return f"{entry['file']} is missing"
+    size = path.stat().st_size
+    return "" if size == entry["bytes"] else f"{path.name} has {size} bytes, not {entry['bytes']}"
+
+
+def _whole(directory: pathlib.Path, entry: dict[str, Any]) -> pathlib.Path:
+    """The path of a small file, whose checksum is right."""
+    path = directory / entry["file"]
+    problem = _wrong_size(directory, entry)
+    if problem or digest(path) != entry["sha256"]:
+        raise UserError(
+            f"records:{directory}: {problem or f'{path.name} was changed'}; prepare it again"
+        )
+    return path

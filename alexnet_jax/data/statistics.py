@@ -1,0 +1,42 @@
+"""Sums over pixels, and what follows of them: mean image, deviations, principal colours."""
+
+import numpy as np
+
+from alexnet_jax.data.augment import Statistics
+
+
+class Sums:
+    """Exact integers, so that no order of adding shows in the result."""
+
+    def __init__(self, size: int):
+        self.count = 0  # images
+        self.pixels = np.zeros((size, size, 3), np.int64)  # summed over images
+        self.products = np.zeros((3, 3), np.int64)  # of channels, over images and pixels
+
+    def add(self, square: np.ndarray) -> None:
+        """One image more, (size, size, 3) uint8."""
+        self.count += 1
+        self.pixels += square
+        flat = square.reshape(-1, 3).astype(np.float64)
+        self.products += (flat.T @ flat).astype(np.int64)  # exact: below 2**53
+
+    def merge(self, other: "Sums") -> None:
+        self.count += other.count
+        self.pixels += other.pixels
+        self.products += other.products
+
+    def statistics(self) -> Statistics:
+        """Of the images added, at least one."""
+        mean_image = self.pixels / self.count
+        num_pixels = self.count * mean_image.shape[0] ** 2
+        mean = self.pixels.sum(axis=(0, 1)) / num_pixels
+        covariance = self.products / num_pixels - np.outer(mean, mean)
+        eigenvalues, eigenvectors = np.linalg.eigh(covariance)
+        # Of one colour all over, a channel would divide by nothing; half a grey level stands in.
+        std = np.sqrt(np.maximum(np.diag(covariance), 0.25))
+        return Statistics(
+            mean_image=mean_image.astype(np.float32),
+            channel_std=std.astype(np.float32),
+            eigenvalues=np.maximum(eigenvalues, 0).astype(np.float32),
+            eigenvectors=eigenvectors.astype(np.float32),
+        )

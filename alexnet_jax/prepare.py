@@ -1,0 +1,125 @@
+"""Prepare images for training: stored once as small squares, with their mean and colours.
+
+  python -m alexnet_jax.prepare --input=INPUT --output=DIR [--format=raw] ...
+  python -m alexnet_jax.prepare --verify=DIR
+
+INPUT is a folder that holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (and, for the
+classes' names, ILSVRC2012_devkit_t12.tar.gz) or these files with commas between; or a folder of
+images, tfds:NAME, or shapes. Train on DIR by --config.data.source=records:DIR.
+
+Killed at any moment, the same command goes on. Exit status: 0 all is prepared or verified; 1 too
+many broken images, wrong checksums, or the disk refused; 2 a mistake of the user's, in one line.
+"""
+
+import logging
+import pathlib
+import signal
+import sys
+import time
+
+from absl import flags
+from tqdm import tqdm
+
+from alexnet_jax.config import Data, UserError
+from alexnet_jax.data import inputs, prepare, records, workers
+
+SHARD_SIZE = 4096  # images: a few hundred files for ImageNet, each soon done again
+
+
+def main(argv: list[str]) -> int:
+    """Prepare or verify, and return the exit status; `argv` as in sys.argv."""
+    handler = logging.StreamHandler(sys.stderr)
+    logging.getLogger("alexnet_jax").handlers[:] = [handler]
+    logging.getLogger("alexnet_jax").setLevel(logging.INFO)
+    try:
+        values = parse(argv)
+        if values.help:
+            print(f"{__doc__}\n{values.main_module_help()}")
+            return 0
+        return verify(pathlib.Path(values.verify)) if values.verify else run(values)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (prepare.BrokenImagesError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def parse(argv: list[str]) -> flags.FlagValues:
+    """The command line's flags.
+
+    Raises:
+      UserError: an unknown flag, or a value that is none.
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_string("input", None, "what to prepare", flag_values=values)
+    flags.DEFINE_string("output", None, "folder to write, whole or not at all", flag_values=values)
+    flags.DEFINE_string("verify", None, "prepared folder to check", flag_values=values)
+    flags.DEFINE_enum("format", "jpeg", ["jpeg", "raw"], "of stored images", flag_values=values)
+    flags.DEFINE_integer("quality", 95, "of JPEG, 1 to 100", 1, 100, flag_values=values)
+    flags.DEFINE_integer("size", 256, "pixels a side", 8, 4096, flag_values=values)
+    flags.DEFINE_integer("shard_size", SHARD_SIZE, "images a file", 1, flag_values=values)
+    flags.DEFINE_integer("workers", 0, "processes; 0: one a core", 0, flag_values=values)
+    flags.DEFINE_integer("allow_broken", 0, "images that may be left out", 0, flag_values=values)
+    flags.DEFINE_bool("unofficial", False, "take tars of other sizes", flag_values=values)
+    flags.DEFINE_string("tfds_dir", "", "where tfds:NAME lies", flag_values=values)
+    flags.DEFINE_string("cache_dir", Data.cache_dir, "of drawn shapes", flag_values=values)
+    flags.DEFINE_list("split", "6,2,2", "of a folder that comes without", flag_values=values)
+    flags.DEFINE_bool("help", False, "print this", flag_values=values)
+    try:
+        rest = values(argv)
+    except flags.Error as error:
+        raise UserError(" ".join(str(error).split())) from error
+    if len(rest) > 1:
+        raise UserError(f"argument {rest[1]!r} is not understood; flags are --name=value")
+    if not values.help and not values.verify and not (values.input and values.output):
+        raise UserError("--input and --output are needed, or --verify=DIR; see --help")
+    return values
+
+
+def run(values: flags.FlagValues) -> int:
+    """Prepare what the flags name."""
+    started = time.perf_counter()
+    given = inputs.open_input(
+        values.input,
+        official=not values.unofficial,
+        split=values.split,
+        tfds_dir=values.tfds_dir,
+        cache_dir=values.cache_dir,
+    )
+    manifest = prepare.prepare(
+        given,
+        pathlib.Path(values.output),
+        prepare.Settings(values.format, values.quality, values.size, values.shard_size),
+        num_workers=workers.count(values.workers),
+        allow_broken=values.allow_broken,
+    )
+    for name, split in manifest["splits"].items():
+        size = sum(shard["bytes"] for shard in split["shards"])
+        odd = ", ".join(f"{count} {oddity}" for oddity, count in split["oddities"].items())
+        print(
+            f"{name}: {split['num_examples']:,} images, {size / 1e6:,.1f} MB; "
+            f"{odd}; {len(split['broken'])} broken left out"
+        )
+        for message in split["broken"]:
+            print(f"  {message}")
+    print(f"{values.output}: done in {time.perf_counter() - started:.1f} s")
+    return 0
+
+
+def verify(directory: pathlib.Path) -> int:
+    """Check every file of a prepared folder; 1 where one is not what was written."""
+    found = [problem for _, problem in tqdm(records.verify(directory), unit="file", disable=None)]
+    problems = [problem for problem in found if problem]
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    whole = len(found) - len(problems)
+    print(f"{directory}: {whole} of {len(found)} files are as they were written")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
