@@ -1,5 +1,6 @@
 """The order of events: steps, logs, validation, the plateau, checkpoints, stopping."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -7,7 +8,7 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from alexnet_jax import evaluate, metrics, workdir
 from alexnet_jax.checkpoint import Checkpoints, Meta
 from alexnet_jax.config import Config, UserError
 from alexnet_jax.data import sources, stream, survey
+from alexnet_jax.data.augment import Statistics
 from alexnet_jax.data.sources import Source
 from alexnet_jax.mesh import check_batch, local_rows, make_mesh, put_batch
 from alexnet_jax.models.alexnet import layers
@@ -168,7 +170,9 @@ def _steps(run: Run, first: int, report: Report, stop: StopSignal) -> int:
     """The steps after `first`; the number of the signal that ended them early, or 0."""
     config, calendar, meta, state = run.config, run.calendar, run.meta, run.state
     scale = jnp.float32(optim.plateau_scale(meta.plateau, config.optim))
-    batches = _batches(run, first)
+    batches = device_batches(
+        run.source, meta.statistics, config, run.mesh, first, calendar.num_steps
+    )
     ready = next(batches)
     train_step = _compiled(run.train_step, (state, ready, meta.statistics, scale), report)
     report.start_clock(first)
@@ -228,24 +232,27 @@ def _validated(run: Run, meta: Meta, state: TrainState, step: int, report: Repor
     return dataclasses.replace(meta, plateau=plateau, top1_error=values["top1_error"])
 
 
-def _batches(run: Run, first: int) -> Iterator[DeviceBatch]:
-    """Training batches on their devices, each on its way while the step before it runs."""
-    config, batch_size = run.config, run.calendar.batch_size
+def device_batches(
+    source: Source, statistics: Statistics, config: Config, mesh: Mesh, first: int, last: int
+) -> Generator[DeviceBatch, None, None]:
+    """Training batches first .. last - 1, each on its way while the step before it runs."""
+    batch_size = config.train.batch_size
     batches = stream.train_batches(
-        run.source,
-        run.meta.statistics,
+        source,
+        statistics,
         config.data,
         seed=config.seed,
         size=config.model.input_size,
-        rows=stream.Rows(batch_size, local_rows(run.mesh, batch_size)),
+        rows=stream.Rows(batch_size, local_rows(mesh, batch_size)),
         start_step=first,
-        num_steps=run.calendar.num_steps,
+        num_steps=last,
     )
-    ahead = put_batch(next(batches), run.mesh)
-    for batch in batches:
-        now, ahead = ahead, put_batch(batch, run.mesh)
-        yield now
-    yield ahead
+    with contextlib.closing(batches):
+        ahead = put_batch(next(batches), mesh)
+        for batch in batches:
+            now, ahead = ahead, put_batch(batch, mesh)
+            yield now
+        yield ahead
 
 
 def _compiled(step: TrainStep, arguments: tuple, report: Report) -> TrainStep:
@@ -269,7 +276,7 @@ def prepare(config: Config, directory: pathlib.Path, allow_config_change: bool) 
     check_batch("train.batch_size", config.train.batch_size, mesh, config.train.accumulation_steps)
     source = sources.open_source(config.data, "train")
     validation = sources.open_source(config.data, config.eval.split)
-    config = _with_classes(config, source.labels)
+    config = with_classes(config, source.labels)
     checkpoints = Checkpoints(directory / workdir.CHECKPOINTS)
     latest = checkpoints.latest_step()
     if latest is not None:
@@ -281,7 +288,6 @@ def prepare(config: Config, directory: pathlib.Path, allow_config_change: bool) 
     num_examples, num_classes = len(source), len(source.labels)
     calendar = Calendar(num_examples, config.train.batch_size, num_steps(config, num_examples))
     optimizer = optim.make_optimizer(config.optim)
-    schedule = optim.make_schedule(config.optim, *dataclasses.astuple(calendar))
     if latest is None:
         meta = Meta(config, source.labels, statistics, num_examples=num_examples)
         state = initial_state(config.model, num_classes, optimizer, config.seed)
@@ -308,17 +314,22 @@ def prepare(config: Config, directory: pathlib.Path, allow_config_change: bool) 
         checkpoints=checkpoints,
         meta=meta,
         state=put(state, mesh),
-        train_step=make_train_step(
-            apply,
-            optimizer,
-            schedule,
-            mesh,
-            seed=config.seed,
-            mean=config.data.mean,
-            accumulation_steps=config.train.accumulation_steps,
-        ),
+        train_step=make_step(config, mesh, num_classes, calendar),
         eval_step=evaluate.make_step(apply, config, mesh),
-        schedule=jax.jit(schedule),
+        schedule=jax.jit(optim.make_schedule(config.optim, *dataclasses.astuple(calendar))),
+    )
+
+
+def make_step(config: Config, mesh: Mesh, num_classes: int, calendar: Calendar) -> TrainStep:
+    """The training step that the config asks for."""
+    return make_train_step(
+        make_apply(config.model, num_classes, mesh.shape["model"]),
+        optim.make_optimizer(config.optim),
+        optim.make_schedule(config.optim, *dataclasses.astuple(calendar)),
+        mesh,
+        seed=config.seed,
+        mean=config.data.mean,
+        accumulation_steps=config.train.accumulation_steps,
     )
 
 
@@ -328,7 +339,7 @@ def num_steps(config: Config, num_examples: int) -> int:
     return train.num_steps or optim.first_step(train.num_epochs, num_examples, train.batch_size)
 
 
-def _with_classes(config: Config, labels: tuple[str, ...]) -> Config:
+def with_classes(config: Config, labels: tuple[str, ...]) -> Config:
     """The config with the number of classes the data has."""
     named = config.model.num_classes
     if named not in (0, len(labels)):

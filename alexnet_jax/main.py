@@ -1,4 +1,4 @@
-"""AlexNet in JAX: train, evaluate, inspect.
+"""AlexNet in JAX: train, evaluate, inspect, measure.
 
   python -m alexnet_jax.main --config=configs/NAME.py --workdir=DIR [--mode=MODE]
       [--config.SECTION.FIELD=VALUE ...]
@@ -17,13 +17,14 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
+from alexnet_jax import bench, evaluate, inspection, loop, mesh
 from alexnet_jax import config as configs
-from alexnet_jax import evaluate, inspection, loop, mesh
 from alexnet_jax.checkpoint import SaveError
 from alexnet_jax.config import UserError
 from alexnet_jax.data.images import ImageError
 
-MODES = ("train", "eval", "inspect")
+MODES = ("train", "eval", "inspect", "bench")
+WITHOUT_WORKDIR = ("inspect", "bench")
 
 
 def main(argv: list[str]) -> int:
@@ -80,7 +81,7 @@ def parse(argv: list[str]) -> flags.FlagValues | None:
         raise UserError(
             "the file of --config returns no config; begin it with blank(), as configs/"
         )
-    if not values.workdir and values.mode != "inspect":
+    if not values.workdir and values.mode not in WITHOUT_WORKDIR:
         raise UserError(f"--workdir is missing: --mode={values.mode} needs one")
     return values
 
@@ -93,6 +94,11 @@ def run(options: flags.FlagValues) -> int:
         print(json.dumps(found) if options.json else inspection.table(found))
         return 0
     mesh.start_cpu_devices(config.mesh.cpu_devices)
+    if options.mode == "bench":
+        found = bench.bench(config)
+        print(bench.table(found))
+        print(json.dumps(found))
+        return 0
     directory = pathlib.Path(options.workdir)
     if options.mode == "eval":
         print(json.dumps(evaluate.evaluate_workdir(config, directory)))

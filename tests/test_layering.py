@@ -36,6 +36,7 @@ ROOMS = (
     "report",
     "evaluate",
     "loop",
+    "bench",
     "inspection",
     "main",
     "prepare",

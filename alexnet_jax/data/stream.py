@@ -10,7 +10,7 @@ import contextlib
 import functools
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import NamedTuple
 
 import grain
@@ -25,6 +25,7 @@ from alexnet_jax.data.sources import Source
 PIECE = 64  # rows at most
 
 Batch = dict[str, np.ndarray]
+Batches = Generator[Batch, None, None]  # its close() ends the workers
 
 
 class Rows(NamedTuple):
@@ -63,7 +64,7 @@ def train_batches(
     rows: Rows,
     start_step: int,
     num_steps: int,
-) -> Iterator[Batch]:
+) -> Batches:
     """Batches start_step .. num_steps - 1 of the training stream, this process's rows.
 
     Args:
@@ -103,7 +104,7 @@ def train_batches(
     return _batches(read, rows.local, size, range(start_step, num_steps), data)
 
 
-def evaluation_batches(source: Source, data: Data, *, stored: int, rows: Rows) -> Iterator[Batch]:
+def evaluation_batches(source: Source, data: Data, *, stored: int, rows: Rows) -> Batches:
     """Every example once, in the source's order, the last batch padded.
 
     Yields:
@@ -130,7 +131,7 @@ def evaluation_batches(source: Source, data: Data, *, stored: int, rows: Rows) -
 ReadPiece = Callable[[int, range, np.ndarray], Batch]
 
 
-def _batches(read: ReadPiece, local: range, side: int, steps: range, data: Data) -> Iterator[Batch]:
+def _batches(read: ReadPiece, local: range, side: int, steps: range, data: Data) -> Batches:
     """The batches of `steps`, whose pixels are (len(local), side, side, 3) uint8."""
     pieces = [local[first : first + PIECE] for first in range(0, len(local), PIECE)]
     processes = workers.kind(data) == "processes"
@@ -163,17 +164,23 @@ def _batches(read: ReadPiece, local: range, side: int, steps: range, data: Data)
 
 
 class _Images:
-    """The pixels of batches in the making, each made by whoever comes first."""
+    """The pixels of batches in the making, each begun by whoever comes first.
+
+    Their memory is used again when nobody holds a batch any more: fresh memory costs as much as
+    what is written into it.
+    """
 
     def __init__(self, shape: tuple[int, ...]):
         self.shape = shape
         self.making: dict[int, np.ndarray] = {}
+        self.free: list[np.ndarray] = []
         self.lock = threading.Lock()
 
     def __call__(self, step: int) -> np.ndarray:
         with self.lock:
             if step not in self.making:
-                self.making[step] = np.empty(self.shape, np.uint8)
+                memory = self.free.pop() if self.free else np.empty(self.shape, np.uint8)
+                self.making[step] = np.asarray(_Lent(memory, self.free))
             return self.making[step]
 
     def take(self, step: int) -> np.ndarray:
@@ -183,6 +190,17 @@ class _Images:
 
     def __reduce__(self):  # processes have no batches in common
         return _Images, (self.shape,)
+
+
+class _Lent:
+    """What an array and all views of it hold on to; it gives their memory back when they go."""
+
+    def __init__(self, memory: np.ndarray, owner: list[np.ndarray]):
+        self.memory, self.owner = memory, owner
+        self.__array_interface__ = memory.__array_interface__
+
+    def __del__(self):
+        self.owner.append(self.memory)
 
 
 def _in_threads(elements: grain.MapDataset, ahead: int, count: int) -> grain.DatasetIterator:

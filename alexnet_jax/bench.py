@@ -1,0 +1,185 @@
+"""How fast this machine trains: the input alone, the step alone, both, and who waits for whom."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from alexnet_jax import loop
+from alexnet_jax.config import Config, stored_size
+from alexnet_jax.data import augment, images, sources, stream, survey, workers
+from alexnet_jax.data.augment import Statistics
+from alexnet_jax.data.sources import Source
+from alexnet_jax.mesh import check_batch, make_mesh, put_batch
+from alexnet_jax.models.alexnet import layers
+from alexnet_jax.train import optim
+from alexnet_jax.train.state import initial_state, put
+
+SECONDS = 5.0  # at least, of each measurement
+LEAST = 3  # repetitions of each
+STAGE_IMAGES = 256  # taken through one stage after another
+
+
+def bench(config: Config) -> dict[str, Any]:
+    """Measure; nothing is kept.
+
+    Returns:
+      `input`, `step` and `both`, each with images_per_second; `input` also by worker and with
+      the microseconds an image takes in each stage on one core; `both` with `waited`, the share
+      of the time in which the devices had no batch; and the share of a matrix product's speed,
+      measured in the same run, that the step reaches.
+    """
+    mesh = make_mesh(config.mesh, config.model)
+    batch_size = config.train.batch_size
+    check_batch("train.batch_size", batch_size, mesh, config.train.accumulation_steps)
+    source = sources.open_source(config.data, "train")
+    config = loop.with_classes(config, source.labels)
+    source, statistics = survey.surveyed(source, config.data, config.model)
+
+    def batches() -> contextlib.closing[Any]:
+        return contextlib.closing(loop.device_batches(source, statistics, config, mesh, 0, 10**9))
+
+    found: dict[str, Any] = {"batch_size": batch_size, "device": jax.devices()[0].device_kind}
+    with batches() as stream_of:
+        found["input"] = _input(stream_of, batch_size, config)
+        batch = next(stream_of)
+    found["input"]["stages"] = _stages(source, statistics, config, mesh)
+    advance = _make_advance(config, mesh, statistics, len(source.labels), len(source), batch)
+    seconds = _repeated(lambda: advance(batch))
+    found["step"] = {"images_per_second": batch_size / seconds, "seconds": seconds}
+    with batches() as stream_of:
+        found["both"] = _both(stream_of, advance, batch_size)
+    flops = _flops(config, len(source.labels))
+    found["matmul"] = _matmul_flops_per_second(config.model.dtype, mesh)
+    found["step"]["share_of_matmul"] = (
+        flops * found["step"]["images_per_second"] / found["matmul"]["flops_per_second"]
+    )
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """What `bench` found, for people."""
+    given, stages = found["input"], found["input"]["stages"]
+    times = ", ".join(f"{name} {value:.0f}" for name, value in stages.items())
+    return "\n".join(
+        [
+            f"{found['device']}, batches of {found['batch_size']}",
+            f"input alone   {given['images_per_second']:10,.1f} images/s, "
+            f"{given['images_per_second_per_worker']:,.1f} by each of {given['workers']} "
+            f"{given['kind']}",
+            f"              microseconds an image, one core: {times}",
+            f"step alone    {found['step']['images_per_second']:10,.1f} images/s, "
+            f"{found['step']['share_of_matmul']:.0%} of a matrix product's speed",
+            f"both          {found['both']['images_per_second']:10,.1f} images/s, "
+            f"the devices waited {found['both']['waited']:.1%} of the time",
+        ]
+    )
+
+
+def _input(batches: Iterator[Any], batch_size: int, config: Config) -> dict[str, Any]:
+    """The stream alone, on to the devices."""
+    jax.block_until_ready([next(batches), next(batches)])
+    seconds = _repeated(lambda: jax.block_until_ready(next(batches)))
+    count = workers.count(config.data.workers)
+    return {
+        "images_per_second": batch_size / seconds,
+        "images_per_second_per_worker": batch_size / seconds / count,
+        "workers": count,
+        "kind": workers.kind(config.data),
+    }
+
+
+def _stages(source: Source, statistics: Statistics, config: Config, mesh: Mesh) -> dict[str, float]:
+    """Microseconds an image takes to be read, decoded, augmented and copied to the devices."""
+    data, size, count = config.data, config.model.input_size, STAGE_IMAGES
+    stored = stored_size(data, config.model)
+    indices = stream.examples_at(config.seed, 0, count, len(source))
+    batch = np.empty((count, size, size, 3), np.uint8)
+    clock = [time.perf_counter()]
+    examples = [source.read(int(index)) for index in indices]
+    clock.append(time.perf_counter())
+    pixels = [images.decode(example.data, example.name) for example in examples]
+    clock.append(time.perf_counter())
+    draws = augment.draw(config.seed, 0, count, stored - size, data)
+    augment.colour_shift(draws.colour, statistics, data.colour_noise)
+    for image, offset, mirror, out in zip(pixels, draws.offset, draws.mirror, batch):
+        images.crop(image, stored, offset, mirror, out)
+    clock.append(time.perf_counter())
+    shares = mesh.shape["data"]
+    jax.block_until_ready(put_batch({"image": batch[: count // shares * shares]}, mesh))
+    clock.append(time.perf_counter())
+    times = np.diff(clock) / count * 1e6
+    return dict(zip(("read", "decode", "augment", "copy"), times.tolist()))
+
+
+def _make_advance(
+    config: Config,
+    mesh: Mesh,
+    statistics: Statistics,
+    num_classes: int,
+    num_examples: int,
+    batch: Any,
+) -> Callable[[Any], None]:
+    """What trains on a batch and waits for the end of it; compiled and run once."""
+    calendar = loop.Calendar(num_examples, config.train.batch_size, 10**9)
+    step = loop.make_step(config, mesh, num_classes, calendar)
+    optimizer = optim.make_optimizer(config.optim)
+    state = put(initial_state(config.model, num_classes, optimizer, config.seed), mesh)
+    scale = jnp.float32(0)  # the rate: weights stay as they are, whatever is shown
+
+    def advance(batch: Any) -> None:
+        nonlocal state
+        state, results = step(state, batch, statistics, scale)
+        jax.block_until_ready((state, results))
+
+    advance(batch)
+    return advance
+
+
+def _both(
+    batches: Iterator[Any], advance: Callable[[Any], None], batch_size: int
+) -> dict[str, float]:
+    """Training on the stream, and the share of the time without a batch."""
+    jax.block_until_ready([next(batches), next(batches)])
+    started, waited, count = time.perf_counter(), 0.0, 0
+    while count < LEAST or time.perf_counter() - started < SECONDS:
+        asked = time.perf_counter()
+        batch = jax.block_until_ready(next(batches))
+        waited += time.perf_counter() - asked
+        advance(batch)
+        count += 1
+    seconds = time.perf_counter() - started
+    return {"images_per_second": batch_size * count / seconds, "waited": waited / seconds}
+
+
+def _flops(config: Config, num_classes: int) -> int:
+    """Of training on one image: forward, and backward to inputs and to weights."""
+    net = layers(config.model, num_classes)
+    forward = [2 * layer.multiply_adds for layer in net]
+    return 3 * sum(forward) - forward[0]  # nobody asks for the gradient of the image
+
+
+def _matmul_flops_per_second(dtype: str, mesh: Mesh) -> dict[str, float]:
+    """What a large matrix product reaches on all devices of the mesh."""
+    on_cpu = jax.default_backend() == "cpu"  # whose virtual devices share the cores
+    size = 2048 if on_cpu else 8192
+    matrix = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.matmul)
+    jax.block_until_ready(product(matrix, matrix))
+    seconds = _repeated(lambda: jax.block_until_ready(product(matrix, matrix)))
+    devices = 1 if on_cpu else mesh.size
+    return {"flops_per_second": 2 * size**3 / seconds * devices, "size": size}
+
+
+def _repeated(work: Callable[[], Any]) -> float:
+    """Seconds one call takes, over LEAST calls and SECONDS at least."""
+    started, count = time.perf_counter(), 0
+    while count < LEAST or time.perf_counter() - started < SECONDS:
+        work()
+        count += 1
+    return (time.perf_counter() - started) / count

@@ -1,0 +1,173 @@
+"""Real processes, talking over loopback, hold the same global batch as one does, byte for byte."""
+
+import hashlib
+import json
+import pathlib
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+
+from alexnet_jax.config import Data
+from alexnet_jax.data import sources, stream, survey
+
+BATCH, SIZE, STORED, START, STEPS = 8, 13, 16, 2, 6  # of 11 examples: begins mid-epoch
+SCRIPT = """
+    import hashlib, json, sys
+    import jax
+    count, number, port, towers, source, cache, workers, kind = sys.argv[1:]
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_num_cpu_devices", 1)
+    if int(count) > 1:
+        jax.distributed.initialize(f"127.0.0.1:{{port}}", int(count), int(number))
+    import numpy as np
+    from alexnet_jax import config, mesh
+    from alexnet_jax.data import sources, stream, survey
+
+    def main():
+        data = config.Data(source=source, cache_dir=cache, workers=int(workers), worker_kind=kind)
+        grid = mesh.make_mesh(config.Mesh(model=int(towers)), config.Model())
+        examples = sources.open_source(data, "train")
+        examples, statistics = survey.survey(examples, {stored}, cache, 1)
+        rows = stream.Rows({batch}, mesh.local_rows(grid, {batch}))
+        found = dict(rows=[rows.local.start, rows.local.stop], train=[], evaluation=[])
+        training = stream.train_batches(
+            examples, statistics, data, seed=42, size={size}, rows=rows,
+            start_step={start}, num_steps={steps},
+        )
+        evaluation = stream.evaluation_batches(examples, data, stored={stored}, rows=rows)
+        for name, batches in (("train", training), ("evaluation", evaluation)):
+            for batch in batches:
+                placed = mesh.put_batch(batch, grid)
+                pieces = dict()
+                for field, array in placed.items():
+                    (shard,) = array.addressable_shards
+                    first = shard.index[0].start or 0
+                    digest = hashlib.sha256(np.asarray(shard.data).tobytes()).hexdigest()
+                    pieces[field] = [first, shard.data.shape[0], array.shape[0], digest]
+                found[name].append(pieces)
+        print(json.dumps(found))
+
+    if __name__ == "__main__":
+        main()
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(pictures, tmp_path_factory) -> pathlib.Path:
+    root = tmp_path_factory.mktemp("images")
+    pictures.folder(root / "train", {"ant": 4, "bee": 7})
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory) -> dict[str, list[stream.Batch]]:
+    """The global batches, by one process and one thread."""
+    data = Data(source=f"folder:{folder}", workers=1)
+    source = sources.open_source(data, "train")
+    _, statistics = survey.survey(source, STORED, str(tmp_path_factory.mktemp("cache")), 1)
+    rows = stream.Rows(BATCH, range(BATCH))
+    training = stream.train_batches(
+        source, statistics, data, seed=42, size=SIZE, rows=rows, start_step=0, num_steps=STEPS
+    )
+    evaluation = stream.evaluation_batches(source, data, stored=STORED, rows=rows)
+    return {"train": list(training)[START:], "evaluation": list(evaluation)}
+
+
+def run(folder: pathlib.Path, scratch: pathlib.Path, count: int, towers: int, workers: list[str]):
+    """What each of `count` processes found, the two towers on `towers` devices."""
+    script = scratch / "process.py"
+    sizes = {"batch": BATCH, "size": SIZE, "stored": STORED, "start": START, "steps": STEPS}
+    script.write_text(textwrap.dedent(SCRIPT).format(**sizes))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for number in range(count):
+        arguments = [count, number, port, towers, f"folder:{folder}", scratch / f"cache{number}"]
+        command = [sys.executable, str(script), *map(str, arguments), *workers]
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * count
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+@pytest.mark.parametrize(
+    ("count", "towers", "workers"),
+    [
+        (1, 1, ["2", "processes"]),
+        (2, 1, ["3", "threads"]),
+        (2, 2, ["1", "threads"]),
+        (4, 2, ["2", "threads"]),
+    ],
+)
+def test_processes_hold_the_global_batch(folder, whole, tmp_path, count, towers, workers):
+    found = run(folder, tmp_path, count, towers, workers)
+    share = BATCH * towers // count if count > 1 else BATCH
+    expected_rows = [(number // towers * share) for number in range(count)] if count > 1 else [0]
+    assert [process["rows"] for process in found] == [[r, r + share] for r in expected_rows]
+    for name, batches in whole.items():
+        for step, batch in enumerate(batches):
+            for process, first in zip(found, expected_rows):
+                for field, array in batch.items():
+                    rows = np.ascontiguousarray(array[first : first + share])
+                    digest = hashlib.sha256(rows.tobytes()).hexdigest()
+                    assert process[name][step][field] == [first, share, BATCH, digest], field
+        assert {len(process[name]) for process in found} == {len(batches)}
+    valid = np.concatenate([batch["valid"] for batch in whole["evaluation"]])
+    assert valid.sum() == 11
+
+
+ENDLESS = """
+    import json, multiprocessing, sys
+    import numpy as np
+    from alexnet_jax import config
+    from alexnet_jax.data import sources, stream, survey
+
+    def main():
+        data = config.Data(source=sys.argv[1], workers=2, worker_kind="processes")
+        source = sources.open_source(data, "train")
+        _, statistics = survey.survey(source, 16, sys.argv[2], 1)
+        batches = stream.train_batches(
+            source, statistics, data, seed=0, size=13, rows=stream.Rows(8, range(8)),
+            start_step=0, num_steps=10**9,
+        )
+        next(batches)
+        print(json.dumps([child.pid for child in multiprocessing.active_children()]), flush=True)
+        for _ in batches:
+            pass
+
+    if __name__ == "__main__":
+        main()
+"""
+
+
+def alive(number: int) -> bool:
+    try:
+        state = pathlib.Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/stat").exists(), reason="reads Linux's /proc")
+def test_reading_processes_end_with_the_one_that_is_killed(folder, tmp_path):
+    script = tmp_path / "endless.py"
+    script.write_text(textwrap.dedent(ENDLESS))
+    command = [sys.executable, str(script), f"folder:{folder}", str(tmp_path / "cache")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    children = json.loads(process.stdout.readline())
+    assert len(children) == 2
+    assert all(alive(child) for child in children)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while any(alive(child) for child in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(alive(child) for child in children)

@@ -1,0 +1,86 @@
+"""What the bench says of a machine whose slow part is known."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from alexnet_jax import bench
+from alexnet_jax.data import sources
+
+NAP = 0.03  # seconds
+
+
+@pytest.fixture
+def config(configured, tmp_path):
+    rng = np.random.default_rng(0)
+    for index in range(12):
+        path = tmp_path / "images" / "train" / "ab"[index % 2] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (44, 50, 3), np.uint8)).save(path)
+    values = {
+        "model.width": 0.125,
+        "model.input_size": 40,
+        "data.source": f"folder:{tmp_path / 'images'}",
+        "data.cache_dir": str(tmp_path / "cache"),
+        "data.workers": 2,
+        "mesh.model": 2,
+        "mesh.data": 1,
+        "train.batch_size": 8,
+    }
+    return configured("paper", values)
+
+
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setattr(bench, "SECONDS", 0.3)
+    monkeypatch.setattr(bench, "STAGE_IMAGES", 32)
+
+
+def test_a_slow_input_is_what_the_devices_wait_for(config, short, monkeypatch):
+    read = sources.Folder.read
+
+    def slow(self, index):
+        time.sleep(NAP)
+        return read(self, index)
+
+    monkeypatch.setattr(sources.Folder, "read", slow)
+    found = bench.bench(config)
+    most = 2 / NAP  # images a second that two workers can read
+    assert 0.6 * most < found["input"]["images_per_second"] <= 1.3 * most
+    assert 0.6 * most < found["both"]["images_per_second"] <= 1.3 * most
+    assert found["input"]["images_per_second_per_worker"] == pytest.approx(
+        found["input"]["images_per_second"] / 2
+    )
+    assert found["input"]["stages"]["read"] == pytest.approx(NAP * 1e6, rel=0.3)
+    assert found["both"]["waited"] > 0.5
+    assert found["step"]["images_per_second"] > 2 * most
+    json.dumps(found)
+    assert "the devices waited" in bench.table(found)
+
+
+def test_a_slow_step_waits_for_nothing(config, short, monkeypatch):
+    make = bench._make_advance
+
+    def slow(*arguments):
+        advance = make(*arguments)
+
+        def step(batch):
+            time.sleep(5 * NAP)
+            advance(batch)
+
+        return step
+
+    monkeypatch.setattr(bench, "_make_advance", slow)
+    found = bench.bench(config)
+    assert found["step"]["seconds"] >= 5 * NAP
+    assert found["both"]["waited"] < 0.2
+
+
+def test_operations_are_counted_as_by_hand(configured):
+    # 724,406,816 multiply-adds an image, of them 105,415,200 of conv1, whose input needs no
+    # gradient: published counts of the paper's net.
+    expected = 2 * (3 * 724_406_816 - 105_415_200)
+    assert bench._flops(configured("paper"), 1000) == expected
