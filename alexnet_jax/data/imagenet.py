@@ -23,7 +23,7 @@ from alexnet_jax.data import images
 from alexnet_jax.data.sources import Example
 
 MAX_BYTES = 2**28  # a larger member is no picture and would fill the memory
-BLOCK_BYTES = 2**22  # hashed at a time
+BLOCK_BYTES = 2**22  # read at a time
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 SYNSETS = "data/meta.mat"
 GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
@@ -177,9 +177,8 @@ def _synsets(devkit: pathlib.Path) -> dict[str, tuple[int, str]]:
         leaves = [row for row in table if int(row["num_children"]) == 0]
         found = {str(s["WNID"]): (int(s["ILSVRC2012_ID"]), str(s["words"])) for s in leaves}
     except Exception as error:  # at damaged bytes scipy and numpy raise whatever they stumble over
-        raise UserError(
-            f"{devkit}, {SYNSETS} has no table of synsets ({error}); {AGAIN}"
-        ) from error
+        message = f"{devkit}, {SYNSETS} has no table of synsets ({_short(error)}); {AGAIN}"
+        raise UserError(message) from error
     if not len(leaves) == len(found) == len({number for number, _ in found.values()}):
         raise UserError(f"{devkit}, {SYNSETS} has a class or a number twice; {AGAIN}")
     return found
@@ -278,6 +277,15 @@ class Members:
         )
 
 
+class _Image(NamedTuple):
+    """Where an image lies in the tar."""
+
+    name: str
+    offset: int
+    size: int
+    target: int
+
+
 class Scan:
     """One pass over a tar's bytes, in their order: portions of images, hashed on the way.
 
@@ -316,10 +324,10 @@ class Scan:
           UserError: not a whole tar, or one that is not built as ImageNet's are.
         """
         state, portion, self.position, self.sha256 = hashlib.sha256(), [], 0, ""
-        with _reading(self._path), open(self._path, "rb", buffering=0) as file:
+        with _reading(self._path), open(self._path, "rb", BLOCK_BYTES) as file:
             for image in self._images():
-                # After each image, not each portion: header, data, header, data is the order in
-                # which they lie, so the disk is read once and without jumps.
+                # After each image, not each portion, so that the disk is read once, in blocks and
+                # without jumps: the next header most often lies in a block that was just read.
                 self._hash(file, state, image.offset + image.size)
                 portion.append(image)
                 if len(portion) == self._count:
@@ -330,11 +338,11 @@ class Scan:
             if portion:
                 yield self._members(portion, state.hexdigest())
             self._hash(file, state, self.size)
-            if file.read(1):
-                raise UserError(f"{self._path} has grown while it was read; let it become whole")
+            if os.fstat(file.fileno()).st_size != self.size:
+                raise UserError(f"{self._path} has changed while it was read; let it become whole")
         self.sha256 = state.hexdigest()
 
-    def _hash(self, file: io.FileIO, state: Any, stop: int) -> None:
+    def _hash(self, file: IO[bytes], state: Any, stop: int) -> None:
         """Adds the bytes up to `stop` to the hash."""
         while self.position < stop:
             block = file.read(min(BLOCK_BYTES, stop - self.position))
@@ -343,27 +351,29 @@ class Scan:
             state.update(block)
             self.position += len(block)
 
-    def _members(self, portion: list["_Image"], fingerprint: str) -> Members:
+    def _members(self, portion: list[_Image], fingerprint: str) -> Members:
         names = tuple(image.name for image in portion)
         offsets, sizes, targets = np.array([image[1:] for image in portion], np.int64).T.copy()
         return Members(self._path, self._labels, names, offsets, sizes, targets, fingerprint)
 
-    def _train(self) -> Iterator["_Image"]:
+    def _train(self) -> Iterator[_Image]:
         label_of = {label: target for target, label in enumerate(self._labels)}
         with _opened(self._path) as outer:
             for label, member in _class_tars(outer, self._path):
                 if label not in label_of:
                     raise UserError(f"{self._path} has class {label!r} anew; leave it as it is")
                 what, empty = f"{self._path}, {label}.tar", True
-                with _opened(what, outer.extractfile(member)) as inner:
-                    for image in _files(inner, what, member.size):
+                # Opened at its place, a tar inside the tar has the offsets of the whole file.
+                file: Any = outer.fileobj
+                file.seek(member.offset_data)
+                with _opened(what, file) as inner:
+                    for image in _files(inner, what, member.offset_data + member.size):
                         name, empty = f"{label}/{_basename(image)}", False
-                        offset = member.offset_data + image.offset_data
-                        yield _Image(name, offset, image.size, label_of[label])
+                        yield _Image(name, image.offset_data, image.size, label_of[label])
                 if empty:
                     raise UserError(f"{what} has no images; {AGAIN} or take it out")
 
-    def _validation(self) -> Iterator["_Image"]:
+    def _validation(self) -> Iterator[_Image]:
         seen = np.zeros(len(self._targets) + 1, bool)
         with _opened(self._path) as tar:
             for image in _files(tar, self._path, self.size):
@@ -380,15 +390,6 @@ class Scan:
                 seen[number] = True
                 target = int(self._targets[number - 1])
                 yield _Image(name, image.offset_data, image.size, target)
-
-
-class _Image(NamedTuple):
-    """Where an image lies in the tar."""
-
-    name: str
-    offset: int
-    size: int
-    target: int
 
 
 def _class_tars(
@@ -417,8 +418,13 @@ def _reading(what: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except _DAMAGED as error:
-        detail = " ".join(str(error).split())[:160] or type(error).__name__
-        raise UserError(f"{what} cannot be read ({detail}); make it readable or {AGAIN}") from error
+        message = f"{what} cannot be read ({_short(error)}); make it readable or {AGAIN}"
+        raise UserError(message) from error
+
+
+def _short(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -431,9 +437,9 @@ def _opened(
 
 
 def _files(
-    tar: tarfile.TarFile, what: str | os.PathLike[str], size: int
+    tar: tarfile.TarFile, what: str | os.PathLike[str], stop: int
 ) -> Iterator[tarfile.TarInfo]:
-    """The files of an open tar of `size` bytes, in its order; refuses all but directories."""
+    """The files of an open tar that ends at `stop`, in its order; refuses all but directories."""
     while (member := tar.next()) is not None:
         vars(tar)["members"].clear()  # tarfile would keep a million of them
         if member.isdir():
@@ -441,14 +447,14 @@ def _files(
         if not member.isreg() or member.issparse():
             raise UserError(f"{what} has {member.name!r}, which is no plain file; take it out")
         # At a negative size tarfile would go round in circles.
-        if member.size < 0 or member.offset_data + member.size > size:
-            raise UserError(f"{what} is cut short or damaged at {member.name!r}; {AGAIN}")
+        if member.size < 0 or member.offset_data + member.size > stop:
+            raise UserError(f"{what} is cut short or damaged at byte {member.offset}; {AGAIN}")
         yield member
     # tarfile takes anything that is no header for the end, which is a block of zeros.
     file: Any = tar.fileobj
     file.seek(tar.offset)
-    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise UserError(f"{what} is cut short or damaged at its byte {tar.offset}; {AGAIN}")
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE) or file.tell() > stop:
+        raise UserError(f"{what} is cut short or damaged at byte {tar.offset}; {AGAIN}")
 
 
 def _basename(member: tarfile.TarInfo) -> str:

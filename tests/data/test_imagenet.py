@@ -83,7 +83,8 @@ def devkit(synsets: list[dict] | None = None, truth: str = "", leave_out: str = 
     top = "ILSVRC2012_devkit_t12"
     entries: list[Entry] = [
         special(f"{top}/data", tarfile.DIRTYPE),
-        (f"{top}/readme.txt", b"metadata.mat"),
+        (f"{top}/metadata/meta.mat", b"not this"),
+        (f"{top}/data/old_meta.mat", b"nor this"),
         (f"{top}/data/meta.mat", mat.getvalue()),
         (f"{top}/data/ILSVRC2012_validation_ground_truth.txt", truth.encode()),
     ]
@@ -92,7 +93,7 @@ def devkit(synsets: list[dict] | None = None, truth: str = "", leave_out: str = 
         for entry in entries:
             if isinstance(entry, tarfile.TarInfo):
                 tar.addfile(entry)
-            elif not (leave_out and entry[0].endswith(leave_out)):
+            elif not (leave_out and entry[0].endswith(f"data/{leave_out}")):
                 info = tarfile.TarInfo(entry[0])
                 info.size = len(entry[1])
                 tar.addfile(info, io.BytesIO(entry[1]))
@@ -347,6 +348,7 @@ BAD_SYNSETS = {
     "a class twice": [synset("n01", 1), synset("n01", 2)],
     "a number twice": [synset("n01", 1), synset("n02", 1)],
     "no number": [{**synset("n01", 1), "ILSVRC2012_ID": np.zeros(0)}],
+    "no number but lines": [{**synset("n01", 1), "num_children": "not a\nnumber"}],
     "no field": [{"ILSVRC2012_ID": 1.0, "words": "x"}],
 }
 
@@ -362,7 +364,7 @@ def test_a_devkit_that_lacks_a_class_is_refused(tmp_path):
     refusal(lambda: imagenet.read_classes(tars), "'n00'", tars.train, tars.devkit)  # no leaf
 
 
-@pytest.mark.parametrize("name", ["meta.mat", "ground_truth.txt"])
+@pytest.mark.parametrize("name", ["meta.mat", "ILSVRC2012_validation_ground_truth.txt"])
 def test_a_devkit_without_one_of_its_files_is_refused(classes, tmp_path, name):
     tars = written(tmp_path, train_tar(classes), kit=devkit(leave_out=name))
 
@@ -435,7 +437,7 @@ def test_a_training_scan_gives_every_image_once_in_the_tars_order(classes, tmp_p
     assert {portion.labels for portion in portions} == {("n01", "n02", "n03", "n04")}
 
 
-@pytest.mark.parametrize("block", [1, 1000, 2**22])
+@pytest.mark.parametrize("block", [7, 1000, 2**22])
 @pytest.mark.parametrize("count", [1, 3, 16])
 def test_a_portions_fingerprint_is_of_the_bytes_up_to_its_last_image(
     classes, tar_path, count, block, monkeypatch
@@ -612,7 +614,8 @@ def test_a_member_too_large_for_memory_is_a_broken_image(tmp_path):
     refusal(lambda: members.read(0), path)
 
 
-def test_memory_does_not_grow_with_the_members(tmp_path):
+def test_memory_does_not_grow_with_the_members(tmp_path, monkeypatch):
+    monkeypatch.setattr(imagenet, "BLOCK_BYTES", 2**16)
     header = tarred([("n01_1.JPEG", b"x")])[:1024]
     inner = header * 1500 + bytes(1024)
     path = tmp_path / "train.tar"
@@ -732,6 +735,18 @@ def test_what_is_no_tar_is_refused(tmp_path, data):
     refusal(lambda: scanned(path), path, "n01.tar", "again")
 
 
+@pytest.mark.parametrize("said", ["two\n  lines", ""])
+def test_whatever_tarfile_says_becomes_one_line(tmp_path, monkeypatch, said):
+    def fail(*_) -> None:
+        raise tarfile.ReadError(said)
+
+    path = tmp_path / "a.tar"
+    path.write_bytes(tarred([]))
+    monkeypatch.setattr(tarfile, "open", fail)
+    words = (path, "(two lines)" if said else "(ReadError)")
+    refusal(lambda: imagenet.read_classes(Tars(path, path, None)), *words)
+
+
 def test_a_missing_tar_is_refused(tmp_path):
     path = tmp_path / "gone.tar"
     refusal(lambda: imagenet.read_classes(Tars(path, path, None)), path)
@@ -791,7 +806,7 @@ def test_a_size_below_zero_does_not_go_round_in_circles(tmp_path):
     whole[1536:2048] = header.tobuf(tarfile.GNU_FORMAT)
     path = tmp_path / "val.tar"
     path.write_bytes(whole)
-    refusal(lambda: scanned(path, np.zeros(2, np.int64)), path, "a_2.JPEG", "again")
+    refusal(lambda: scanned(path, np.zeros(2, np.int64)), path, "byte 1536", "again")
 
 
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
