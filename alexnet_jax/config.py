@@ -173,6 +173,8 @@ class Optim:
     biases_drop: bool = True  # of epochs: False keeps the biases' rate; source
     conv1_drop_epoch: int = _setting(0, _at_least(0))  # one more drop for conv1's kernel; 0: none
     conv1_freeze_epoch: int = _setting(0, _at_least(0))  # conv1 stands still from here; 0: never
+    # Of each of LAYERS: what its rates are multiplied by; a layer of 0 stays as it is.
+    layer_rates: tuple[float, ...] = _setting((1.0,) * 8, _numbers(8, 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +187,7 @@ class Train:
     )  # "roughly 90 cycles"
     num_steps: int = _setting(0, _at_least(0))  # overrides num_epochs when set
     accumulation_steps: int = _setting(1, _at_least(1))  # parts a device takes its rows in
+    init_from: str = ""  # a workdir to begin with the weights of; fc8 is new for other classes
     log_every_steps: int = _setting(20, _at_least(1))
 
 
@@ -289,6 +292,7 @@ SECTIONS = tuple(f.name for f in dataclasses.fields(Config) if dataclasses.is_da
 FREE_ON_RESUME = frozenset({
     "data.workers", "data.worker_kind", "data.prefetch", "data.cache_dir", "data.tfds_dir",
     "train.num_epochs", "train.num_steps", "train.accumulation_steps", "train.log_every_steps",
+    "train.init_from",
 })  # fmt: skip
 FREE_SECTIONS = frozenset({"mesh", "eval", "checkpoint"})
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import logging
 import math
 import pathlib
 import signal
@@ -16,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from alexnet_jax import config as configs
 from alexnet_jax import evaluate, metrics, workdir
-from alexnet_jax.checkpoint import Checkpoints, Meta
+from alexnet_jax.checkpoint import Checkpoints, Meta, take_over
 from alexnet_jax.config import Config, UserError
 from alexnet_jax.data import sources, stream, survey
 from alexnet_jax.data.augment import Statistics
@@ -27,6 +29,7 @@ from alexnet_jax.models.alexnet import layers
 from alexnet_jax.report import Report
 from alexnet_jax.train import optim
 from alexnet_jax.train.state import (
+    Params,
     TrainState,
     initial_state,
     make_apply,
@@ -35,6 +38,8 @@ from alexnet_jax.train.state import (
     state_shapes,
 )
 from alexnet_jax.train.step import DeviceBatch, EvalStep, StepResults, TrainStep, make_train_step
+
+log = logging.getLogger(__name__)
 
 
 class TrainingError(Exception):
@@ -291,6 +296,8 @@ def prepare(config: Config, directory: pathlib.Path, allow_config_change: bool) 
     if latest is None:
         meta = Meta(config, source.labels, statistics, num_examples=num_examples)
         state = initial_state(config.model, num_classes, optimizer, config.seed)
+        if config.train.init_from:
+            state = state._replace(params=_taken_over(config.train, state.params, source.labels))
     else:
         if meta.num_examples != num_examples and not allow_config_change:
             raise UserError(
@@ -318,6 +325,17 @@ def prepare(config: Config, directory: pathlib.Path, allow_config_change: bool) 
         eval_step=evaluate.make_step(apply, config, mesh),
         schedule=jax.jit(optim.make_schedule(config.optim, *dataclasses.astuple(calendar))),
     )
+
+
+def _taken_over(train: configs.Train, params: Params, labels: tuple[str, ...]) -> Params:
+    """The parameters of the run `train.init_from` names, as far as they fit."""
+    origin = pathlib.Path(train.init_from).expanduser() / workdir.CHECKPOINTS
+    if not origin.is_dir():
+        raise UserError(f"train.init_from={train.init_from!r} holds no checkpoints; train there")
+    params, new = take_over(origin, params, labels)
+    names = ", ".join(new) or "nothing"
+    log.info("weights are taken over from %s; new: %s", train.init_from, names)
+    return params
 
 
 def make_step(config: Config, mesh: Mesh, num_classes: int, calendar: Calendar) -> TrainStep:

@@ -1,7 +1,7 @@
-"""AlexNet in JAX: train, evaluate, inspect, measure.
+"""AlexNet in JAX: train, evaluate, predict, inspect, measure.
 
   python -m alexnet_jax.main --config=configs/NAME.py --workdir=DIR [--mode=MODE]
-      [--config.SECTION.FIELD=VALUE ...]
+      [--config.SECTION.FIELD=VALUE ...] [IMAGE ...]
 
 Exit status: 0 the whole job is done; 1 training or internal failure; 2 a mistake of the user's,
 in one line; 130 Ctrl-C and 143 SIGTERM, after saving.
@@ -17,13 +17,13 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from alexnet_jax import bench, evaluate, inspection, loop, mesh
+from alexnet_jax import bench, inspection, loop, mesh, predict
 from alexnet_jax import config as configs
 from alexnet_jax.checkpoint import SaveError
 from alexnet_jax.config import UserError
 from alexnet_jax.data.images import ImageError
 
-MODES = ("train", "eval", "inspect", "bench")
+MODES = ("train", "eval", "predict", "features", "inspect", "bench")
 WITHOUT_WORKDIR = ("inspect", "bench")
 
 
@@ -31,10 +31,8 @@ def main(argv: list[str]) -> int:
     """Run one mode and return the exit status; `argv` as in sys.argv."""
     _log_to_stderr()
     try:
-        options = parse(argv)
-        if options is None:
-            return 0
-        return run(options)
+        options, paths = parse(argv)
+        return 0 if options is None else run(options, paths)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -46,8 +44,8 @@ def main(argv: list[str]) -> int:
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
 
 
-def parse(argv: list[str]) -> flags.FlagValues | None:
-    """The command line's flags; None where only help was asked for.
+def parse(argv: list[str]) -> tuple[flags.FlagValues | None, list[str]]:
+    """The command line's flags, None where only help was asked for; and what stands after them.
 
     Raises:
       UserError: an unknown flag, config file, field, or an ill-typed value.
@@ -58,6 +56,10 @@ def parse(argv: list[str]) -> flags.FlagValues | None:
     )
     flags.DEFINE_string("workdir", None, "where the run lives", flag_values=values)
     flags.DEFINE_string("mode", "train", f"one of {', '.join(MODES)}", flag_values=values)
+    flags.DEFINE_string(
+        "output", None, "eval: .npz or .csv to write; features: .npz", flag_values=values
+    )
+    flags.DEFINE_string("layer", "fc7", "features: whose output", flag_values=values)
     flags.DEFINE_bool("json", False, "inspect: print JSON, not a table", flag_values=values)
     flags.DEFINE_bool(
         "allow_config_change", False, "go on in a workdir with changed settings", flag_values=values
@@ -70,8 +72,8 @@ def parse(argv: list[str]) -> flags.FlagValues | None:
         raise UserError(_flag_error(error)) from error
     if values.help:
         print(f"{__doc__}\n{values.main_module_help()}")
-        return None
-    if len(rest) > 1:
+        return None, []
+    if len(rest) > 1 and values.mode != "predict":
         raise UserError(f"argument {rest[1]!r} is not understood; flags are --name=value")
     if values.mode not in MODES:
         raise UserError(f"--mode={values.mode}: must be one of {', '.join(MODES)}")
@@ -83,10 +85,12 @@ def parse(argv: list[str]) -> flags.FlagValues | None:
         )
     if not values.workdir and values.mode not in WITHOUT_WORKDIR:
         raise UserError(f"--workdir is missing: --mode={values.mode} needs one")
-    return values
+    if values.mode == "features" and not values.output:
+        raise UserError("--output is missing: --mode=features writes to FILE.npz")
+    return values, rest[1:]
 
 
-def run(options: flags.FlagValues) -> int:
+def run(options: flags.FlagValues, paths: list[str]) -> int:
     """The mode that the flags ask for."""
     config = configs.resolve(options.config)
     if options.mode == "inspect":
@@ -99,11 +103,26 @@ def run(options: flags.FlagValues) -> int:
         print(bench.table(found))
         print(json.dumps(found))
         return 0
-    directory = pathlib.Path(options.workdir)
+    directories = [pathlib.Path(part) for part in options.workdir.split(",")]
     if options.mode == "eval":
-        print(json.dumps(evaluate.evaluate_workdir(config, directory)))
+        output = pathlib.Path(options.output) if options.output else None
+        found, classes = predict.evaluate_workdirs(config, directories, output)
+        print(classes)
+        print(json.dumps(found))
         return 0
-    number = loop.train(config, directory, options.allow_config_change)
+    if options.mode == "predict":
+        found = list(predict.predict_files(config, directories, paths))
+        for entry in found:
+            print(json.dumps(entry))
+        return int(any("error" in entry for entry in found))
+    if len(directories) > 1:
+        raise UserError(f"--workdir={options.workdir}: --mode={options.mode} takes one")
+    if options.mode == "features":
+        output = pathlib.Path(options.output)
+        found = predict.write_features(config, directories[0], options.layer, output)
+        print(json.dumps(found))
+        return 0
+    number = loop.train(config, directories[0], options.allow_config_change)
     return 128 + number if number else 0
 
 

@@ -16,10 +16,31 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from alexnet_jax import config as configs
+from alexnet_jax import main as command
 
 CACHE = pathlib.Path(tempfile.gettempdir()) / f"alexnet_jax_tests_{getpass.getuser()}"
+
+ANIMALS = ("cat", "dog", "owl")
+TINY = """
+from alexnet_jax.config import blank
+
+
+def get_config():
+    config = blank()
+    config.model.width = 1 / 16
+    config.model.input_size = 36
+    config.data.source = "folder:{data}"
+    config.data.cache_dir = "{cache}"
+    config.mesh.data = 1
+    config.optim.schedule = "epochs"
+    config.train.batch_size = 8
+    config.train.num_steps = 6
+    config.train.log_every_steps = 1
+    return config
+"""
 
 jax.config.update("jax_num_cpu_devices", 4)
 # The same HLO and less work for LLVM: a third of the time to compile a step.
@@ -58,3 +79,44 @@ def difference() -> Callable[[Any, Any], float]:
         return max(jax.tree.leaves(jax.tree.map(one, found, expected)))
 
     return measure
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> pathlib.Path:
+    """16 training and 5 validation images of each of three classes."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 16), ("val", 5)):
+        for place, label in enumerate(ANIMALS):
+            (root / split / label).mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 80, (45 + number, 50, 3)) + 80 * np.eye(3)[place]
+                image = Image.fromarray(pixels.astype(np.uint8))
+                image.save(root / split / label / f"{number:02d}.jpg")
+    return root
+
+
+@pytest.fixture(scope="session")
+def config_file(images, tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("config")
+    path = folder / "tiny.py"
+    path.write_text(TINY.format(data=images, cache=folder / "cache"))
+    return path
+
+
+@pytest.fixture(scope="session")
+def run(config_file):
+    """(workdir, further arguments) -> the exit status."""
+
+    def call(workdir, *arguments: str) -> int:
+        return command.main(["main", f"--config={config_file}", f"--workdir={workdir}", *arguments])
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def trained(config_file, tmp_path_factory) -> pathlib.Path:
+    """The workdir of a run of six steps, one epoch."""
+    workdir = tmp_path_factory.mktemp("runs") / "trained"
+    assert command.main(["main", f"--config={config_file}", f"--workdir={workdir}"]) == 0
+    return workdir

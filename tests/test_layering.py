@@ -35,6 +35,7 @@ ROOMS = (
     "workdir",
     "report",
     "evaluate",
+    "predict",
     "loop",
     "bench",
     "inspection",

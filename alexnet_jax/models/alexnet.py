@@ -10,7 +10,7 @@ share of each is a contiguous half of that axis; so a checkpoint knows nothing o
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -223,24 +223,41 @@ class AlexNet(nnx.Module):
         Returns:
           (b, num_classes) of the compute dtype, all classes on every device.
         """
+        *_, (_, logits) = self.outputs(images, dropout)
+        return logits
+
+    def outputs(self, images: Array, dropout: Dropout | None) -> Iterator[tuple[str, Array]]:
+        """Each layer's name and output, this device's share; of fc8 the logits of all classes.
+
+        An output is what the next layer reads, before any exchange: behind activation, response
+        normalisation, pool and dropout.
+        """
         config = self.config
         x = images.astype(config.dtype)  # (b, 224, 224, 3)
         x = self.stage(self.conv1(x), config.after_conv1, 0)  # (b, 27, 27, 96/n)
+        yield "conv1", x
         x = self.stage(self.conv2(x), config.after_conv2, 1)  # (b, 13, 13, 256/n)
+        yield "conv2", x
         x = self.exchange(x)  # (b, 13, 13, 256)
         x = self.activation(self.conv3(x))  # (b, 13, 13, 384/n)
+        yield "conv3", x
         x = self.activation(self.conv4(x))  # (b, 13, 13, 384/n)
+        yield "conv4", x
         x = self.stage(self.conv5(x), config.after_conv5, 2)  # (b, 6, 6, 256/n)
+        yield "conv5", x
         if config.conv6:
             x = self.activation(self.conv6(self.exchange(x)))  # (b, 6, 6, 256/n)
+            yield "conv6", x
         x = self.drop(x, "pool5", dropout)
         x = self.exchange(x).reshape(x.shape[0], -1)  # (b, 9216)
         x = self.drop(self.activation(self.fc6(x)), "fc6", dropout)  # (b, 4096/n)
+        yield "fc6", x
         x = self.exchange(x)  # (b, 4096)
         x = self.drop(self.activation(self.fc7(x)), "fc7", dropout)  # (b, 4096/n)
+        yield "fc7", x
         x = self.exchange(x)  # (b, 4096)
         x = self.exchange(self.fc8(x))  # (b, 1000)
-        return x[:, : self.num_classes]  # without the column that evens out an odd class count
+        yield "fc8", x[:, : self.num_classes]  # less the column that evens out an odd count
 
     def exchange(self, x: Array) -> Array:
         """Both towers' maps or units from this device's: (..., c/n) -> (..., c), tower 0 first."""

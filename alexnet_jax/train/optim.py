@@ -8,7 +8,7 @@ Biases have their own rate and no decay.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from alexnet_jax.config import Optim
+from alexnet_jax.config import LAYERS, Optim
 
 Rates = dict[str, Array]  # "kernel", "bias"; "conv1_kernel", "conv1_bias" where they differ
 Schedule = Callable[[Array, Array], Rates]  # (step, plateau scale) -> rates
@@ -33,7 +33,7 @@ def make_optimizer(optim: Optim) -> optax.GradientTransformationExtraArgs:
     """
     return optax.chain(
         optax.add_decayed_weights(optim.weight_decay, mask=_kernels),
-        _scale_by_rates(),
+        _scale_by_rates(dict(zip(LAYERS, optim.layer_rates, strict=True))),
         optax.trace(decay=optim.momentum),
     )
 
@@ -42,13 +42,15 @@ def _kernels(params: Any) -> Any:
     return {layer: {kind: kind == "kernel" for kind in kinds} for layer, kinds in params.items()}
 
 
-def _scale_by_rates() -> optax.GradientTransformationExtraArgs:
+def _scale_by_rates(layer_rates: Mapping[str, float]) -> optax.GradientTransformationExtraArgs:
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         del params
         rates: Rates = extra["rates"]
         scaled = {
             layer: {
-                kind: -rates.get(f"{layer}_{kind}", rates[kind]) * gradient
+                kind: -rates.get(f"{layer}_{kind}", rates[kind])
+                * layer_rates["conv5" if layer == "conv6" else layer]
+                * gradient
                 for kind, gradient in kinds.items()
             }
             for layer, kinds in updates.items()

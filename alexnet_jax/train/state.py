@@ -35,10 +35,11 @@ class TrainState(NamedTuple):
 Apply = Callable[[Params, Array, Dropout | None], Array]  # params, images, dropout -> logits
 
 
-def make_apply(model: Model, num_classes: int, shards: int) -> Apply:
-    """The net as a pure function of one device's share of the parameters.
+def make_apply(model: Model, num_classes: int, shards: int, layer: str = "fc8") -> Apply:
+    """The net, up to a layer, as a pure function of one device's share of the parameters.
 
-    With two shards it is to be called under `shard_map` with mesh axis `model`.
+    With two shards it is to be called under `shard_map` with mesh axis `model`; the output of a
+    layer before fc8 is then this shard's.
     """
     axis_name = "model" if shards > 1 else None
     graph = nnx.graphdef(
@@ -48,7 +49,7 @@ def make_apply(model: Model, num_classes: int, shards: int) -> Apply:
     )
 
     def apply(params: Params, images: Array, dropout: Dropout | None) -> Array:
-        return nnx.merge(graph, params)(images, dropout)
+        return dict(nnx.merge(graph, params).outputs(images, dropout))[layer]
 
     return apply
 

@@ -39,6 +39,7 @@ class StepResults(NamedTuple):
 
 TrainStep = Callable[[TrainState, DeviceBatch, Statistics, Array], tuple[TrainState, StepResults]]
 EvalStep = Callable[[Params, DeviceBatch, Statistics], metrics.Sums]
+PredictStep = Callable[[Params, DeviceBatch, Statistics], Array]
 
 
 def make_train_step(
@@ -141,25 +142,80 @@ def make_eval_step(apply: Apply, mesh: Mesh, *, size: int, num_crops: int, mean:
     """
 
     def local_eval(params: Params, batch: DeviceBatch, statistics: Statistics):
-        squares = batch["image"]
-        places = jnp.asarray(augment.test_crops(squares.shape[1] - size, num_crops))
-
-        def one_crop(_, place: Array):
-            crops = pixels.cut(squares, place, size)
-            offset = jnp.broadcast_to(place[:2], (crops.shape[0], 2))
-            mirror = jnp.broadcast_to(place[2] > 0, crops.shape[:1])
-            images = pixels.normalise(crops, offset, mirror, statistics, mean)
-            return None, metrics.log_probabilities(apply(params, images, None))
-
-        _, log_probs = lax.scan(one_crop, None, places)  # (crops, b, classes)
-        averaged = jax.nn.logsumexp(log_probs, axis=0) - jnp.log(num_crops)
-        sums = metrics.sums(averaged, batch["label"], batch["valid"])
+        log_probs = _averaged(apply, params, batch, statistics, size, num_crops, mean)
+        sums = metrics.sums(log_probs, batch["label"], batch["valid"])
         return jax.tree.map(lambda value: jnp.reshape(value, (1,)), lax.psum(sums, "data"))
 
-    def eval_step(params: Params, batch: DeviceBatch, statistics: Statistics):
+    return _jitted(local_eval, mesh, P("model"))
+
+
+def make_predict_step(
+    apply: Apply, mesh: Mesh, *, size: int, num_crops: int, mean: str
+) -> PredictStep:
+    """As `make_eval_step`: (params, batch, statistics) -> log probabilities.
+
+    (shards, b, classes) float32, the same for each `model` shard, split over the mesh as it says.
+    """
+
+    def local_predict(params: Params, batch: DeviceBatch, statistics: Statistics):
+        return _averaged(apply, params, batch, statistics, size, num_crops, mean)[None]
+
+    return _jitted(local_predict, mesh, P("model", "data"))
+
+
+def make_features_step(features: Apply, mesh: Mesh, *, size: int, mean: str) -> PredictStep:
+    """A layer's output for centre crops: (params, batch, statistics) -> (b, ..., c) float32.
+
+    Args:
+      features: `state.make_apply` up to the layer, whose last axis is this shard's share.
+    """
+
+    def local_features(params: Params, batch: DeviceBatch, statistics: Statistics):
+        place = jnp.asarray(augment.test_crops(batch["image"].shape[1] - size, 1))[0]
+        images = _test_images(batch["image"], place, statistics, size, mean)
+        found = features(params, images, None).astype(jnp.float32)
+        return found.reshape(found.shape[0], -1, found.shape[-1])  # (b, pixels or 1, c/n)
+
+    return _jitted(local_features, mesh, P("data", None, "model"))
+
+
+def _averaged(
+    apply: Apply,
+    params: Params,
+    batch: DeviceBatch,
+    statistics: Statistics,
+    size: int,
+    num_crops: int,
+    mean: str,
+) -> Array:
+    """Logarithms of the probabilities averaged over the test crops, (b, classes) float32."""
+    places = jnp.asarray(augment.test_crops(batch["image"].shape[1] - size, num_crops))
+
+    def one_crop(_, place: Array):
+        images = _test_images(batch["image"], place, statistics, size, mean)
+        return None, metrics.log_probabilities(apply(params, images, None))
+
+    _, log_probs = lax.scan(one_crop, None, places)  # (crops, b, classes)
+    return jax.nn.logsumexp(log_probs, axis=0) - jnp.log(num_crops)
+
+
+def _test_images(
+    squares: Array, place: Array, statistics: Statistics, size: int, mean: str
+) -> Array:
+    """A row of `augment.test_crops`, less the mean: (b, s, s, 3) float32."""
+    crops = pixels.cut(squares, place, size)
+    offset = jnp.broadcast_to(place[:2], (crops.shape[0], 2))
+    mirror = jnp.broadcast_to(place[2] > 0, crops.shape[:1])
+    return pixels.normalise(crops, offset, mirror, statistics, mean)
+
+
+def _jitted(local: Callable, mesh: Mesh, out_specs: P) -> Any:
+    """`local` (params, batch, statistics) on every device's share."""
+
+    def step(params: Params, batch: DeviceBatch, statistics: Statistics):
         specs = jax.tree.map(parameter_spec, params)
         return jax.shard_map(
-            local_eval, mesh=mesh, in_specs=(specs, P("data"), P()), out_specs=P("model")
+            local, mesh=mesh, in_specs=(specs, P("data"), P()), out_specs=out_specs
         )(params, batch, statistics)
 
-    return jax.jit(eval_step)
+    return jax.jit(step)

@@ -1,0 +1,337 @@
+"""What trained nets make of images: errors, ensembles, probabilities, best labels, features."""
+
+import csv
+import dataclasses
+import logging
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from alexnet_jax import metrics
+from alexnet_jax.checkpoint import Checkpoints, Meta
+from alexnet_jax.config import Config, UserError
+from alexnet_jax.data import images, sources, stream, survey
+from alexnet_jax.data.sources import Source
+from alexnet_jax.evaluate import batch_size, check_labels
+from alexnet_jax.mesh import local_rows, make_mesh, put_batch
+from alexnet_jax.models.alexnet import layers
+from alexnet_jax.train.state import Params, make_apply, put
+from alexnet_jax.train.step import PredictStep, make_features_step, make_predict_step
+from alexnet_jax.workdir import CHECKPOINTS
+
+log = logging.getLogger(__name__)
+
+
+class Net(NamedTuple):
+    """A checkpoint, ready to look at images."""
+
+    config: Config  # with the checkpoint's net and treatment of pixels
+    meta: Meta
+    step: int
+    params: Params  # on the mesh
+    mesh: Mesh
+
+
+class Predictions(NamedTuple):
+    """What nets make of every example of a split, in the source's order."""
+
+    log_probabilities: np.ndarray  # (n, classes) float32; of several nets, of the mean probability
+    targets: np.ndarray  # (n,) int64
+    source: Source
+
+
+def open_net(config: Config, directory: pathlib.Path) -> Net:
+    """The checkpoint of `directory` that `checkpoint.step` names.
+
+    The net, its classes and what is done to pixels are the checkpoint's, whatever `config` says
+    of them; so are the devices, where the config's mesh does not fit on those there are.
+
+    Raises:
+      UserError: there is no such run or step.
+    """
+    if not (directory / CHECKPOINTS).is_dir():
+        raise UserError(f"--workdir={directory} holds no checkpoints; train there first")
+    with Checkpoints(directory / CHECKPOINTS) as checkpoints:
+        step = checkpoints.chosen_step(config.checkpoint.step)
+        meta, params = checkpoints.read_meta(step), checkpoints.read_params(step)
+    trained = meta.config.data
+    data = dataclasses.replace(
+        config.data,
+        stored_size=meta.statistics.mean_image.shape[0],
+        mean=trained.mean,
+        split=trained.split,
+        split_seed=trained.split_seed,
+    )
+    config = dataclasses.replace(config, model=meta.config.model, data=data)
+    mesh = _fitting_mesh(config)
+    return Net(config, meta, step, put(params, mesh), mesh)
+
+
+def open_split(net: Net) -> Source:
+    """The whole images of split `eval.split` of `data.source`, which the net can be tried on.
+
+    Raises:
+      UserError: there is no such split, or the data has other classes.
+    """
+    source = sources.open_source(net.config.data, net.config.eval.split)
+    check_labels(net.meta.labels, source.labels, net.config.data.source)
+    return survey.surveyed(source, net.config.data, net.config.model)[0]
+
+
+def log_probabilities(net: Net, source: Source) -> np.ndarray:
+    """The net's, for every example: (n, classes) float32, averaged over `eval.num_crops`."""
+    config, shards = net.config, net.mesh.shape["model"]
+    step = make_predict_step(
+        make_apply(config.model, len(net.meta.labels), shards),
+        net.mesh,
+        size=config.model.input_size,
+        num_crops=config.eval.num_crops,
+        mean=config.data.mean,
+    )
+    return np.concatenate([part[0] for part in _outputs(net, source, step)])[: len(source)]
+
+
+def features(net: Net, source: Source, layer: str) -> np.ndarray:
+    """A layer's output for the centre crop of every example, (n, ..., c) float32.
+
+    Raises:
+      UserError: the net has no such layer before its last.
+    """
+    config, shards = net.config, net.mesh.shape["model"]
+    found = {shape.name: shape for shape in layers(config.model, len(net.meta.labels))[:-1]}
+    if layer not in found:
+        raise UserError(f"--layer={layer}: must be one of {', '.join(found)}")
+    step = make_features_step(
+        make_apply(config.model, len(net.meta.labels), shards, layer),
+        net.mesh,
+        size=config.model.input_size,
+        mean=config.data.mean,
+    )
+    output = np.concatenate(list(_outputs(net, source, step)))[: len(source)]
+    return output.reshape(len(source), *found[layer].stage_output)
+
+
+def _outputs(net: Net, source: Source, step: PredictStep) -> Iterator[np.ndarray]:
+    """What `step` makes of each global batch, padding included."""
+    size = batch_size(net.config, net.mesh)
+    rows = stream.Rows(size, local_rows(net.mesh, size))
+    stored = net.meta.statistics.mean_image.shape[0]
+    for batch in stream.evaluation_batches(source, net.config.data, stored=stored, rows=rows):
+        placed = put_batch(batch, net.mesh)
+        output = step(net.params, placed, net.meta.statistics)
+        yield np.asarray(multihost_utils.process_allgather(output, tiled=True))
+
+
+def predictions(config: Config, directories: Sequence[pathlib.Path]) -> tuple[Predictions, list]:
+    """What one net, or several together, make of split `eval.split`, and the nets' steps.
+
+    Several are averaged as the paper's ensembles are: by their probabilities.
+
+    Raises:
+      UserError: a workdir cannot be used, or they are of different classes.
+    """
+    found, steps = [], []
+    for directory in directories:
+        net = open_net(config, directory)
+        source = open_split(net)
+        found.append(log_probabilities(net, source))
+        steps.append(net.step)
+        if found[0].shape != found[-1].shape:
+            raise UserError(
+                f"--workdir={directory} sees {found[-1].shape} images and classes, the first "
+                f"{found[0].shape}; an ensemble needs the same"
+            )
+    return Predictions(averaged(found), source.targets, source), steps
+
+
+def averaged(log_probs: Sequence[np.ndarray]) -> np.ndarray:
+    """Logarithms of the mean of several nets' probabilities, (n, classes) float32.
+
+    The mean is that of the float32 probabilities, taken in float64.
+    """
+    if len(log_probs) == 1:
+        return log_probs[0]
+    mean = np.mean([np.exp(part) for part in log_probs], axis=0, dtype=np.float64)
+    return np.log(np.maximum(mean.astype(np.float32), np.finfo(np.float32).tiny))
+
+
+def evaluate_workdirs(
+    config: Config, directories: Sequence[pathlib.Path], output: pathlib.Path | None = None
+) -> tuple[dict[str, Any], str]:
+    """Errors on split `eval.split`, and a table of the classes that are mistaken most.
+
+    Args:
+      output: an .npz or .csv file to write probabilities and labels to.
+
+    Returns:
+      split, num_examples, num_crops, loss, top1_error, top5_error, and each checkpoint's step; the
+      loss of ten crops and of several nets is that of the averaged probability. And the table.
+
+    Raises:
+      UserError: as `predictions`; the output is neither .npz nor .csv.
+    """
+    if output is not None and output.suffix not in (".npz", ".csv"):
+        raise UserError(f"--output={output}: must end in .npz or .csv")
+    found, steps = predictions(config, directories)
+    if output is not None:
+        _write(output, found)
+    sums = [
+        metrics.sums(
+            jnp.asarray(found.log_probabilities[first : first + 4096]),
+            jnp.asarray(found.targets[first : first + 4096]),
+        )
+        for first in range(0, len(found.targets), 4096)
+    ]
+    together = np.sum(np.array([[float(value) for value in part] for part in sums]), axis=0)
+    values = {
+        "split": config.eval.split,
+        "num_examples": len(found.targets),
+        "num_crops": config.eval.num_crops,
+        **metrics.errors(metrics.Sums(*together)),
+    }
+    if len(directories) == 1:
+        return values | {"step": steps[0]}, class_table(found)
+    names = [str(directory) for directory in directories]
+    return values | {"steps": steps, "workdirs": names}, class_table(found)
+
+
+def confusion(found: Predictions) -> np.ndarray:
+    """(classes, classes) int64: how many examples of each class (row) were taken for which."""
+    count = found.log_probabilities.shape[1]
+    best = np.argmax(found.log_probabilities, axis=1)
+    return np.bincount(found.targets * count + best, minlength=count**2).reshape(count, count)
+
+
+def class_table(found: Predictions, most: int = 20) -> str:
+    """The classes with the highest errors, and what they are taken for."""
+    counts, labels = confusion(found), found.source.labels
+    examples, right = counts.sum(1), np.diag(counts)
+    errors = 1 - right / np.maximum(examples, 1)
+    wrong = counts - np.diag(right)
+    order = np.argsort(-errors, kind="stable")[:most]
+    lines = [f"{'class':24} examples   error  most often taken for"]
+    for row in order[examples[order] > 0]:
+        taken = int(np.argmax(wrong[row]))
+        mistake = f"{labels[taken]} ({wrong[row, taken]})" if wrong[row, taken] else ""
+        lines.append(f"{labels[row][:24]:24} {examples[row]:8} {errors[row]:7.1%}  {mistake}")
+    if len(order) < len(labels):
+        lines.append(f"... of {len(labels)} classes; all of them by --output=FILE.npz")
+    return "\n".join(lines)
+
+
+def _write(output: pathlib.Path, found: Predictions) -> None:
+    """Probabilities, labels and names of all examples, as an .npz or .csv file."""
+    probabilities = np.exp(found.log_probabilities)
+    labels, source = found.source.labels, found.source
+    names = [source.read(index).name for index in range(len(source))]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.suffix == ".npz":
+        np.savez(
+            output,
+            allow_pickle=False,
+            probabilities=probabilities,
+            targets=found.targets,
+            labels=np.array(labels),
+            names=np.array(names),
+            confusion=confusion(found),
+        )
+        return
+    with open(output, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["name", "label", *labels])
+        for name, target, row in zip(names, found.targets, probabilities):
+            table.writerow([name, labels[target], *(f"{value:.9g}" for value in row)])
+
+
+def predict_files(
+    config: Config, directories: Sequence[pathlib.Path], paths: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """The five best labels of image files, and of those in folders, each with its probability.
+
+    Yields:
+      file, labels and probabilities; for a file that is no whole image, file and error.
+
+    Raises:
+      UserError: a path does not exist, or holds no files.
+    """
+    whole, broken = [], []
+    for path in _files(paths):
+        try:
+            images.decode(pathlib.Path(path).read_bytes(), path)
+            whole.append(path)
+        except images.ImageError as error:
+            broken.append({"file": path, "error": str(error)})
+    if whole:
+        found, labels = [], ()
+        for directory in directories:
+            net = open_net(config, directory)
+            check_labels(labels or net.meta.labels, net.meta.labels, f"--workdir={directory}")
+            labels = net.meta.labels
+            source = sources.Folder(labels, np.zeros(len(whole), np.int64), "", tuple(whole))
+            found.append(log_probabilities(net, source))
+        for path, row in zip(whole, np.exp(averaged(found))):
+            best = np.argsort(-row, kind="stable")[:5]
+            yield {
+                "file": path,
+                "labels": [labels[place] for place in best],
+                "probabilities": [float(row[place]) for place in best],
+            }
+    yield from broken
+
+
+def _files(paths: Sequence[str]) -> list[str]:
+    """The files named, and those in the folders named, at any depth, sorted."""
+    found = []
+    for path in map(pathlib.Path, paths):
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder")
+        inside = sorted(entry for entry in path.rglob("*") if entry.is_file())
+        found += [str(entry) for entry in inside] if path.is_dir() else [str(path)]
+    if not found:
+        raise UserError("no image to look at: name files or folders after the flags")
+    return found
+
+
+def write_features(
+    config: Config, directory: pathlib.Path, layer: str, output: pathlib.Path
+) -> dict[str, Any]:
+    """Write a layer's outputs for split `eval.split` to an .npz file; say what is in it.
+
+    Raises:
+      UserError: as `open_net`, `open_split` and `features`; the output is no .npz.
+    """
+    if output.suffix != ".npz":
+        raise UserError(f"--output={output}: must end in .npz")
+    net = open_net(config, directory)
+    source = open_split(net)
+    found = features(net, source, layer)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(
+        output,
+        allow_pickle=False,
+        features=found,
+        targets=source.targets,
+        labels=np.array(source.labels),
+        names=np.array([source.read(index).name for index in range(len(source))]),
+    )
+    return {
+        "split": config.eval.split,
+        "layer": layer,
+        "shape": list(found.shape),
+        "output": str(output),
+        "step": net.step,
+    }
+
+
+def _fitting_mesh(config: Config) -> Mesh:
+    """The config's mesh where there are devices for it, otherwise all devices sharing the batch."""
+    try:
+        return make_mesh(config.mesh, config.model)
+    except UserError as error:
+        log.warning("%s: evaluating without splitting the towers", error)
+        return make_mesh(Config().mesh, config.model)

@@ -1,0 +1,190 @@
+"""What trained nets say of images, against numpy on the files they write and on the pixels."""
+
+import csv
+import json
+import pathlib
+
+import numpy as np
+import oracle
+import pytest
+from PIL import Image
+
+from alexnet_jax.checkpoint import Checkpoints
+from alexnet_jax.data import images as pictures
+
+CLASSES = ("cat", "dog", "owl")
+STORED, SIZE = 41, 36  # round(256 * 36 / 224)
+
+
+@pytest.fixture(scope="module")
+def ensemble(trained, run, tmp_path_factory) -> list[pathlib.Path]:
+    """Workdirs of three seeds."""
+    others = [tmp_path_factory.mktemp("runs") / f"seed{seed}" for seed in (1, 2)]
+    for seed, workdir in enumerate(others, 1):
+        assert run(workdir, f"--config.seed={seed}", "--config.train.num_steps=3") == 0
+    return [trained, *others]
+
+
+def last_json(capsys) -> dict:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
+def by_oracle(workdir: pathlib.Path, squares: np.ndarray, num_crops: int) -> np.ndarray:
+    """Probabilities by the numpy net, crops cut by hand: (n, classes)."""
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        step = checkpoints.steps()[-1]
+        params, meta = checkpoints.read_params(step), checkpoints.read_meta(step)
+    margin = STORED - SIZE
+    middle = margin // 2
+    mean = meta.statistics.mean_image[middle : middle + SIZE, middle : middle + SIZE]
+    places = [(middle, middle)]
+    if num_crops == 10:
+        places += [(0, 0), (0, margin), (margin, 0), (margin, margin)]
+    found = []
+    for top, left in places:
+        crops = squares[:, top : top + SIZE, left : left + SIZE].astype(float)
+        for views in (crops, crops[:, :, ::-1])[: 2 if num_crops == 10 else 1]:
+            found.append(softmax(oracle.forward(params, views - mean, "paper", train=False)[0]))
+    assert len(found) == num_crops
+    return np.mean(found, axis=0)
+
+
+def validation_squares(images: pathlib.Path) -> tuple[list[pathlib.Path], np.ndarray]:
+    paths = sorted((images / "val").rglob("*.jpg"))
+    decoded = [pictures.decode(path.read_bytes(), path.name) for path in paths]
+    return paths, np.stack([pictures.square(image, STORED) for image in decoded])
+
+
+@pytest.mark.parametrize("num_crops", [1, 10])
+@pytest.mark.parametrize("towers", [1, 2])
+def test_probabilities_are_those_of_the_numpy_net(
+    trained, images, run, capsys, tmp_path, num_crops, towers
+):
+    output = tmp_path / "new" / "found.npz"
+    flags = (f"--config.eval.num_crops={num_crops}", f"--config.mesh.model={towers}")
+    # A batch of 4 does not divide 15 examples.
+    flags += (f"--output={output}", "--config.eval.batch_size=4")
+    assert run(trained, "--mode=eval", *flags) == 0
+    found = last_json(capsys)
+    paths, squares = validation_squares(images)
+    expected = by_oracle(trained, squares, num_crops)
+    targets = np.array([CLASSES.index(path.parent.name) for path in paths])
+    with np.load(output, allow_pickle=False) as file:
+        assert file["probabilities"].dtype == np.float32
+        np.testing.assert_allclose(file["probabilities"], expected, rtol=1e-4, atol=1e-6)
+        assert file["targets"].tolist() == targets.tolist()
+        assert tuple(file["labels"]) == CLASSES
+        assert file["names"].tolist() == [str(path) for path in paths]
+        confusion = np.zeros((3, 3), int)
+        np.add.at(confusion, (targets, file["probabilities"].argmax(1)), 1)
+        np.testing.assert_array_equal(file["confusion"], confusion)
+    right = expected[np.arange(15), targets]
+    assert found["loss"] == pytest.approx(-np.log(right).mean(), rel=1e-4)
+    assert found["top1_error"] == pytest.approx(np.mean(expected.argmax(1) != targets))
+    assert (found["num_examples"], found["num_crops"]) == (15, num_crops)
+
+
+def test_an_ensemble_is_the_average_of_its_files_to_the_last_digit(ensemble, run, capsys, tmp_path):
+    parts = []
+    for number, workdir in enumerate(ensemble):
+        output = tmp_path / f"{number}.npz"
+        assert run(workdir, "--mode=eval", f"--output={output}") == 0
+        parts.append(np.load(output)["probabilities"])
+    assert np.abs(parts[0] - parts[1]).max() > 1e-3
+    capsys.readouterr()
+    together = ",".join(map(str, ensemble))
+    assert run(together, "--mode=eval", f"--output={tmp_path / 'all.npz'}") == 0
+    found = last_json(capsys)
+    mean = ((parts[0].astype(float) + parts[1] + parts[2]) / 3).astype(np.float32)
+    with np.load(tmp_path / "all.npz") as file:
+        np.testing.assert_allclose(file["probabilities"], mean, rtol=2e-7, atol=0)
+        targets = file["targets"]
+    assert found["steps"] == [6, 3, 3]
+    assert found["loss"] == pytest.approx(-np.log(mean[np.arange(15), targets]).mean(), rel=1e-6)
+    assert found["top1_error"] == pytest.approx(np.mean(mean.argmax(1) != targets))
+
+
+def test_a_table_of_classes_counts_as_numpy_does(trained, run, capsys, tmp_path):
+    output = tmp_path / "found.csv"
+    assert run(trained, "--mode=eval", f"--output={output}") == 0
+    lines = capsys.readouterr().out.splitlines()
+    with open(output, newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["name", "label", *CLASSES]
+    assert len(rows) == 15
+    for label in CLASSES:
+        mine = [row for row in rows if row[1] == label]
+        best = [CLASSES[np.argmax([float(value) for value in row[2:]])] for row in mine]
+        (line,) = [line for line in lines if line.startswith(label)]
+        assert line.split()[1:3] == ["5", f"{np.mean([b != label for b in best]):.1%}"]
+
+
+def test_files_and_folders_are_given_their_best_labels(trained, images, run, capsys, tmp_path):
+    (tmp_path / "deep").mkdir()
+    one, two = images / "val/cat/03.jpg", tmp_path / "deep" / "photo.png"
+    Image.open(images / "val/owl/01.jpg").save(two)
+    (tmp_path / "deep" / "notes.txt").write_text("no image")
+    assert run(trained, "--mode=predict", str(one), str(tmp_path)) == 1  # of the text
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    squares = [
+        pictures.square(pictures.decode(path.read_bytes(), ""), STORED) for path in (one, two)
+    ]
+    expected = by_oracle(trained, np.stack(squares), 1)
+    for entry, path, row in zip(found, (one, two), expected):
+        order = np.argsort(-row)
+        assert entry["file"] == str(path)
+        assert entry["labels"] == [CLASSES[place] for place in order]  # three classes: three labels
+        np.testing.assert_allclose(entry["probabilities"], row[order], rtol=1e-4)
+    assert found[2]["file"].endswith("notes.txt")
+    assert "error" in found[2]
+    assert run(trained, "--mode=predict", str(one)) == 0
+
+
+@pytest.mark.parametrize("towers", [1, 2])
+@pytest.mark.parametrize("layer", ["conv1", "conv4", "conv5", "fc7"])
+def test_features_are_the_layers_outputs(trained, images, run, capsys, tmp_path, towers, layer):
+    output = tmp_path / "features.npz"
+    flags = (f"--layer={layer}", f"--output={output}", f"--config.mesh.model={towers}")
+    assert run(trained, "--mode=features", *flags) == 0
+    with np.load(output, allow_pickle=False) as file:
+        found, targets = file["features"], file["targets"]
+    _, squares = validation_squares(images)
+    middle = (STORED - SIZE) // 2
+    crops = squares[:, middle : middle + SIZE, middle : middle + SIZE].astype(float)
+    with Checkpoints(trained / "checkpoints") as checkpoints:
+        params, meta = checkpoints.read_params(6), checkpoints.read_meta(6)
+    mean = meta.statistics.mean_image[middle : middle + SIZE, middle : middle + SIZE]
+    _, named = oracle.forward(params, crops - mean, "paper", train=False)
+    expected = named[{"conv1": "pool1", "conv5": "pool5"}.get(layer, layer)]
+    expected = 0.5 * expected if layer == "fc7" else expected  # dropout's, testing
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+    assert targets.tolist() == [0] * 5 + [1] * 5 + [2] * 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--mode=eval", "--output=found.txt"], [".npz or .csv"]),
+        (["--mode=features", "--output=found.npz", "--layer=fc8"], ["--layer=fc8", "conv1"]),
+        (["--mode=features"], ["--output"]),
+        (["--mode=predict"], ["no image"]),
+        (["--mode=predict", "nowhere.jpg"], ["nowhere.jpg", "no such"]),
+        (["--mode=eval", "surplus"], ["surplus"]),
+    ],
+)
+def test_mistakes_are_told_in_one_line(trained, run, capsys, arguments, words):
+    capsys.readouterr()
+    assert run(trained, *arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(word in line for word in words)
+
+
+def test_an_ensemble_trains_nothing(ensemble, run, capsys):
+    assert run(",".join(map(str, ensemble[:2]))) == 2
+    assert "takes one" in capsys.readouterr().err

@@ -1,0 +1,126 @@
+"""What a run takes over from another one, and which layers then move how far."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from alexnet_jax.checkpoint import Checkpoints
+
+BIRDS = ("crow", "duck", "kite", "wren")
+LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
+
+
+@pytest.fixture(scope="module")
+def birds(tmp_path_factory):
+    """12 training and 3 validation images of each of four other classes."""
+    root = tmp_path_factory.mktemp("birds")
+    rng = np.random.default_rng(1)
+    for split, count in (("train", 12), ("val", 3)):
+        for place, label in enumerate(BIRDS):
+            (root / split / label).mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 90, (45, 50 + number, 3)) + 40 * place
+                Image.fromarray(pixels.astype(np.uint8)).save(
+                    root / split / label / f"{number}.png"
+                )
+    return root
+
+
+def params(workdir, step: int | None = None):
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        return checkpoints.read_params(step or checkpoints.steps()[-1])
+
+
+def losses(workdir) -> list[float]:
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if line["split"] == "train"]
+
+
+def assert_equal(one, other) -> None:
+    for kind in ("kernel", "bias"):
+        np.testing.assert_array_equal(one[kind], other[kind])
+
+
+def rates(**changed: float) -> str:
+    values = tuple(changed.get(layer, 1.0) for layer in LAYERS)
+    return f"--config.optim.layer_rates={values}"
+
+
+def test_other_classes_begin_with_the_weights_and_every_class_equally_probable(
+    trained, birds, run, tmp_path, capsys
+):
+    data = f"--config.data.source=folder:{birds}"
+    frozen = rates(**dict.fromkeys(LAYERS, 0.0))
+    begun = [data, f"--config.train.init_from={trained}", "--config.train.num_steps=1"]
+    assert run(tmp_path / "still", *begun, frozen) == 0
+    assert "new: fc8" in capsys.readouterr().err
+    old, new = params(trained), params(tmp_path / "still")
+    for layer in LAYERS[:-1]:
+        assert_equal(new[layer], old[layer])
+    assert new["fc8"]["kernel"].shape[1] == 4
+    assert not new["fc8"]["kernel"].any()
+    assert run(tmp_path / "scratch", data, "--config.train.num_steps=1") == 0
+    (fine,), (scratch,) = losses(tmp_path / "still"), losses(tmp_path / "scratch")
+    assert fine == pytest.approx(np.log(4), rel=1e-6)
+    assert fine < scratch
+
+
+def test_the_same_classes_take_over_everything(trained, run, tmp_path, capsys):
+    frozen = rates(**dict.fromkeys(LAYERS, 0.0))
+    flags = [f"--config.train.init_from={trained}", "--config.train.num_steps=2", frozen]
+    assert run(tmp_path, *flags) == 0
+    assert "new: nothing" in capsys.readouterr().err
+    for layer, leaves in params(trained).items():
+        assert_equal(params(tmp_path)[layer], leaves)
+
+
+def test_layers_move_as_their_rates_say(run, tmp_path):
+    """The first update: nothing at 0, a quarter at a quarter, the same at 1."""
+    flags = ["--config.train.num_steps=1", "--config.optim.learning_rate=0.5"]
+    assert run(tmp_path / "plain", *flags) == 0
+    still = rates(**dict.fromkeys(LAYERS, 0.0))
+    assert run(tmp_path / "still", *flags, still) == 0
+    assert run(tmp_path / "mixed", *flags, rates(conv2=0.0, fc6=0.25)) == 0
+    plain, start, mixed = (params(tmp_path / name) for name in ("plain", "still", "mixed"))
+    for layer in LAYERS:
+        assert_equal(mixed[layer], start[layer] if layer == "conv2" else mixed[layer])
+        factor = {"conv2": 0.0, "fc6": 0.25}.get(layer, 1.0)
+        for kind in ("kernel", "bias"):
+            moved, expected = mixed[layer][kind] - start[layer][kind], plain[layer][kind]
+            expected = factor * (expected.astype(float) - start[layer][kind])
+            scale = np.abs(plain[layer][kind] - start[layer][kind]).max()
+            assert scale > 0
+            np.testing.assert_allclose(moved, expected, rtol=1e-3, atol=1e-3 * scale)
+
+
+def test_a_sixth_convolution_is_new(trained, run, tmp_path, capsys):
+    flags = [f"--config.train.init_from={trained}", "--config.train.num_steps=1"]
+    assert run(tmp_path, "--config.model.preset=conv6", *flags, rates(conv1=0.0)) == 0
+    assert "new: conv6" in capsys.readouterr().err
+    assert_equal(params(tmp_path)["conv1"], params(trained)["conv1"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--config.train.init_from=/nowhere"], ["/nowhere", "holds no checkpoints"]),
+        (["--config.model.width=0.125"], ["kernel", "both nets must be the same"]),
+        (["--config.optim.layer_rates=(1,2)"], ["layer_rates", "8 numbers"]),
+    ],
+)
+def test_what_does_not_fit_is_refused(trained, run, tmp_path, capsys, flags, words):
+    given = [] if "init_from" in flags[0] else [f"--config.train.init_from={trained}"]
+    assert run(tmp_path / "new", *given, *flags) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert all(word in error for word in words)
+
+
+def test_a_resumed_run_does_not_begin_again(trained, run, tmp_path):
+    first = [f"--config.train.init_from={trained}", "--config.train.num_steps=1"]
+    assert run(tmp_path, *first) == 0
+    one = params(tmp_path)
+    assert run(tmp_path, "--config.train.num_steps=2", "--config.checkpoint.every_steps=1") == 0
+    assert np.abs(params(tmp_path)["fc8"]["kernel"] - one["fc8"]["kernel"]).max() > 0
+    assert len(losses(tmp_path)) == 2
