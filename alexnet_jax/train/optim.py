@@ -31,9 +31,10 @@ def make_optimizer(optim: Optim) -> optax.GradientTransformationExtraArgs:
 
     Parameters are {layer: {"kernel": ..., "bias": ...}}; velocities have their shapes and dtypes.
     """
+    layer_rates = dict(zip(LAYERS, optim.layer_rates, strict=True))
     return optax.chain(
         optax.add_decayed_weights(optim.weight_decay, mask=_kernels),
-        _scale_by_rates(dict(zip(LAYERS, optim.layer_rates, strict=True))),
+        _scale_by_rates(layer_rates | {"conv6": layer_rates["conv5"]}),
         optax.trace(decay=optim.momentum),
     )
 
@@ -49,7 +50,7 @@ def _scale_by_rates(layer_rates: Mapping[str, float]) -> optax.GradientTransform
         scaled = {
             layer: {
                 kind: -rates.get(f"{layer}_{kind}", rates[kind])
-                * layer_rates["conv5" if layer == "conv6" else layer]
+                * layer_rates.get(layer, 1.0)
                 * gradient
                 for kind, gradient in kinds.items()
             }
