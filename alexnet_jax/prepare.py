@@ -34,9 +34,9 @@ def main(argv: list[str]) -> int:
     try:
         values = parse(argv)
         if values.help:
-            print(f"{__doc__}\n{values.main_module_help()}")
+            print(f"{__doc__}\n{values.get_help(include_special_flags=False)}")
             return 0
-        return verify(pathlib.Path(values.verify)) if values.verify else run(values)
+        return verify(_path(values.verify)) if values.verify else run(values)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -60,7 +60,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_string("verify", None, "prepared folder to check", flag_values=values)
     flags.DEFINE_enum("format", "jpeg", ["jpeg", "raw"], "of stored images", flag_values=values)
     flags.DEFINE_integer("quality", 95, "of JPEG, 1 to 100", 1, 100, flag_values=values)
-    flags.DEFINE_integer("size", 256, "pixels a side", 8, 4096, flag_values=values)
+    flags.DEFINE_integer("size", 256, "pixels a side", 8, 2048, flag_values=values)
     flags.DEFINE_integer("shard_size", SHARD_SIZE, "images a file", 1, flag_values=values)
     flags.DEFINE_integer("workers", 0, "processes; 0: one a core", 0, flag_values=values)
     flags.DEFINE_integer("allow_broken", 0, "images that may be left out", 0, flag_values=values)
@@ -83,6 +83,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
 def run(values: flags.FlagValues) -> int:
     """Prepare what the flags name."""
     started = time.perf_counter()
+    output = _path(values.output)
     given = inputs.open_input(
         values.input,
         official=not values.unofficial,
@@ -90,9 +91,14 @@ def run(values: flags.FlagValues) -> int:
         tfds_dir=values.tfds_dir,
         cache_dir=values.cache_dir,
     )
+    if isinstance(given, inputs.SourceInput) and given.folder in (output, *output.parents):
+        raise UserError(
+            f"--output={values.output} lies in the folder that is read, where it would be taken "
+            "for a class; choose another"
+        )
     manifest = prepare.prepare(
         given,
-        pathlib.Path(values.output),
+        output,
         prepare.Settings(values.format, values.quality, values.size, values.shard_size),
         num_workers=workers.count(values.workers),
         allow_broken=values.allow_broken,
@@ -108,6 +114,14 @@ def run(values: flags.FlagValues) -> int:
             print(f"  {message}")
     print(f"{values.output}: done in {time.perf_counter() - started:.1f} s")
     return 0
+
+
+def _path(text: str) -> pathlib.Path:
+    """A folder to write or verify, as an absolute path."""
+    path = pathlib.Path(text).expanduser().resolve()
+    if not path.name:
+        raise UserError(f"{text} is the root of the file system; name a folder in it")
+    return path
 
 
 def verify(directory: pathlib.Path) -> int:

@@ -15,6 +15,7 @@ ROOMS = (
     "metrics",
     "mesh",
     "data.workers",
+    "data.buffers",
     "data.images",
     "data.augment",
     "data.shapes",

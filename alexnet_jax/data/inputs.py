@@ -1,8 +1,10 @@
 """What can be prepared: ImageNet's tars, image folders, TFDS data sets, the built-in shapes."""
 
+import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -53,15 +55,16 @@ class SourceInput:
     def __init__(self, data: Data):
         self.kind, _, name = data.source.partition(":")
         self.name = name if self.kind == "tfds" else ""  # where a folder lies does not matter
+        self.folder = pathlib.Path(name).expanduser().resolve() if self.kind == "folder" else None
         self.digests: dict[str, str] = {}
         self.sources: dict[str, Source] = {}
         for split in ("train", "validation", "test"):
             try:
                 self.sources[split] = sources.open_source(data, split)
-            except UserError as error:
+            except sources.NoSplitError:
                 if split == "train":
                     raise
-                log.info("no %s split: %s", split, error)
+                log.info("no %s split", split)
         if self._same("validation", "test"):  # the test split stood in
             del self.sources["validation"]
         self.splits = tuple(self.sources)
@@ -69,12 +72,18 @@ class SourceInput:
         self.total = sum(len(source) for source in self.sources.values())
 
     def _same(self, one: str, other: str) -> bool:
-        found = [self.sources[split].fingerprint for split in (one, other) if split in self.sources]
-        return len(found) == 2 and found[0] == found[1]
+        found = [self.sources[split] for split in (one, other) if split in self.sources]
+        # Copies have one fingerprint, but not one place.
+        known = {(source.fingerprint, source.read(0).name) for source in found}
+        return len(found) == 2 and len(known) == 1
 
     def describe(self) -> dict[str, Any]:
-        counts = {split: len(source) for split, source in self.sources.items()}
-        return {"kind": self.kind, "name": self.name, "num_examples": counts}
+        return {
+            "kind": self.kind,
+            "name": self.name,
+            "num_examples": {split: len(source) for split, source in self.sources.items()},
+            "listing": _listing(self.sources.values()),
+        }
 
     def fingerprint(self) -> str:
         return " ".join(source.fingerprint for source in self.sources.values())
@@ -89,6 +98,20 @@ class SourceInput:
 
     def files(self) -> dict[str, str]:
         return {}
+
+
+def _listing(splits: Iterable[Source]) -> str:
+    """SHA-256 of what is known of splits before any image is read, wherever they lie."""
+    state = hashlib.sha256()
+    for source in splits:
+        if not isinstance(source, sources.Folder):
+            state.update(source.fingerprint.encode())
+            continue
+        state.update(repr(source.labels).encode())
+        for path, target in zip(source.paths, source.targets):
+            line = f"{target} {os.path.basename(path)} {os.path.getsize(path)}\n"
+            state.update(os.fsencode(line))
+    return state.hexdigest()
 
 
 class ImageNetInput:
@@ -118,8 +141,9 @@ class ImageNetInput:
         }
 
     def fingerprint(self) -> str:
-        # What the tars hold is told by their portions' own.
-        return f"{self.describe()} {self.labels} {self.targets.tolist()} {self.files()}"
+        # What the tars hold is told by their portions' own; --unofficial may come later.
+        about = self.describe() | {"official": None}
+        return f"{about} {self.labels} {self.targets.tolist()} {self.files()}"
 
     def portions(self, split: str, count: int) -> Iterator[Source]:
         targets = self.targets if split == "validation" else None

@@ -7,17 +7,15 @@ the manifest is written and the folder gets its name, at once.
 """
 
 import collections
-import concurrent.futures
 import contextlib
 import fcntl
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,13 +26,13 @@ from alexnet_jax.config import UserError
 from alexnet_jax.data import images, records, workers
 from alexnet_jax.data.images import ImageError
 from alexnet_jax.data.inputs import Input
-from alexnet_jax.data.sources import Source
+from alexnet_jax.data.sources import Folder, Source
 from alexnet_jax.data.statistics import Sums
 
 log = logging.getLogger(__name__)
 
 ODDITIES = ("greyscale", "cmyk", "misnamed", "rotated")
-_progress: Any = None  # in a worker: units done, shared with the parent
+PLAN, PLAN_TMP = "plan.json", "plan.json.tmp"
 
 
 class BrokenImagesError(Exception):
@@ -67,15 +65,17 @@ def prepare(
     """
     partial = output.with_name(output.name + ".partial")
     data, journal = partial / "data", partial / "journal"
+    _check_labels(given.labels)
+    _check_partial(partial)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         manifest = _already(output, given, settings)
-        shutil.rmtree(partial, ignore_errors=True)  # left where a run was killed at its very end
+        _remove(partial)  # left where a run was killed at its very end
         return manifest
     for folder in (data, journal):
         folder.mkdir(parents=True, exist_ok=True)
     with _locked(partial):
-        _check_plan(partial / "plan.json", given, settings)
-        with _Workers(num_workers) as pool, _progress_bar(given) as bar:
+        _check_plan(partial / PLAN, given, settings)
+        with workers.Pool(write_shard, num_workers) as pool, _progress_bar(given) as bar:
             entries = _write_shards(given, data, journal, settings, pool, bar)
         broken = [name for split in entries.values() for e in split for name in _journal(e).broken]
         if len(broken) > allow_broken:
@@ -88,7 +88,7 @@ def prepare(
         _sync(data)
         os.rename(data, output)
         _sync(output.parent)
-        shutil.rmtree(partial)
+        _remove(partial)
     return manifest
 
 
@@ -97,7 +97,7 @@ def _write_shards(
     data: pathlib.Path,
     journal: pathlib.Path,
     settings: Settings,
-    pool: "_Workers",
+    pool: workers.Pool,
     bar: tqdm,
 ) -> dict[str, list[pathlib.Path]]:
     """The journal entries of every split, in order, each there with its shard."""
@@ -109,8 +109,8 @@ def _write_shards(
         for number, portion in enumerate(given.portions(split, settings.shard_size)):
             entry = journal / f"{split}-{number:05d}.npz"
             entries[split].append(entry)
-            if not entry.exists():
-                shard = data / records.shard_file(split, number)
+            shard = data / records.shard_file(split, number)
+            if not (entry.exists() and shard.exists()):
                 weight = given.units(portion) / len(portion)
                 pool.submit(portion, shard, entry, settings, split == "train", weight)
             elif _journal(entry).fingerprint == portion.fingerprint:
@@ -120,8 +120,8 @@ def _write_shards(
                     f"{entry.stem} was prepared from other bytes than the input has now; "
                     f"remove {journal.parent} to begin again"
                 )
-            pool.wait(2 * pool.count, bar)
-    pool.wait(0, bar)
+            pool.wait(2 * pool.count, bar.update)
+    pool.wait(0, bar.update)
     bar.update(given.total - bar.n)  # headers, and what images are padded with
     return entries
 
@@ -146,8 +146,19 @@ def write_shard(
     settings: Settings,
     summed: bool,
     weight: float,
+    progress: workers.Progress,
 ) -> None:
-    """Write one shard and its journal entry, each whole or not at all. Runs in a worker."""
+    """Write one shard and its journal entry, each whole or not at all. Runs in a worker.
+
+    Args:
+      portion: what it holds.
+      shard, entry: paths to write.
+      summed: whether its pixels count for the statistics.
+      weight: units of progress that an image stands for.
+
+    Raises:
+      OSError: the disk refuses.
+    """
     sums, labels, broken = Sums(settings.size), [], []
     oddities: collections.Counter[str] = collections.Counter()
 
@@ -158,17 +169,15 @@ def write_shard(
                 square = images.square(images.decode(example.data, example.name), settings.size)
                 found = images.oddities(example)
             except ImageError as error:
-                broken.append(str(error))
+                broken.append(str(error).encode("utf-8", "backslashreplace").decode())
             else:
                 image, seen = _encoded(square, settings)
                 if summed:
                     sums.add(seen)
                 oddities.update(found)
                 labels.append(example.label)
-                yield records.pack(example.label, example.name, image)
-            if _progress is not None:
-                with _progress.get_lock():
-                    _progress.value += weight
+                yield records.pack(example.label, _stored_name(portion, example.name), image)
+            progress.value += weight
 
     partial = shard.with_name(f"{shard.name}.tmp")
     offset, length = records.write_shard(partial, packed())
@@ -191,6 +200,11 @@ def write_shard(
         pixels=sums.pixels if summed else np.zeros(0, np.int64),
         products=sums.products,
     )
+
+
+def _stored_name(portion: Source, name: str) -> str:
+    """CLASS/FILE of a folder's image, so that where the folder lies does not show."""
+    return "/".join(pathlib.PurePath(name).parts[-2:]) if isinstance(portion, Folder) else name
 
 
 def _encoded(square: np.ndarray, settings: Settings) -> tuple[bytes, np.ndarray]:
@@ -270,64 +284,9 @@ def _finish(
             path.unlink()
     for name in manifest["files"]:
         _sync(data / name)
+    manifest = records.sealed(manifest)
     _write_text(data / records.MANIFEST, json.dumps(manifest, indent=1) + "\n")
     return manifest
-
-
-class _Workers:
-    """Processes that write shards. When this one ends, however it does, they end."""
-
-    def __init__(self, count: int):
-        context = multiprocessing.get_context("spawn")
-        self.count = count
-        self.done, self.shown = context.Value("d", 0.0), 0.0
-        self.pending: set[concurrent.futures.Future] = set()
-        self.pool = concurrent.futures.ProcessPoolExecutor(
-            count, context, initializer=_begin_worker, initargs=(self.done,)
-        )
-
-    def __enter__(self) -> "_Workers":
-        return self
-
-    def __exit__(self, kind: type | None, *rest: object) -> None:
-        if kind is not None:  # what is being written is not needed any more
-            for process in multiprocessing.active_children():
-                process.terminate()
-        self.pool.shutdown(cancel_futures=True)
-
-    def submit(self, *arguments: Any) -> None:
-        self.pending.add(self.pool.submit(write_shard, *arguments))
-
-    def wait(self, most: int, bar: tqdm) -> None:
-        """Until at most `most` shards are still to be written.
-
-        Raises whatever stopped a worker, OSError where it was killed.
-        """
-        while True:
-            enough = len(self.pending) <= most
-            done, self.pending = concurrent.futures.wait(
-                self.pending,
-                timeout=0 if enough else 0.5,
-                return_when=concurrent.futures.FIRST_COMPLETED,
-            )
-            bar.update(self.done.value - self.shown)
-            self.shown = self.done.value
-            try:
-                for future in done:
-                    future.result()
-            except concurrent.futures.BrokenExecutor as error:
-                raise OSError(
-                    "a worker was killed, by lack of memory most often: the same command goes on, "
-                    "with fewer by --workers=N"
-                ) from error
-            if enough:
-                return
-
-
-def _begin_worker(progress: Any) -> None:
-    global _progress
-    _progress = progress
-    workers.live_with_parent()
 
 
 def _progress_bar(given: Input) -> tqdm:
@@ -355,6 +314,37 @@ def _locked(folder: pathlib.Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _check_labels(labels: Sequence[str]) -> None:
+    """Raises UserError where a line of text cannot hold a label."""
+    for label in labels:
+        if "\n" in label or any("\ud800" <= character <= "\udfff" for character in label):
+            raise UserError(
+                f"class {label!r}: a name with a line break, or that is no UTF-8, cannot be kept "
+                f"in {records.LABELS}; rename it"
+            )
+
+
+def _check_partial(partial: pathlib.Path) -> None:
+    """Raises UserError where the folder holds files, and no plan that says why."""
+    files = (path for path in partial.rglob("*") if not path.is_dir() and path.name != PLAN_TMP)
+    if not (partial / PLAN).exists() and any(files):
+        raise UserError(
+            f"{partial} would be written and then removed, but holds files of yours; move it away, "
+            "or choose another --output"
+        )
+
+
+def _remove(partial: pathlib.Path) -> None:
+    """Remove what a run leaves, the plan last: nothing without one is taken for ours."""
+    if partial.is_dir():
+        for folder in ("data", "journal"):
+            shutil.rmtree(partial / folder, ignore_errors=True)
+        for name in (PLAN_TMP, PLAN):
+            (partial / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where somebody put something more
+            partial.rmdir()
 
 
 def _check_plan(path: pathlib.Path, given: Input, settings: Settings) -> None:

@@ -117,8 +117,8 @@ def write_shard(path: pathlib.Path, records: Iterable[bytes]) -> tuple[np.ndarra
       OSError: the disk refuses.
     """
     lengths = []
-    writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
     try:
+        writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
         for record in records:
             writer.write(record)
             lengths.append(len(record))
@@ -208,7 +208,8 @@ def open_records(directory: pathlib.Path, split: str) -> Records:
         statistics = Statistics(*(arrays[name] for name in Statistics._fields))
     with np.load(small[index_file(chosen)], allow_pickle=False) as arrays:
         index = Index(*(arrays[name] for name in Index._fields))
-    labels = tuple(small[LABELS].read_text(encoding="utf-8").splitlines())
+    # Not splitlines, which takes a dozen characters for the end of a line.
+    labels = tuple(small[LABELS].read_bytes().decode("utf-8").split("\n")[:-1])
     shards = _Files(tuple(str(directory / entry["file"]) for entry in entries))
     raw = manifest["format"] == "raw"
     return Records(labels, fingerprint, manifest["size"], raw, statistics, index, shards)
@@ -226,7 +227,7 @@ def read_manifest(directory: pathlib.Path) -> tuple[dict[str, Any], bytes]:
     """The manifest of a prepared directory, and its bytes.
 
     Raises:
-      UserError: there is none that can be read.
+      UserError: there is none that can be read, or it was changed.
     """
     try:
         text = (directory / MANIFEST).read_bytes()
@@ -236,12 +237,24 @@ def read_manifest(directory: pathlib.Path) -> tuple[dict[str, Any], bytes]:
             f"records:{directory} holds no readable {MANIFEST} ({error}); "
             f"make it by `python -m alexnet_jax.prepare --input=... --output={directory}`"
         ) from error
-    if manifest.get("version") != VERSION:
+    version = manifest.get("version") if isinstance(manifest, dict) else None
+    if version != VERSION:
         raise UserError(
-            f"records:{directory} is of version {manifest.get('version')}, read is {VERSION}; "
-            "prepare it again"
+            f"records:{directory} is of version {version}, read is {VERSION}; prepare it again"
         )
+    if manifest.get("sha256") != _seal(manifest):
+        raise UserError(f"records:{directory}: {MANIFEST} was changed; prepare it again")
     return manifest, text
+
+
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with a checksum of itself, so that a change to it is seen."""
+    return {**manifest, "sha256": _seal(manifest)}
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+    rest = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest).encode()).hexdigest()
 
 
 def verify(directory: pathlib.Path) -> Iterator[tuple[str, str]]:

@@ -23,6 +23,10 @@ FOLDER_NAMES = {
 }
 
 
+class NoSplitError(UserError):
+    """A data set does not have the split asked for; nothing is wrong with it otherwise."""
+
+
 class Source(Protocol):
     """One split of a data set, read by index from any thread."""
 
@@ -108,7 +112,8 @@ def open_source(data: Data, split: str) -> Source:
     """The examples of one split, `train`, `validation` or `test`.
 
     Raises:
-      UserError: there is no such data set, split or class.
+      NoSplitError: the data set has no such split.
+      UserError: there is no such data set or class.
     """
     if data.source == "shapes":
         directory = shapes.shapes_directory(pathlib.Path(data.cache_dir).expanduser())
@@ -133,7 +138,7 @@ def open_source(data: Data, split: str) -> Source:
 def stratified(source: Source, split: str, data: Data) -> Source:
     """The part of `source` that `data.split` gives to `split`, class by class, by `split_seed`."""
     if not data.split[tuple(FOLDER_NAMES).index(split)]:
-        raise UserError(
+        raise NoSplitError(
             f"data.split={data.split} leaves nothing for {split}; give it a part or name the "
             "splits by folders"
         )
@@ -168,7 +173,7 @@ def _folder(root: pathlib.Path, split: str, data: Data) -> Source:
     if len(found) > 1 and found[1].name != "test":
         raise UserError(f"{root} has both {found[0].name} and {found[1].name}; keep one of them")
     if not found:
-        raise UserError(
+        raise NoSplitError(
             f"{root} has no folder for split {split!r}: looked for {', '.join(wanted)}; add one, "
             "or leave only class folders, which are then split"
         )
@@ -233,7 +238,7 @@ def _tfds(name: str, split: str, data: Data) -> Source:
     if split == "validation" and part not in splits:
         part = "test"
     if part not in splits:
-        raise UserError(f"tfds:{name} has no split {split!r}; it has {', '.join(splits)}")
+        raise NoSplitError(f"tfds:{name} has no split {split!r}; it has {', '.join(splits)}")
     try:
         skip: Any = tfds.decode.SkipDecoding
         examples = builder.as_data_source(part, decoders={"image": skip()})
@@ -247,7 +252,7 @@ def _tfds(name: str, split: str, data: Data) -> Source:
     every = np.arange(len(examples))
     source = Tfds(f"tfds:{builder.info.full_name} {part}", labels, key, examples, every)
     if len(source) and source.read(0).label < 0:
-        raise UserError(f"tfds:{name}: split {part!r} comes without labels; use another")
+        raise NoSplitError(f"tfds:{name}: split {part!r} comes without labels; use another")
     return stratified(source, split, data) if alone else source
 
 
@@ -255,8 +260,10 @@ def _tfds_way_out(name: str) -> str:
     """What to fetch, where to put it, and what runs without."""
     if name.partition(":")[0].partition("/")[0] == "imagenet2012":
         fetch = (
-            "Fetch ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from image-net.org, put "
-            "them into ~/tensorflow_datasets/downloads/manual, and with tensorflow installed run "
+            "Fetch ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from image-net.org into a "
+            "folder DIR, run `python -m alexnet_jax.prepare --input=DIR --output=OUT` and train "
+            "with --config.data.source=records:OUT. Or put them into "
+            "~/tensorflow_datasets/downloads/manual and with tensorflow installed run "
             "`tfds build imagenet2012 --file_format=array_record`"
         )
     else:

@@ -2,15 +2,15 @@
 
 The stream is the concatenation of epoch permutations, and a batch is a stretch of it: batch n
 holds positions [n * B, (n + 1) * B) whatever the machine. An element of the Grain pipeline is a
-piece of a batch, not a record, so that its overhead is paid once for many. Threads write their
-pieces into the batch itself; processes send theirs, and they are copied into it.
+piece of a batch, not a record, so that its overhead is paid once for many; and its pixels do not
+go through Grain: threads write them into the batch itself, processes into memory they share.
 """
 
 import contextlib
 import functools
+import itertools
 import signal
-import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple
 
 import grain
@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 
 from alexnet_jax.config import Data
-from alexnet_jax.data import augment, images, workers
+from alexnet_jax.data import augment, buffers, images, workers
 from alexnet_jax.data.augment import Statistics
 from alexnet_jax.data.sources import Source
 
@@ -134,88 +134,80 @@ ReadPiece = Callable[[int, range, np.ndarray], Batch]
 def _batches(read: ReadPiece, local: range, side: int, steps: range, data: Data) -> Batches:
     """The batches of `steps`, whose pixels are (len(local), side, side, 3) uint8."""
     pieces = [local[first : first + PIECE] for first in range(0, len(local), PIECE)]
-    processes = workers.kind(data) == "processes"
-    images_of = _Images((len(local), side, side, 3))
-
-    def element(number: int) -> Batch:
-        step, piece = steps[number // len(pieces)], pieces[number % len(pieces)]
-        if processes:
-            image = np.empty((len(piece), side, side, 3), np.uint8)
-            return read(step, piece, image) | {"image": image}
-        first = piece.start - local.start
-        return read(step, piece, images_of(step)[first : first + len(piece)])
-
-    ahead = data.prefetch * len(pieces)
-    elements = grain.MapDataset.range(len(steps) * len(pieces)).map(element)
-    ready = _in_processes if processes else _in_threads
-    with contextlib.closing(
-        ready(elements, ahead, workers.count(data.workers))
-    ) as arriving:  # ends them
-        for step in steps:
-            parts = [next(arriving) for _ in pieces]
-            image = images_of.take(step)
-            for piece, part in zip(pieces, parts):
-                if "image" in part:
-                    first = piece.start - local.start
-                    image[first : first + len(piece)] = part.pop("image")
+    count, ahead = workers.count(data.workers), data.prefetch * len(pieces)
+    make = _by_processes if workers.kind(data) == "processes" else _by_threads
+    with make(read, pieces, side, steps, count, ahead) as batches:
+        for image, parts in batches:
             yield {"image": image} | {
                 name: np.concatenate([part[name] for part in parts]) for name in parts[0]
             }
 
 
-class _Images:
-    """The pixels of batches in the making, each begun by whoever comes first.
-
-    Their memory is used again when nobody holds a batch any more: fresh memory costs as much as
-    what is written into it.
-    """
-
-    def __init__(self, shape: tuple[int, ...]):
-        self.shape = shape
-        self.making: dict[int, np.ndarray] = {}
-        self.free: list[np.ndarray] = []
-        self.lock = threading.Lock()
-
-    def __call__(self, step: int) -> np.ndarray:
-        with self.lock:
-            if step not in self.making:
-                memory = self.free.pop() if self.free else np.empty(self.shape, np.uint8)
-                self.making[step] = np.asarray(_Lent(memory, self.free))
-            return self.making[step]
-
-    def take(self, step: int) -> np.ndarray:
-        image = self(step)
-        del self.making[step]
-        return image
-
-    def __reduce__(self):  # processes have no batches in common
-        return _Images, (self.shape,)
+# The pixels of each batch, and the rest of its pieces.
+MadeBatches = Iterator[tuple[np.ndarray, list[Batch]]]
 
 
-class _Lent:
-    """What an array and all views of it hold on to; it gives their memory back when they go."""
+@contextlib.contextmanager
+def _by_threads(
+    read: ReadPiece, pieces: list[range], side: int, steps: range, count: int, ahead: int
+) -> Iterator[MadeBatches]:
+    """Batches whose pieces are written into them by threads."""
+    places, size = _places(pieces), sum(map(len, pieces))
+    made = buffers.Images((size, side, side, 3))
 
-    def __init__(self, memory: np.ndarray, owner: list[np.ndarray]):
-        self.memory, self.owner = memory, owner
-        self.__array_interface__ = memory.__array_interface__
+    def element(number: int) -> Batch:
+        step, place = steps[number // len(pieces)], number % len(pieces)
+        return read(step, pieces[place], made(step)[places[place]])
 
-    def __del__(self):
-        self.owner.append(self.memory)
+    def batches(arriving: Iterator[Batch]) -> MadeBatches:
+        for step in steps:
+            parts = [next(arriving) for _ in pieces]
+            yield made.take(step), parts
 
-
-def _in_threads(elements: grain.MapDataset, ahead: int, count: int) -> grain.DatasetIterator:
+    elements = grain.MapDataset.range(len(steps) * len(pieces)).map(element)
     options = grain.ReadOptions(num_threads=count, prefetch_buffer_size=max(ahead, count))
-    return iter(elements.to_iter_dataset(options))
+    with contextlib.closing(iter(elements.to_iter_dataset(options))) as arriving:
+        yield batches(arriving)
 
 
-def _in_processes(elements: grain.MapDataset, ahead: int, count: int) -> grain.DatasetIterator:
+@contextlib.contextmanager
+def _by_processes(
+    read: ReadPiece, pieces: list[range], side: int, steps: range, count: int, ahead: int
+) -> Iterator[MadeBatches]:
+    """Batches whose pieces are written into shared memory by processes, and copied from there."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads its own flags and insists
+    places, size = _places(pieces), sum(map(len, pieces))
+    made = buffers.Images((size, side, side, 3))
+    slots = buffers.Slots(max(ahead, 2 * count), (max(map(len, pieces)), side, side, 3))
+
+    def element(number: int) -> Batch:
+        step, piece = steps[number // len(pieces)], pieces[number % len(pieces)]
+        return read(step, piece, slots.free(number)[: len(piece)])
+
+    def batches(arriving: Iterator[Batch]) -> MadeBatches:
+        numbers = itertools.count()
+        for step in steps:
+            image, parts = made(step), []
+            for place in places:
+                parts.append(next(arriving))
+                slots.copy(next(numbers), image[place])
+            yield made.take(step), parts
+
+    elements = grain.MapDataset.range(len(steps) * len(pieces)).map(element)
     one_by_one = elements.to_iter_dataset(grain.ReadOptions(num_threads=0))
-    options = grain.MultiprocessingOptions(
-        num_workers=count, per_worker_buffer_size=-(-ahead // count)
+    options = grain.MultiprocessingOptions(count, per_worker_buffer_size=-(-ahead // count))
+    in_pipes = grain.experimental.DatasetOptions(min_shm_size=1 << 20)  # all that is left is small
+    working = grain.experimental.WithOptionsIterDataset(
+        one_by_one.mp_prefetch(options, worker_init_fn=_live_with_parent), in_pipes
     )
-    return iter(one_by_one.mp_prefetch(options, worker_init_fn=_live_with_parent))
+    with contextlib.closing(iter(working)) as arriving, contextlib.closing(slots):
+        yield batches(arriving)
+
+
+def _places(pieces: list[range]) -> list[slice]:
+    """Where each piece lies among the rows of this process."""
+    return [slice(p.start - pieces[0].start, p.stop - pieces[0].start) for p in pieces]
 
 
 def _live_with_parent(worker: int, count: int) -> None:

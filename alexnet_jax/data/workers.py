@@ -1,11 +1,20 @@
 """Threads and processes that read images: how many, of which kind, and how they end."""
 
+import concurrent.futures
+import contextlib
 import multiprocessing
 import os
+import queue
 import signal
 import threading
+from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
 
-from alexnet_jax.config import Data
+from alexnet_jax.config import Data, UserError
+
+MOST_THREADS = 4  # beside each other
 
 
 def count(asked: int) -> int:
@@ -17,11 +26,12 @@ def count(asked: int) -> int:
 def kind(data: Data) -> str:
     """`threads` or `processes`.
 
-    Decoding and copying leave the interpreter to other threads; reading TFDS does not.
+    Decoding and copying leave the interpreter to other threads, what is around them does not:
+    beyond a few threads they wait for each other. Processes take seconds to start.
     """
     if data.worker_kind != "auto":
         return data.worker_kind
-    return "processes" if data.source.startswith("tfds:") else "threads"
+    return "processes" if count(data.workers) > MOST_THREADS else "threads"
 
 
 def live_with_parent() -> None:
@@ -35,3 +45,137 @@ def live_with_parent() -> None:
             os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+class Progress(Protocol):
+    """Where a worker adds up what it has done."""
+
+    value: float
+
+
+class Pool:
+    """Processes that do one job after another, a thread with each. When it ends, they end.
+
+    The pool of concurrent.futures was not up to it: where a process was killed while others
+    started, it waited for ever.
+    """
+
+    def __init__(self, job: Callable[..., None], count: int):
+        """`job` takes what is submitted and a `Progress`; `count` processes start when needed."""
+        self.job, self.count, self.told = job, count, 0.0
+        self.started: list[_Worker] = []
+        self.free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        self.pending: set[concurrent.futures.Future] = set()
+        self.threads = concurrent.futures.ThreadPoolExecutor(count)
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, kind: type | None, *rest: object) -> None:
+        for worker in self.started:
+            if kind is None:
+                worker.connection.close()
+            else:  # what it is doing is not needed any more
+                worker.process.terminate()
+        self.threads.shutdown(cancel_futures=True)
+        for worker in self.started:
+            worker.process.join()
+
+    def submit(self, *arguments: Any) -> None:
+        """Have the job done with these once more."""
+        if len(self.started) < self.count:
+            with _ctrl_c_later():
+                self.started.append(_Worker(self.job))
+            self.free.put(self.started[-1])
+        self.pending.add(self.threads.submit(self._do, *arguments))
+
+    def _do(self, *arguments: Any) -> None:
+        worker = self.free.get()
+        try:
+            worker.do(*arguments)
+        finally:
+            self.free.put(worker)
+
+    def wait(self, most: int, tell: Callable[[float], object]) -> None:
+        """Until at most `most` are still to be done; `tell` is told of progress.
+
+        Raises what stopped a worker, OSError where it was killed.
+        """
+        while True:
+            enough = len(self.pending) <= most
+            done, self.pending = concurrent.futures.wait(
+                self.pending,
+                timeout=0 if enough else 0.5,
+                return_when=concurrent.futures.FIRST_COMPLETED,
+            )
+            total = sum(worker.progress.value for worker in self.started)
+            tell(total - self.told)
+            self.told = total
+            for future in done:
+                future.result()
+            if enough:
+                return
+
+
+class _Worker:
+    """A process, and the pipe to it."""
+
+    def __init__(self, job: Callable[..., None]):
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.progress: Any = context.RawValue("d", 0.0)  # without a lock, to be killed with
+        arguments = (job, theirs, self.progress)
+        self.process = context.Process(target=_work, args=arguments, daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def do(self, *arguments: Any) -> None:
+        """Have the job done, and wait for it; raises what stopped it."""
+        try:
+            self.connection.send(arguments)
+            error = self.connection.recv()
+        except (EOFError, ConnectionError) as ended:
+            self.process.join()
+            if (self.process.exitcode or 0) > 0:
+                raise RuntimeError("a worker failed; it says above why") from ended
+            raise OSError(
+                "a worker was killed, by lack of memory most often: the same command goes on, "
+                "with fewer by --workers=N"
+            ) from ended
+        if error is not None:
+            raise error
+
+
+def _work(job: Callable[..., None], connection: Connection, progress: Progress) -> None:
+    """Do what is asked for, until nobody is there to ask."""
+    live_with_parent()
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            arguments = connection.recv()
+            try:
+                job(*arguments, progress)
+            except (UserError, OSError) as error:
+                connection.send(error)
+            else:
+                connection.send(None)
+
+
+@contextlib.contextmanager
+def _ctrl_c_later() -> Iterator[None]:
+    """Ctrl-C comes when this ends, and never to processes that are started in it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # others never get it
+        return
+    came: list[int] = []
+    usual = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    # A new process takes over what is blocked. The tracker that the first would bring along would
+    # lift it, so it comes before.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, usual)
+        if came:
+            signal.raise_signal(came[0])

@@ -1,12 +1,20 @@
-"""Pictures to test with: of odd sizes, none of one colour, no two alike."""
+"""Pictures to test with: of odd sizes, none of one colour, no two alike; ways to keep them."""
 
 import io
+import logging
+import os
 import pathlib
-from collections.abc import Mapping
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
+from preparing import CLASSES, SIZE, Ran, write_devkit, write_folder, write_tars
+
+from alexnet_jax import prepare as command
+from alexnet_jax.data import workers
 
 
 class Pictures:
@@ -53,3 +61,130 @@ class Pictures:
 @pytest.fixture(scope="session")
 def pictures() -> Pictures:
     return Pictures()
+
+
+@pytest.fixture(scope="session")
+def write_tfds() -> Callable[..., None]:
+    """A function that prepares a TFDS data set of encoded images and labels without TensorFlow."""
+    # Here, since it takes a second and most tests do without.
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import dataset_info, naming
+    from tensorflow_datasets.core import splits as tfds_splits
+
+    def write(
+        data_dir: pathlib.Path,
+        name: str,
+        classes: Sequence[str],
+        splits: Mapping[str, Sequence[tuple[bytes, int]]],
+        file_format: str = "array_record",
+    ) -> None:
+        features = tfds.features.FeaturesDict({
+            "image": tfds.features.Image(encoding_format="jpeg"),
+            "label": tfds.features.ClassLabel(names=classes),
+        })  # fmt: skip
+        out = data_dir / name / "1.0.0"
+        out.mkdir(parents=True)
+        infos = []
+        for split, contents in splits.items():
+            path = out / f"{name}-{split}.{file_format}-00000-of-00001"
+            writer = ArrayRecordWriter(str(path), "group_size:1")
+            for image, label in contents:
+                example = {"image": io.BytesIO(image), "label": label}
+                writer.write(features.serialize_example(example))
+            writer.close()
+            template = naming.ShardedFileTemplate(
+                data_dir=out, dataset_name=name, split=split, filetype_suffix=file_format
+            )
+            infos.append(tfds.core.SplitInfo(
+                name=split, shard_lengths=[len(contents)], num_bytes=1, filename_template=template
+            ))  # fmt: skip
+        identity = dataset_info.DatasetIdentity(
+            name=name, version=tfds.core.Version("1.0.0"), data_dir=str(out), module_name="by_hand"
+        )
+        info = dataset_info.DatasetInfo(features=features, builder=identity)
+        info.set_file_format(file_format)
+        info.set_splits(tfds_splits.SplitDict(infos))
+        info.write_to_directory(out)
+
+    return write
+
+
+class _InThread:
+    """Stands in for a worker that is a process, which takes a second to start."""
+
+    def __init__(self, job: Callable[..., None]):
+        self.job = job
+        self.progress = types.SimpleNamespace(value=0.0)
+        self.connection = types.SimpleNamespace(close=lambda: None)
+        self.process = types.SimpleNamespace(terminate=lambda: None, join=lambda: None)
+
+    def do(self, *arguments) -> None:
+        self.job(*arguments, self.progress)
+
+
+@pytest.fixture(scope="module")
+def shards_by_threads() -> Iterator[None]:
+    """Prepares without processes, and leaves the package's messages to the tests' own ways."""
+    logger = logging.getLogger("alexnet_jax")
+    handlers, level = logger.handlers[:], logger.level
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "_Worker", _InThread)
+        patch.setattr(os, "fsync", lambda descriptor: None)  # most of the time, and not seen here
+        yield
+    logger.handlers[:] = handlers
+    logger.setLevel(level)
+
+
+@pytest.fixture
+def run(capsys) -> Callable[..., Ran]:
+    """Runs the command in this process, small."""
+
+    def main(*flags: str, size: int = SIZE) -> Ran:
+        capsys.readouterr()
+        status = command.main(["prepare", f"--size={size}", "--workers=2", *flags])
+        printed = capsys.readouterr()
+        return Ran(status, printed.out, printed.err.splitlines())
+
+    return main
+
+
+@pytest.fixture(scope="module")
+def folder(pictures, tmp_path_factory) -> pathlib.Path:
+    root = tmp_path_factory.mktemp("folder")
+    write_folder(pictures, root / "train", dict(zip(CLASSES, (7, 5, 4))), 1)
+    write_folder(pictures, root / "val", dict(zip(CLASSES, (2, 3, 1))), 2)
+    return root
+
+
+@pytest.fixture(scope="module")
+def raw(folder, shards_by_threads, tmp_path_factory) -> pathlib.Path:
+    """`folder` as raw pixels, five a shard."""
+    output = tmp_path_factory.mktemp("raw") / "out"
+    flags = ("--format=raw", "--shard_size=5", f"--size={SIZE}", "--workers=2")
+    assert command.main(["x", f"--input={folder}", f"--output={output}", *flags]) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def tars(pictures, tmp_path_factory) -> pathlib.Path:
+    """Three classes, of twelve good images, with a devkit; one of each oddity; one broken."""
+
+    def png(seed: int) -> bytes:
+        return pictures.encode(pictures.rough(SIZE, SIZE, seed))
+
+    def jpeg(seed: int, mode: str | None = None, orientation: int = 1) -> bytes:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        image = pictures.smooth(SIZE, SIZE + 8, seed)
+        return pictures.encode(image, "JPEG", mode, quality=97, exif=exif.tobytes())
+
+    root = tmp_path_factory.mktemp("imagenet") / "tars"
+    train = {
+        "n03": {f"n03_{i}.JPEG": jpeg(i) for i in (5, 3)},
+        "n01": {"n01_1.JPEG": png(0), "n01_2.JPEG": jpeg(1, "CMYK"), "n01_3.JPEG": jpeg(2, "L")},
+        "n02": {"n02_9.JPEG": jpeg(3, None, 6), "n02_8.JPEG": jpeg(4)[:300], "n02_7.JPEG": jpeg(6)},
+    }
+    validation = {f"ILSVRC2012_val_{n:08d}.JPEG": jpeg(20 + n) for n in (1, 3, 2, 5, 4)}
+    write_tars(root, train, validation)
+    write_devkit(root, {"n01": 3, "n02": 1, "n03": 2}, [2, 3, 1, 1, 2])
+    return root

@@ -1,7 +1,6 @@
 """Folders and TFDS give the examples of a split, all of them and no others, or say why not."""
 
 import hashlib
-import io
 import json
 import logging
 import pathlib
@@ -11,10 +10,6 @@ import textwrap
 
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordWriter
-from tensorflow_datasets.core import dataset_info, naming
-from tensorflow_datasets.core import splits as tfds_splits
 
 from alexnet_jax.config import Data, UserError
 from alexnet_jax.data import shapes, sources
@@ -270,42 +265,6 @@ def test_shapes_that_cannot_be_written_are_the_users_to_resolve(tmp_path):
 CLASSES = ["wasp", "ant", "bee"]  # TFDS keeps its own order
 
 
-def write_tfds(
-    data_dir: pathlib.Path,
-    name: str,
-    splits: dict[str, list[tuple[bytes, int]]],
-    file_format: str = "array_record",
-) -> None:
-    """Prepare a TFDS data set of encoded images and labels, without TensorFlow."""
-    features = tfds.features.FeaturesDict({
-        "image": tfds.features.Image(encoding_format="jpeg"),
-        "label": tfds.features.ClassLabel(names=CLASSES),
-    })  # fmt: skip
-    out = data_dir / name / "1.0.0"
-    out.mkdir(parents=True)
-    infos = []
-    for split, contents in splits.items():
-        writer = ArrayRecordWriter(
-            str(out / f"{name}-{split}.{file_format}-00000-of-00001"), "group_size:1"
-        )
-        for image, label in contents:
-            writer.write(features.serialize_example({"image": io.BytesIO(image), "label": label}))
-        writer.close()
-        template = naming.ShardedFileTemplate(
-            data_dir=out, dataset_name=name, split=split, filetype_suffix=file_format
-        )
-        infos.append(tfds.core.SplitInfo(
-            name=split, shard_lengths=[len(contents)], num_bytes=1, filename_template=template
-        ))  # fmt: skip
-    identity = dataset_info.DatasetIdentity(
-        name=name, version=tfds.core.Version("1.0.0"), data_dir=str(out), module_name="by_hand"
-    )
-    info = dataset_info.DatasetInfo(features=features, builder=identity)
-    info.set_file_format(file_format)
-    info.set_splits(tfds_splits.SplitDict(infos))
-    info.write_to_directory(out)
-
-
 @pytest.fixture(scope="module")
 def jpegs(pictures) -> dict[str, list[tuple[bytes, int]]]:
     """Encoded images and labels, for each of four splits."""
@@ -324,15 +283,16 @@ def jpegs(pictures) -> dict[str, list[tuple[bytes, int]]]:
 
 
 @pytest.fixture(scope="module")
-def prepared(jpegs, tmp_path_factory) -> pathlib.Path:
+def prepared(jpegs, write_tfds, tmp_path_factory) -> pathlib.Path:
     """A folder of TFDS data sets, as TFDS lays them out."""
     root = tmp_path_factory.mktemp("tfds")
     three = {split: jpegs[split] for split in PARTS}
-    write_tfds(root, "insects", three)
-    write_tfds(root, "insects_two", {split: jpegs[split] for split in ("train", "test")})
-    write_tfds(root, "insects_one", {"train": jpegs["all"]})
-    write_tfds(root, "insects_hidden", three | {"test": [(data, -1) for data, _ in jpegs["test"]]})
-    write_tfds(root, "insects_old", three, "tfrecord")
+    write_tfds(root, "insects", CLASSES, three)
+    write_tfds(root, "insects_two", CLASSES, {split: jpegs[split] for split in ("train", "test")})
+    write_tfds(root, "insects_one", CLASSES, {"train": jpegs["all"]})
+    hidden = three | {"test": [(data, -1) for data, _ in jpegs["test"]]}
+    write_tfds(root, "insects_hidden", CLASSES, hidden)
+    write_tfds(root, "insects_old", CLASSES, three, "tfrecord")
     return root
 
 
@@ -462,8 +422,9 @@ def test_tfds_without_validation_validates_with_test(prepared, jpegs):
         assert read == jpegs["test"]
 
 
-def test_a_tfds_split_that_is_not_there_is_refused_with_those_that_are(jpegs, tmp_path):
-    write_tfds(tmp_path, "insects", {split: jpegs[split] for split in ("train", "validation")})
+def test_a_tfds_split_that_is_not_there_is_refused_with_those_that_are(jpegs, write_tfds, tmp_path):
+    two = {split: jpegs[split] for split in ("train", "validation")}
+    write_tfds(tmp_path, "insects", CLASSES, two)
     with pytest.raises(UserError, match="no split 'test'; it has train, validation"):
         tfds_source(tmp_path, "insects", "test")
 
@@ -473,8 +434,8 @@ def test_a_tfds_split_without_labels_is_refused(prepared):
         tfds_source(prepared, "insects_hidden", "test")
 
 
-def test_a_tfds_data_set_of_something_else_is_refused(tmp_path, jpegs):
-    write_tfds(tmp_path, "insects", {"train": jpegs["train"]})
+def test_a_tfds_data_set_of_something_else_is_refused(tmp_path, jpegs, write_tfds):
+    write_tfds(tmp_path, "insects", CLASSES, {"train": jpegs["train"]})
     features = tmp_path / "insects/1.0.0/features.json"
     features.write_text(features.read_text().replace('"label"', '"species"'))
     with pytest.raises(UserError, match="no features named image and label"):

@@ -413,5 +413,13 @@ def test_workers_are_as_many_as_asked_for(asked):
     assert workers.count(asked) == asked
 
 
+@pytest.mark.parametrize(
+    ("asked", "kind"), [((1, "auto"), "threads"), ((64, "auto"), "processes"),
+                        ((1, "processes"), "processes"), ((64, "threads"), "threads")],
+)  # fmt: skip
+def test_few_workers_are_threads_and_many_processes_unless_told(asked, kind):
+    assert workers.kind(Data(workers=asked[0], worker_kind=asked[1])) == kind
+
+
 def test_workers_are_at_least_one_by_themselves():
     assert workers.count(0) >= 1
