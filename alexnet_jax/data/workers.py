@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import multiprocessing
 import os
+import pickle
 import queue
 import signal
 import threading
@@ -132,7 +133,8 @@ class _Worker:
     def do(self, *arguments: Any) -> None:
         """Have the job done, and wait for it; raises what stopped it."""
         try:
-            self.connection.send(arguments)
+            # Not send: where it fails, Python 3.12 may crash at what that leaves behind.
+            self.connection.send_bytes(pickle.dumps(arguments))
             error = self.connection.recv()
         except (EOFError, ConnectionError) as ended:
             self.process.join()
