@@ -253,6 +253,8 @@ def _finish(
                 }
             )
         index = records.Index(*(np.concatenate(column) for column in zip(*columns)))
+        if split == "train":
+            _check_classes(given.labels, index.label)
         _write(data / records.index_file(split), **index._asdict())
         splits[split] = {
             "num_examples": len(index.shard),
@@ -260,8 +262,6 @@ def _finish(
             "broken": broken,
             "shards": shards,
         }
-    if total.count == 0:
-        raise UserError("no image of the training split can be read")
     statistics = total.statistics()
     mean = statistics.mean_image.astype(np.float64).mean((0, 1)).astype(np.float32)
     _write(data / records.STATISTICS, **statistics._asdict(), channel_mean=mean)
@@ -314,6 +314,16 @@ def _locked(folder: pathlib.Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _check_classes(labels: Sequence[str], found: np.ndarray) -> None:
+    """Raises UserError where a class has lost all its training images."""
+    for label, count in zip(labels, np.bincount(found, minlength=len(labels))):
+        if count == 0:
+            raise UserError(
+                f"class {label!r} has no training image that can be read; replace its images, or "
+                "take the class out"
+            )
 
 
 def _check_labels(labels: Sequence[str]) -> None:

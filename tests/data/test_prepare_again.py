@@ -70,11 +70,13 @@ def test_a_shard_of_nothing_but_broken_images_is_no_trouble(with_broken, run, tm
     assert command.main(["prepare", f"--verify={tmp_path / 'out'}"]) == 0
 
 
-def test_a_training_split_of_broken_images_alone_is_refused(with_broken, run, tmp_path):
+@pytest.mark.parametrize("lost", ["ant", "bee", ""])
+def test_a_class_that_loses_all_its_training_images_is_refused(with_broken, run, tmp_path, lost):
     for path in files_of(with_broken, "train"):
-        path.write_bytes(b"")
+        if path.parent.name.startswith(lost):
+            path.write_bytes(b"")
     flags = (f"--input={with_broken}", f"--output={tmp_path / 'out'}", "--allow_broken=99")
-    assert_refused(run(*flags), "no image of the training split")
+    assert_refused(run(*flags), f"class '{lost or 'ant'}'", "no training image")
 
 
 def test_a_broken_image_whose_name_is_no_text_is_named_all_the_same(with_broken, run, tmp_path):
