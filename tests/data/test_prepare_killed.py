@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from preparing import CLASSES, SIZE, Ran, assert_refused, tree
@@ -23,6 +23,14 @@ from alexnet_jax.data.workers import _ctrl_c_later, _Worker  # before a thread s
 pytestmark = pytest.mark.usefixtures("shards_by_threads")
 
 LARGER = 64
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heard() -> Iterator[None]:
+    """By this process and those it starts, though a job in the background starts deaf to it."""
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, usual)
 
 
 def started(*flags: str, workers: int = 2, limit_kb: int = 0) -> subprocess.Popen[str]:

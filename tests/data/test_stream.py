@@ -178,7 +178,7 @@ def test_another_seed_gives_another_order_and_other_crops(read, squares):
     [
         {},
         {"workers": 1, "prefetch": 1},
-        {"workers": 5, "prefetch": 3},
+        {"workers": 5, "prefetch": 3, "worker_kind": "threads"},
         {"workers": 2, "prefetch": 99},
         {"workers": 3, "worker_kind": "processes"},
     ],
