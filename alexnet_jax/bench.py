@@ -14,7 +14,7 @@ from alexnet_jax import loop
 from alexnet_jax.config import Config, stored_size
 from alexnet_jax.data import augment, images, sources, stream, survey, workers
 from alexnet_jax.data.augment import Statistics
-from alexnet_jax.data.sources import Source
+from alexnet_jax.data.examples import Source
 from alexnet_jax.mesh import check_batch, make_mesh, put_batch
 from alexnet_jax.models.alexnet import layers
 from alexnet_jax.train import optim

@@ -23,7 +23,7 @@ from alexnet_jax.checkpoint import Checkpoints, Meta, take_over
 from alexnet_jax.config import Config, UserError
 from alexnet_jax.data import sources, stream, survey
 from alexnet_jax.data.augment import Statistics
-from alexnet_jax.data.sources import Source
+from alexnet_jax.data.examples import Source
 from alexnet_jax.mesh import check_batch, local_rows, make_mesh, put_batch
 from alexnet_jax.models.alexnet import layers
 from alexnet_jax.report import Report

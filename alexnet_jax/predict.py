@@ -16,7 +16,7 @@ from alexnet_jax import metrics
 from alexnet_jax.checkpoint import Checkpoints, Meta
 from alexnet_jax.config import Config, UserError
 from alexnet_jax.data import images, sources, stream, survey
-from alexnet_jax.data.sources import Source
+from alexnet_jax.data.examples import Source
 from alexnet_jax.evaluate import batch_size, check_labels
 from alexnet_jax.mesh import local_rows, make_mesh, put_batch
 from alexnet_jax.models.alexnet import layers

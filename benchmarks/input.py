@@ -29,7 +29,7 @@ from PIL import Image
 
 from alexnet_jax.config import Data
 from alexnet_jax.data import images, sources, stream, survey, workers
-from alexnet_jax.data.sources import Source
+from alexnet_jax.data.examples import Source
 from alexnet_jax.prepare import main as prepare
 
 try:

@@ -1,17 +1,13 @@
 """ILSVRC2012 from its tars as downloaded: nothing is unpacked, images are read where they lie."""
 
-import contextlib
-import dataclasses
 import gzip
 import hashlib
 import importlib.util
 import io
 import os
 import pathlib
-import posixpath
 import re
 import tarfile
-import zlib
 from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
@@ -19,20 +15,12 @@ import numpy as np
 import scipy.io
 
 from alexnet_jax.config import UserError
-from alexnet_jax.data import images
-from alexnet_jax.data.sources import Example
+from alexnet_jax.data.tars import AGAIN, Members, basename, files, opened, reading, short
 
-MAX_BYTES = 2**28  # a larger member is no picture and would fill the memory
 BLOCK_BYTES = 2**22  # read at a time
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 SYNSETS = "data/meta.mat"
 GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
-AGAIN = "download it again"
-# What tarfile and gzip raise at damaged bytes.
-_DAMAGED = (
-    tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError, RecursionError,
-    zlib.error,
-)  # fmt: skip
 
 
 class Official(NamedTuple):
@@ -131,7 +119,7 @@ def _listed(where: str) -> dict[str, pathlib.Path]:
 def check_sizes(tars: Tars) -> None:
     """Raises UserError where a tar is not of the official size, as a broken download is."""
     for split, path in tars.splits.items():
-        with _reading(path):
+        with reading(path):
             size = path.stat().st_size
         _check(split, "bytes", size, OFFICIAL[split].size)
 
@@ -155,7 +143,7 @@ def read_classes(tars: Tars) -> Classes:
     Raises:
       UserError: not a whole tar of class tars; a devkit that is damaged or lacks a class.
     """
-    with _opened(tars.train) as outer:
+    with opened(tars.train) as outer:
         labels = tuple(sorted(label for label, _ in _class_tars(outer, tars.train)))
     if tars.devkit is None:
         return Classes(labels, None, None)
@@ -177,7 +165,7 @@ def _synsets(devkit: pathlib.Path) -> dict[str, tuple[int, str]]:
         leaves = [row for row in table if int(row["num_children"]) == 0]
         found = {str(s["WNID"]): (int(s["ILSVRC2012_ID"]), str(s["words"])) for s in leaves}
     except Exception as error:  # at damaged bytes scipy and numpy raise whatever they stumble over
-        message = f"{devkit}, {SYNSETS} has no table of synsets ({_short(error)}); {AGAIN}"
+        message = f"{devkit}, {SYNSETS} has no table of synsets ({short(error)}); {AGAIN}"
         raise UserError(message) from error
     if not len(leaves) == len(found) == len({number for number, _ in found.values()}):
         raise UserError(f"{devkit}, {SYNSETS} has a class or a number twice; {AGAIN}")
@@ -220,61 +208,15 @@ def validation_targets(tars: Tars, classes: Classes) -> np.ndarray:
 
 def _devkit_file(devkit: pathlib.Path, name: str) -> bytes:
     """The content of the devkit's file whose path ends in `name`."""
-    with _reading(devkit):
+    with reading(devkit):
         data = devkit.read_bytes()  # 2.5 MB; whole, so that gzip's checksum vouches for every byte
         if data.startswith(b"\x1f\x8b"):
             data = gzip.decompress(data)
-    with _opened(devkit, io.BytesIO(data)) as tar:
-        for member in _files(tar, devkit, len(data)):
+    with opened(devkit, io.BytesIO(data)) as tar:
+        for member in files(tar, devkit, len(data)):
             if f"/{member.name}".endswith(f"/{name}"):
                 return data[member.offset_data :][: member.size]
     raise UserError(f"{devkit} has no {name}; download {DEVKIT} again, or go without")
-
-
-@dataclasses.dataclass(frozen=True)
-class Members:
-    """A source: some images of a tar, read by their place in it, in any process."""
-
-    path: str  # of the tar
-    labels: tuple[str, ...]
-    names: tuple[str, ...]  # as n01440764/n01440764_10026.JPEG
-    offsets: np.ndarray  # (n,) int64, where the data begin in the tar
-    sizes: np.ndarray  # (n,) int64, bytes
-    targets: np.ndarray  # (n,) int64
-    fingerprint: str
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def read(self, index: int) -> Example:
-        """One image as it is stored.
-
-        Raises:
-          ImageError: over MAX_BYTES.
-          UserError: the tar is no longer what it was.
-        """
-        name, size = self.names[index], int(self.sizes[index])
-        if size > MAX_BYTES:
-            raise images.ImageError(f"{name}: has {size} bytes; at most {MAX_BYTES} are read")
-        with _reading(self.path), open(self.path, "rb") as file:
-            file.seek(int(self.offsets[index]))
-            data = file.read(size)
-        if len(data) < size:
-            raise UserError(f"{self.path} has become shorter; {AGAIN}")
-        return Example(data, int(self.targets[index]), name)
-
-    def take(self, indices: np.ndarray) -> "Members":
-        """Those at `indices`, (m,) int64, in that order."""
-        indices = np.asarray(indices, np.int64)
-        key = hashlib.sha256(self.fingerprint.encode() + indices.astype("<i8").tobytes())
-        return dataclasses.replace(
-            self,
-            names=tuple(self.names[index] for index in indices),
-            offsets=self.offsets[indices],
-            sizes=self.sizes[indices],
-            targets=self.targets[indices],
-            fingerprint=key.hexdigest(),
-        )
 
 
 class _Image(NamedTuple):
@@ -311,7 +253,7 @@ class Scan:
         self._path, self._labels, self._count = os.fspath(path), classes.labels, count
         self._targets = np.empty(0, np.int64) if targets is None else targets
         self._images = {"train": self._train, "validation": self._validation}[split]
-        with _reading(self._path):
+        with reading(self._path):
             self.size = os.path.getsize(self._path)
         self.position, self.sha256 = 0, ""
 
@@ -324,7 +266,7 @@ class Scan:
           UserError: not a whole tar, or one that is not built as ImageNet's are.
         """
         state, portion, self.position, self.sha256 = hashlib.sha256(), [], 0, ""
-        with _reading(self._path), open(self._path, "rb", BLOCK_BYTES) as file:
+        with reading(self._path), open(self._path, "rb", BLOCK_BYTES) as file:
             for image in self._images():
                 # After each image, not each portion, so that the disk is read once, in blocks and
                 # without jumps: the next header most often lies in a block that was just read.
@@ -358,7 +300,7 @@ class Scan:
 
     def _train(self) -> Iterator[_Image]:
         label_of = {label: target for target, label in enumerate(self._labels)}
-        with _opened(self._path) as outer:
+        with opened(self._path) as outer:
             for label, member in _class_tars(outer, self._path):
                 if label not in label_of:
                     raise UserError(f"{self._path} has class {label!r} anew; leave it as it is")
@@ -366,18 +308,18 @@ class Scan:
                 # Opened at its place, a tar inside the tar has the offsets of the whole file.
                 file: Any = outer.fileobj
                 file.seek(member.offset_data)
-                with _opened(what, file) as inner:
-                    for image in _files(inner, what, member.offset_data + member.size):
-                        name, empty = f"{label}/{_basename(image)}", False
+                with opened(what, file) as inner:
+                    for image in files(inner, what, member.offset_data + member.size):
+                        name, empty = f"{label}/{basename(image)}", False
                         yield _Image(name, image.offset_data, image.size, label_of[label])
                 if empty:
                     raise UserError(f"{what} has no images; {AGAIN} or take it out")
 
     def _validation(self) -> Iterator[_Image]:
         seen = np.zeros(len(self._targets) + 1, bool)
-        with _opened(self._path) as tar:
-            for image in _files(tar, self._path, self.size):
-                name = _basename(image)
+        with opened(self._path) as tar:
+            for image in files(tar, self._path, self.size):
+                name = basename(image)
                 match = re.search(r"_([0-9]{1,18})\.jpe?g\Z", name, re.IGNORECASE)
                 number = int(match[1]) if match else 0
                 if not 1 <= number < len(seen):
@@ -397,8 +339,8 @@ def _class_tars(
 ) -> Iterator[tuple[str, tarfile.TarInfo]]:
     """Class name and header of every class tar, in the order of the training tar."""
     seen = set()
-    for member in _files(outer, path, os.path.getsize(path)):
-        label, suffix = os.path.splitext(_basename(member))
+    for member in files(outer, path, os.path.getsize(path)):
+        label, suffix = os.path.splitext(basename(member))
         if suffix != ".tar":
             raise UserError(
                 f"{path} has {member.name!r}, but should hold nothing but a tar of each class, "
@@ -410,54 +352,3 @@ def _class_tars(
         yield label, member
     if not seen:
         raise UserError(f"{path} has no class tars; {AGAIN}")
-
-
-@contextlib.contextmanager
-def _reading(what: str | os.PathLike[str]) -> Iterator[None]:
-    """Makes what a file or its content refuse the user's to resolve."""
-    try:
-        yield
-    except _DAMAGED as error:
-        message = f"{what} cannot be read ({_short(error)}); make it readable or {AGAIN}"
-        raise UserError(message) from error
-
-
-def _short(error: Exception) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split())[:160] or type(error).__name__
-
-
-@contextlib.contextmanager
-def _opened(
-    what: str | os.PathLike[str], file: IO[bytes] | None = None
-) -> Iterator[tarfile.TarFile]:
-    """The tar in `file` or else of the path `what`, which is its name in messages."""
-    with _reading(what), tarfile.open(None if file else what, "r:", file) as tar:
-        yield tar
-
-
-def _files(
-    tar: tarfile.TarFile, what: str | os.PathLike[str], stop: int
-) -> Iterator[tarfile.TarInfo]:
-    """The files of an open tar that ends at `stop`, in its order; refuses all but directories."""
-    while (member := tar.next()) is not None:
-        vars(tar)["members"].clear()  # tarfile would keep a million of them
-        if member.isdir():
-            continue
-        if not member.isreg() or member.issparse():
-            raise UserError(f"{what} has {member.name!r}, which is no plain file; take it out")
-        # At a negative size tarfile would go round in circles.
-        if member.size < 0 or member.offset_data + member.size > stop:
-            raise UserError(f"{what} is cut short or damaged at byte {member.offset}; {AGAIN}")
-        yield member
-    # tarfile takes anything that is no header for the end, which is a block of zeros.
-    file: Any = tar.fileobj
-    file.seek(tar.offset)
-    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE) or file.tell() > stop:
-        raise UserError(f"{what} is cut short or damaged at byte {tar.offset}; {AGAIN}")
-
-
-def _basename(member: tarfile.TarInfo) -> str:
-    """The last part of a member's name, fit for a line of text."""
-    name = posixpath.basename(member.name)
-    return name if name.isprintable() else ascii(name)[1:-1]

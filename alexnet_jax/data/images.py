@@ -5,12 +5,14 @@ import io
 import math
 import struct
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import scipy.sparse
 import simplejpeg
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from alexnet_jax.data.examples import Example
 
 MAX_PIXELS = 100_000_000  # a larger claim is taken for an attack or a broken header
 MAX_ASPECT = 100  # the longer side over the shorter; more is no picture and would fill the memory
@@ -19,14 +21,6 @@ HARMLESS = ("extraneous bytes before marker 0xd9", "unknown JFIF revision")
 _UNREADABLE = (
     ValueError, OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError
 )  # fmt: skip
-
-
-class Example(NamedTuple):
-    """One image as it is stored."""
-
-    data: bytes | np.ndarray  # a file's bytes, or (h, w, 3) uint8 pixels
-    label: int
-    name: str  # for messages
 
 
 class ImageError(Exception):

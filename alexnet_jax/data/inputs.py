@@ -11,7 +11,7 @@ import numpy as np
 
 from alexnet_jax.config import Data, UserError, from_dict
 from alexnet_jax.data import imagenet, sources
-from alexnet_jax.data.sources import Source
+from alexnet_jax.data.examples import Source
 
 log = logging.getLogger(__name__)
 

@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 from alexnet_jax.config import UserError
 from alexnet_jax.data import images, records, workers
+from alexnet_jax.data.examples import Source
 from alexnet_jax.data.images import ImageError
 from alexnet_jax.data.inputs import Input
-from alexnet_jax.data.sources import Folder, Source
+from alexnet_jax.data.sources import Folder
 from alexnet_jax.data.statistics import Sums
 
 log = logging.getLogger(__name__)

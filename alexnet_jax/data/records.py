@@ -20,7 +20,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from alexnet_jax.config import UserError
 from alexnet_jax.data.augment import Statistics
-from alexnet_jax.data.images import Example
+from alexnet_jax.data.examples import Example, taken
 
 VERSION = 1
 MANIFEST, LABELS, STATISTICS = "manifest.json", "labels.txt", "statistics.npz"
@@ -66,9 +66,8 @@ class Records:
         return Example(image.tobytes(), label, name)
 
     def take(self, indices: np.ndarray) -> "Records":
-        fingerprint = hashlib.sha256(self.fingerprint.encode() + indices.tobytes()).hexdigest()
         index = Index(*(column[indices] for column in self.index))
-        return dataclasses.replace(self, index=index, fingerprint=fingerprint)
+        return dataclasses.replace(self, index=index, fingerprint=taken(self, indices))
 
 
 class _Files:

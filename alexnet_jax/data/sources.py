@@ -6,13 +6,13 @@ import logging
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from alexnet_jax.config import Data, UserError
 from alexnet_jax.data import records, shapes
-from alexnet_jax.data.images import Example
+from alexnet_jax.data.examples import Example, Source, taken
 
 log = logging.getLogger(__name__)
 
@@ -25,33 +25,6 @@ FOLDER_NAMES = {
 
 class NoSplitError(UserError):
     """A data set does not have the split asked for; nothing is wrong with it otherwise."""
-
-
-class Source(Protocol):
-    """One split of a data set, read by index from any thread."""
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Class names; an example's label is a place in them."""
-        ...
-
-    @property
-    def targets(self) -> np.ndarray:
-        """(n,) int64, every example's label; may take a while where they lie with the images."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Text that is another when the examples may be."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def read(self, index: int) -> Example: ...
-
-    def take(self, indices: np.ndarray) -> "Source":
-        """The examples at `indices`, (m,) int64, in their order."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +46,7 @@ class Folder:
 
     def take(self, indices: np.ndarray) -> "Folder":
         paths = tuple(self.paths[index] for index in indices)
-        return Folder(self.labels, self.targets[indices], _taken(self, indices), paths)
+        return Folder(self.labels, self.targets[indices], taken(self, indices), paths)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,13 +72,8 @@ class Tfds:
         return Example(bytes(example["image"]), int(example["label"]), f"{self.name}, {place}")
 
     def take(self, indices: np.ndarray) -> "Tfds":
-        fingerprint = _taken(self, indices)
+        fingerprint = taken(self, indices)
         return dataclasses.replace(self, indices=self.indices[indices], fingerprint=fingerprint)
-
-
-def _taken(source: Source, indices: np.ndarray) -> str:
-    """The fingerprint of some examples of a source."""
-    return hashlib.sha256(source.fingerprint.encode() + indices.tobytes()).hexdigest()
 
 
 def open_source(data: Data, split: str) -> Source:

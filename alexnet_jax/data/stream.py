@@ -20,7 +20,7 @@ from absl import flags
 from alexnet_jax.config import Data
 from alexnet_jax.data import augment, buffers, images, workers
 from alexnet_jax.data.augment import Statistics
-from alexnet_jax.data.sources import Source
+from alexnet_jax.data.examples import Source
 
 PIECE = 64  # rows at most
 

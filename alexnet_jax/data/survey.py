@@ -20,8 +20,8 @@ from tqdm import tqdm
 from alexnet_jax.config import Data, Model, UserError, stored_size
 from alexnet_jax.data import images, workers
 from alexnet_jax.data.augment import Statistics
+from alexnet_jax.data.examples import Source
 from alexnet_jax.data.records import Records
-from alexnet_jax.data.sources import Source
 from alexnet_jax.data.statistics import Sums
 
 log = logging.getLogger(__name__)

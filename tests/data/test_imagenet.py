@@ -21,7 +21,8 @@ import tensorflow_datasets as tfds
 
 from alexnet_jax.config import UserError
 from alexnet_jax.data import imagenet, images
-from alexnet_jax.data.imagenet import Classes, Members, Scan, Tars
+from alexnet_jax.data.imagenet import Classes, Scan, Tars
+from alexnet_jax.data.tars import Members
 
 PACKAGE = pathlib.Path(tfds.__file__).parent / "datasets/imagenet2012"
 COUNTS = {"n03": 5, "n01": 1, "n04": 7, "n02": 3}  # in no order

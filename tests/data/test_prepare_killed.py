@@ -16,7 +16,7 @@ import pytest
 from preparing import CLASSES, SIZE, Ran, assert_refused, tree
 
 from alexnet_jax.config import UserError
-from alexnet_jax.data.images import Example
+from alexnet_jax.data.examples import Example
 from alexnet_jax.data.prepare import Settings, write_shard
 from alexnet_jax.data.workers import _ctrl_c_later, _Worker  # before a thread stands in for it
 

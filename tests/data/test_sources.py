@@ -13,7 +13,7 @@ import pytest
 
 from alexnet_jax.config import Data, UserError
 from alexnet_jax.data import shapes, sources
-from alexnet_jax.data.sources import Source
+from alexnet_jax.data.examples import Source
 
 PARTS = ("train", "validation", "test")
 

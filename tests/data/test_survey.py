@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from alexnet_jax.config import Data, Model, UserError
-from alexnet_jax.data import images, sources, survey
+from alexnet_jax.data import examples, images, sources, survey
 from alexnet_jax.data.augment import Statistics
 
 SIZE = 16
@@ -27,7 +27,7 @@ def root(pictures, tmp_path_factory) -> pathlib.Path:
 class Counting:
     """A source that counts how often it is read."""
 
-    source: sources.Source
+    source: examples.Source
     reads: int = 0
 
     def __getattr__(self, name: str):
@@ -36,21 +36,21 @@ class Counting:
     def __len__(self) -> int:
         return len(self.source)
 
-    def read(self, index: int) -> sources.Example:
+    def read(self, index: int) -> examples.Example:
         self.reads += 1
         return self.source.read(index)
 
 
 def look(
     root: pathlib.Path, cache: pathlib.Path, workers: int = 2
-) -> tuple[sources.Source, Statistics, int]:
+) -> tuple[examples.Source, Statistics, int]:
     """The survey of a folder's training split, and how many images it read for it."""
     source = Counting(sources.open_source(Data(source=f"folder:{root}"), "train"))
     whole, statistics = survey.survey(source, SIZE, str(cache), workers)
     return whole, statistics, source.reads
 
 
-def squares(source: sources.Source, size: int = SIZE) -> np.ndarray:
+def squares(source: examples.Source, size: int = SIZE) -> np.ndarray:
     """Every image of a source, (n, size, size, 3) float64."""
     decoded = (images.decode(source.read(i).data, "x") for i in range(len(source)))
     return np.stack([images.square(pixels, size) for pixels in decoded]).astype(np.float64)
@@ -137,7 +137,7 @@ def test_statistics_come_from_the_training_split_alone(pictures, tmp_path):
             path.write_bytes(dark)
     data = Data(source=f"folder:{root}", stored_size=SIZE, cache_dir=str(tmp_path / "cache"))
 
-    def opened(split: str) -> tuple[sources.Source, Statistics]:
+    def opened(split: str) -> tuple[examples.Source, Statistics]:
         return survey.surveyed(sources.open_source(data, split), data, Model(input_size=13))
 
     source, statistics = opened("train")

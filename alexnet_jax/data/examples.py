@@ -1,0 +1,47 @@
+"""What images and their labels come as, whatever they are read from."""
+
+import hashlib
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+
+class Example(NamedTuple):
+    """One image as it is stored."""
+
+    data: bytes | np.ndarray  # a file's bytes, or (h, w, 3) uint8 pixels
+    label: int
+    name: str  # for messages
+
+
+class Source(Protocol):
+    """One split of a data set, read by index from any thread."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names; an example's label is a place in them."""
+        ...
+
+    @property
+    def targets(self) -> np.ndarray:
+        """(n,) int64, every example's label; may take a while where they lie with the images."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Text that is another when the examples may be."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Example: ...
+
+    def take(self, indices: np.ndarray) -> "Source":
+        """The examples at `indices`, (m,) int64, in their order."""
+        ...
+
+
+def taken(source: Source, indices: np.ndarray) -> str:
+    """The fingerprint of the examples at `indices` of a source."""
+    key = source.fingerprint.encode() + np.ascontiguousarray(indices, "<i8").tobytes()
+    return hashlib.sha256(key).hexdigest()

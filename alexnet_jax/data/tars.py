@@ -1,0 +1,120 @@
+"""Tars read in place: their files, checked, and images by where they lie. Nothing is unpacked."""
+
+import contextlib
+import dataclasses
+import os
+import posixpath
+import tarfile
+import zlib
+from collections.abc import Iterator
+from typing import IO, Any
+
+import numpy as np
+
+from alexnet_jax.config import UserError
+from alexnet_jax.data import images
+from alexnet_jax.data.examples import Example, taken
+
+MAX_BYTES = 2**28  # a larger member is no picture and would fill the memory
+AGAIN = "download it again"
+# What tarfile and gzip raise at damaged bytes.
+_DAMAGED = (
+    tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError, RecursionError,
+    zlib.error,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Members:
+    """A source: some images of a tar, read by their place in it, in any process."""
+
+    path: str  # of the tar
+    labels: tuple[str, ...]
+    names: tuple[str, ...]  # as n01440764/n01440764_10026.JPEG
+    offsets: np.ndarray  # (n,) int64, where the data begin in the tar
+    sizes: np.ndarray  # (n,) int64, bytes
+    targets: np.ndarray  # (n,) int64
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, index: int) -> Example:
+        """One image as it is stored.
+
+        Raises:
+          ImageError: over MAX_BYTES.
+          UserError: the tar is no longer what it was.
+        """
+        name, size = self.names[index], int(self.sizes[index])
+        if size > MAX_BYTES:
+            raise images.ImageError(f"{name}: has {size} bytes; at most {MAX_BYTES} are read")
+        with reading(self.path), open(self.path, "rb") as file:
+            file.seek(int(self.offsets[index]))
+            data = file.read(size)
+        if len(data) < size:
+            raise UserError(f"{self.path} has become shorter; {AGAIN}")
+        return Example(data, int(self.targets[index]), name)
+
+    def take(self, indices: np.ndarray) -> "Members":
+        """Those at `indices`, (m,) int64, in that order."""
+        indices = np.asarray(indices, np.int64)
+        return dataclasses.replace(
+            self,
+            names=tuple(self.names[index] for index in indices),
+            offsets=self.offsets[indices],
+            sizes=self.sizes[indices],
+            targets=self.targets[indices],
+            fingerprint=taken(self, indices),
+        )
+
+
+@contextlib.contextmanager
+def reading(what: str | os.PathLike[str]) -> Iterator[None]:
+    """Makes what a file or its content refuse the user's to resolve."""
+    try:
+        yield
+    except _DAMAGED as error:
+        message = f"{what} cannot be read ({short(error)}); make it readable or {AGAIN}"
+        raise UserError(message) from error
+
+
+def short(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split())[:160] or type(error).__name__
+
+
+@contextlib.contextmanager
+def opened(
+    what: str | os.PathLike[str], file: IO[bytes] | None = None
+) -> Iterator[tarfile.TarFile]:
+    """The tar in `file` or else of the path `what`, which is its name in messages."""
+    with reading(what), tarfile.open(None if file else what, "r:", file) as tar:
+        yield tar
+
+
+def files(
+    tar: tarfile.TarFile, what: str | os.PathLike[str], stop: int
+) -> Iterator[tarfile.TarInfo]:
+    """The files of an open tar that ends at `stop`, in its order; refuses all but directories."""
+    while (member := tar.next()) is not None:
+        vars(tar)["members"].clear()  # tarfile would keep a million of them
+        if member.isdir():
+            continue
+        if not member.isreg() or member.issparse():
+            raise UserError(f"{what} has {member.name!r}, which is no plain file; take it out")
+        # At a negative size tarfile would go round in circles.
+        if member.size < 0 or member.offset_data + member.size > stop:
+            raise UserError(f"{what} is cut short or damaged at byte {member.offset}; {AGAIN}")
+        yield member
+    # tarfile takes anything that is no header for the end, which is a block of zeros.
+    file: Any = tar.fileobj
+    file.seek(tar.offset)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE) or file.tell() > stop:
+        raise UserError(f"{what} is cut short or damaged at byte {tar.offset}; {AGAIN}")
+
+
+def basename(member: tarfile.TarInfo) -> str:
+    """The last part of a member's name, fit for a line of text."""
+    name = posixpath.basename(member.name)
+    return name if name.isprintable() else ascii(name)[1:-1]
