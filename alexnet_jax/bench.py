@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from alexnet_jax import loop
+from alexnet_jax import loop, setup
 from alexnet_jax.config import Config, stored_size
 from alexnet_jax.data import augment, images, sources, stream, survey, workers
 from alexnet_jax.data.augment import Statistics
 from alexnet_jax.data.examples import Source
 from alexnet_jax.mesh import check_batch, make_mesh, put_batch
-from alexnet_jax.models.alexnet import layers
+from alexnet_jax.models.nets import layers
 from alexnet_jax.train import optim
-from alexnet_jax.train.state import initial_state, put
+from alexnet_jax.train.state import initial_state, make_apply, put
 
 SECONDS = 5.0  # at least, of each measurement
 LEAST = 3  # repetitions of each
@@ -38,7 +38,7 @@ def bench(config: Config) -> dict[str, Any]:
     batch_size = config.train.batch_size
     check_batch("train.batch_size", batch_size, mesh, config.train.accumulation_steps)
     source = sources.open_source(config.data, "train")
-    config = loop.with_classes(config, source.labels)
+    config = setup.with_classes(config, source.labels)
     source, statistics = survey.surveyed(source, config.data, config.model)
 
     def batches() -> contextlib.closing[Any]:
@@ -126,8 +126,9 @@ def _make_advance(
     batch: Any,
 ) -> Callable[[Any], None]:
     """What trains on a batch and waits for the end of it; compiled and run once."""
-    calendar = loop.Calendar(num_examples, config.train.batch_size, 10**9)
-    step = loop.make_step(config, mesh, num_classes, calendar)
+    calendar = setup.Calendar(num_examples, config.train.batch_size, 10**9)
+    apply = make_apply(config.model, num_classes, mesh.shape["model"])
+    step = setup.make_step(apply, config, mesh, calendar)
     optimizer = optim.make_optimizer(config.optim)
     state = put(initial_state(config.model, num_classes, optimizer, config.seed), mesh)
     scale = jnp.float32(0)  # the rate: weights stay as they are, whatever is shown

@@ -63,6 +63,7 @@ _STAGE = Rule(
     ),
 )
 _DROPPED = Rule("of pool5, fc6 and fc7", lambda names: set(names) <= {"pool5", "fc6", "fc7"})
+_LEFT_OUT = Rule("of conv2 to conv5, fc6 and fc7", lambda names: set(names) <= set(LAYERS[1:7]))
 _SOURCE_NAME = Rule(
     "tfds:NAME, folder:PATH, records:PATH or shapes",
     lambda name: name == "shapes" or re.fullmatch("(tfds|folder|records):.+", name) is not None,
@@ -78,6 +79,9 @@ class Model:
     """The net. Per-layer tuples follow `LAYERS`; conv6 (preset `conv6`) takes conv5's entries."""
 
     preset: str = "paper"  # a name in PRESETS
+    # The paper's two towers, or figure 1's four layers, which heed `width`, `input_size`, `dtype`,
+    # `activation`, `init`, and of `weight_std` and `bias` the entries of conv1..conv3 and fc8.
+    net: str = _setting("alexnet", _one_of("alexnet", "cifar"))
     # Multiplies the channels of every layer but fc8; stds of conv2..fc8 grow by 1/sqrt(width).
     width: float = _setting(1.0, Rule("above 0 and at most 16", lambda value: 0 < value <= 16))
     input_size: int = _setting(224, _at_least(1))  # pixels a side; paper 224, Caffe 227
@@ -89,6 +93,8 @@ class Model:
     channels: tuple[int, ...] = _setting((96, 256, 384, 384, 256), _numbers(5, 1))
     features: tuple[int, ...] = _setting((4096, 4096), _numbers(2, 1))
     conv6: bool = False  # a sixth convolution on both towers' pool5 ("1 CNN*", paper, section 6.1)
+    # Layers left out; their pools stay, so that maps keep their sizes; paper, section 7.
+    without: tuple[str, ...] = _setting((), _LEFT_OUT)
     # Pixels a side, conv1..conv5. 0 at conv1 overhangs right and bottom so that no pixel is lost.
     paddings: tuple[int, ...] = _setting((0, 2, 1, 1, 1), _numbers(5, 0))
     activation: str = _setting("relu", _one_of("relu", "tanh"))
@@ -188,6 +194,7 @@ class Train:
     num_steps: int = _setting(0, _at_least(0))  # overrides num_epochs when set
     accumulation_steps: int = _setting(1, _at_least(1))  # parts a device takes its rows in
     init_from: str = ""  # a workdir to begin with the weights of; fc8 is new for other classes
+    max_parameters: int = _setting(500_000_000, _at_least(1))  # a larger net is refused
     log_every_steps: int = _setting(20, _at_least(1))
 
 
@@ -282,6 +289,20 @@ PRESETS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
         },
         "half": {"model.towers": 1, "model.channels": (48, 128, 192, 192, 256)},
         "conv6": {"model.conv6": True},
+        "cifar": {
+            "model.net": "cifar",
+            "model.input_size": 32,
+            "model.towers": 1,
+            "model.weight_std": (0.0001, 0.01, 0.01, 0.0, 0.0, 0.0, 0.0, 0.1),
+            "model.bias": (0.0,) * 8,
+            "data.stored_size": 32,
+            "data.random_crop": False,
+            "data.mirror": False,
+            "data.colour_noise": 0.0,
+            "optim.learning_rate": 0.001,
+            "optim.weight_decay": 0.0,
+            "optim.plateau_max_drops": 0,
+        },
     }
 )
 
@@ -292,7 +313,7 @@ SECTIONS = tuple(f.name for f in dataclasses.fields(Config) if dataclasses.is_da
 FREE_ON_RESUME = frozenset({
     "data.workers", "data.worker_kind", "data.prefetch", "data.cache_dir", "data.tfds_dir",
     "train.num_epochs", "train.num_steps", "train.accumulation_steps", "train.log_every_steps",
-    "train.init_from",
+    "train.init_from", "train.max_parameters",
 })  # fmt: skip
 FREE_SECTIONS = frozenset({"mesh", "eval", "checkpoint"})
 

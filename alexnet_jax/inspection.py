@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 from alexnet_jax.config import Config, stored_size
 from alexnet_jax.data.augment import Statistics
 from alexnet_jax.mesh import start_cpu_devices
-from alexnet_jax.models.alexnet import Layer, layers
+from alexnet_jax.models.layers import Layer
+from alexnet_jax.models.nets import layers
 from alexnet_jax.train import optim
 from alexnet_jax.train.state import make_apply, placed_shapes, state_shapes
 from alexnet_jax.train.step import make_train_step

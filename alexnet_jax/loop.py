@@ -10,36 +10,32 @@ import signal
 import sys
 import time
 from collections.abc import Generator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from alexnet_jax import config as configs
-from alexnet_jax import evaluate, metrics, workdir
-from alexnet_jax.checkpoint import Checkpoints, Meta, take_over
-from alexnet_jax.config import Config, UserError
-from alexnet_jax.data import sources, stream, survey
+from alexnet_jax import evaluate, metrics, setup, workdir
+from alexnet_jax.checkpoint import Meta
+from alexnet_jax.config import Config
+from alexnet_jax.data import stream
 from alexnet_jax.data.augment import Statistics
 from alexnet_jax.data.examples import Source
-from alexnet_jax.mesh import check_batch, local_rows, make_mesh, put_batch
-from alexnet_jax.models.alexnet import layers
+from alexnet_jax.mesh import local_rows, put_batch
+from alexnet_jax.models.nets import layers
 from alexnet_jax.report import Report
 from alexnet_jax.train import optim
 from alexnet_jax.train.state import (
-    Params,
     TrainState,
-    initial_state,
-    make_apply,
     natural_state,
-    put,
-    state_shapes,
 )
-from alexnet_jax.train.step import DeviceBatch, EvalStep, StepResults, TrainStep, make_train_step
+from alexnet_jax.train.step import DeviceBatch, StepResults, TrainStep
 
 log = logging.getLogger(__name__)
+
+TINY = np.finfo(np.float64).tiny  # weights that are all zero have moved by nothing measurable
 
 
 class TrainingError(Exception):
@@ -69,27 +65,6 @@ class StopSignal:
         print("stopping after this step; once more stops at once", file=sys.stderr)
 
 
-@dataclasses.dataclass(frozen=True)
-class Calendar:
-    """When things are due. Step n is the n-th update; all are due after the last."""
-
-    num_examples: int
-    batch_size: int
-    num_steps: int
-
-    def epochs(self, step: int) -> float:
-        return step * self.batch_size / self.num_examples
-
-    def is_due(self, step: int, every: int) -> bool:
-        """After each `every` steps, and after the last step; 0 for never else."""
-        return step == self.num_steps or (every > 0 and step % every == 0)
-
-    def epoch_ends(self, step: int, every: int) -> bool:
-        """At the first step at which another `every` epochs are over, and after the last step."""
-        turns = [n * self.batch_size // self.num_examples // every for n in (step - 1, step)]
-        return step == self.num_steps or turns[1] > turns[0]
-
-
 class Interval:
     """The steps since the last log: their results, still on the devices, and the time."""
 
@@ -112,38 +87,29 @@ class Interval:
         Raises:
           TrainingError: a loss or a gradient is not finite.
         """
-        squares = []
+        gradients, ratios = [], []  # (layers,) of each step
         for step, results in self.results:
             loss = np.asarray(results.sums.loss)[0]
-            squares.append(np.asarray(results.gradient_square, np.float64).sum())
-            if not (np.isfinite(loss) and np.isfinite(squares[-1])):
+            squares = np.sum(np.array([*results.squares.values()], np.float64), axis=-1)
+            gradients.append(squares[:, 0])
+            if not (np.isfinite(loss) and np.isfinite(gradients[-1]).all()):
+                bad = [
+                    name for name, ok in zip(results.squares, np.isfinite(gradients[-1])) if not ok
+                ]
                 raise TrainingError(
-                    f"step {step}: the loss is {loss / self.batch_size} and the squared norm of "
-                    f"its gradient {squares[-1]}; the last good checkpoint stays; a lower "
-                    "--config.optim.learning_rate is the usual way out"
+                    f"step {step}: the loss is {loss / self.batch_size}, and the gradient is not "
+                    f"finite in {', '.join(bad) or 'no layer'}; the last good checkpoint stays; a "
+                    "lower --config.optim.learning_rate is the usual way out"
                 )
+            ratios.append(np.sqrt(squares[:, 1] / np.maximum(squares[:, 2], TINY)))
         seconds = time.perf_counter() - self.started
         values = metrics.errors(evaluate.total(results.sums for _, results in self.results))
-        values["gradient_norm"] = float(np.sqrt(np.mean(squares)))
-        values["images_per_second"] = len(squares) * self.batch_size / seconds
+        values["gradient_norm"] = float(np.sqrt(np.mean(np.sum(gradients, axis=1))))
+        for name, ratio in zip(self.results[0][1].squares, np.mean(ratios, axis=0)):
+            values[f"update_to_weight/{name}"] = float(ratio)
+        values["images_per_second"] = len(ratios) * self.batch_size / seconds
         self.restart()
         return values
-
-
-class Run(NamedTuple):
-    """Everything the loop works with, ready to start."""
-
-    config: Config  # with the classes of the data
-    mesh: Mesh
-    calendar: Calendar
-    source: Source  # of training
-    validation: Source
-    checkpoints: Checkpoints
-    meta: Meta
-    state: TrainState
-    train_step: TrainStep
-    eval_step: EvalStep
-    schedule: optim.Schedule
 
 
 def train(config: Config, directory: pathlib.Path, allow_config_change: bool = False) -> int:
@@ -157,7 +123,7 @@ def train(config: Config, directory: pathlib.Path, allow_config_change: bool = F
       TrainingError: a loss or a gradient was not finite.
     """
     workdir.make(directory)
-    run = prepare(config, directory, allow_config_change)
+    run = setup.open_run(config, directory, allow_config_change)
     first = int(run.state.step)
     last = run.calendar.num_steps
     with StopSignal() as stop, run.checkpoints, Report(directory, first, last) as report:
@@ -171,7 +137,7 @@ def train(config: Config, directory: pathlib.Path, allow_config_change: bool = F
     return 0
 
 
-def _steps(run: Run, first: int, report: Report, stop: StopSignal) -> int:
+def _steps(run: setup.Run, first: int, report: Report, stop: StopSignal) -> int:
     """The steps after `first`; the number of the signal that ended them early, or 0."""
     config, calendar, meta, state = run.config, run.calendar, run.meta, run.state
     scale = jnp.float32(optim.plateau_scale(meta.plateau, config.optim))
@@ -210,7 +176,7 @@ def _steps(run: Run, first: int, report: Report, stop: StopSignal) -> int:
     return 0
 
 
-def _validated(run: Run, meta: Meta, state: TrainState, step: int, report: Report) -> Meta:
+def _validated(run: setup.Run, meta: Meta, state: TrainState, step: int, report: Report) -> Meta:
     """A validation pass: its record, and the plateau and best error after it."""
     started = time.perf_counter()
     sums = evaluate.evaluate(
@@ -274,102 +240,7 @@ def _say_initial_loss(loss: float, num_classes: int, report: Report) -> None:
     )
 
 
-def prepare(config: Config, directory: pathlib.Path, allow_config_change: bool) -> Run:
-    """Open the data, restore or begin, and build the steps."""
-    layers(config.model, num_classes=1)  # an input that is too small is told before all else
-    mesh = make_mesh(config.mesh, config.model)
-    check_batch("train.batch_size", config.train.batch_size, mesh, config.train.accumulation_steps)
-    source = sources.open_source(config.data, "train")
-    validation = sources.open_source(config.data, config.eval.split)
-    config = with_classes(config, source.labels)
-    checkpoints = Checkpoints(directory / workdir.CHECKPOINTS)
-    latest = checkpoints.latest_step()
-    if latest is not None:
-        meta = checkpoints.read_meta(latest)
-        changed = workdir.check_resume(meta.config, config, allow_config_change)
-        evaluate.check_labels(meta.labels, source.labels, config.data.source)
-    source, statistics = survey.surveyed(source, config.data, config.model)
-    validation, _ = survey.surveyed(validation, config.data, config.model)
-    num_examples, num_classes = len(source), len(source.labels)
-    calendar = Calendar(num_examples, config.train.batch_size, num_steps(config, num_examples))
-    optimizer = optim.make_optimizer(config.optim)
-    if latest is None:
-        meta = Meta(config, source.labels, statistics, num_examples=num_examples)
-        state = initial_state(config.model, num_classes, optimizer, config.seed)
-        if config.train.init_from:
-            state = state._replace(params=_taken_over(config.train, state.params, source.labels))
-    else:
-        if meta.num_examples != num_examples and not allow_config_change:
-            raise UserError(
-                f"{config.data.source} has {num_examples} training images, and had "
-                f"{meta.num_examples} when the run began; bring them back, or go on by "
-                "--allow_config_change"
-            )
-        meta = dataclasses.replace(meta, config=config, num_examples=num_examples)
-        if any(name.startswith("data.") for name in changed):
-            meta = dataclasses.replace(meta, statistics=statistics)
-        shapes = state_shapes(config.model, num_classes, optimizer)
-        state = checkpoints.read_state(latest, shapes)
-    workdir.write(directory, config, source.labels)
-    apply = make_apply(config.model, num_classes, mesh.shape["model"])
-    return Run(
-        config=config,
-        mesh=mesh,
-        calendar=calendar,
-        source=source,
-        validation=validation,
-        checkpoints=checkpoints,
-        meta=meta,
-        state=put(state, mesh),
-        train_step=make_step(config, mesh, num_classes, calendar),
-        eval_step=evaluate.make_step(apply, config, mesh),
-        schedule=jax.jit(optim.make_schedule(config.optim, *dataclasses.astuple(calendar))),
-    )
-
-
-def _taken_over(train: configs.Train, params: Params, labels: tuple[str, ...]) -> Params:
-    """The parameters of the run `train.init_from` names, as far as they fit."""
-    origin = pathlib.Path(train.init_from).expanduser() / workdir.CHECKPOINTS
-    if not origin.is_dir():
-        raise UserError(f"train.init_from={train.init_from!r} holds no checkpoints; train there")
-    params, new = take_over(origin, params, labels)
-    names = ", ".join(new) or "nothing"
-    log.info("weights are taken over from %s; new: %s", train.init_from, names)
-    return params
-
-
-def make_step(config: Config, mesh: Mesh, num_classes: int, calendar: Calendar) -> TrainStep:
-    """The training step that the config asks for."""
-    return make_train_step(
-        make_apply(config.model, num_classes, mesh.shape["model"]),
-        optim.make_optimizer(config.optim),
-        optim.make_schedule(config.optim, *dataclasses.astuple(calendar)),
-        mesh,
-        seed=config.seed,
-        mean=config.data.mean,
-        accumulation_steps=config.train.accumulation_steps,
-    )
-
-
-def num_steps(config: Config, num_examples: int) -> int:
-    """Of the whole training."""
-    train = config.train
-    return train.num_steps or optim.first_step(train.num_epochs, num_examples, train.batch_size)
-
-
-def with_classes(config: Config, labels: tuple[str, ...]) -> Config:
-    """The config with the number of classes the data has."""
-    named = config.model.num_classes
-    if named not in (0, len(labels)):
-        raise UserError(
-            f"model.num_classes={named}: {config.data.source} has {len(labels)} classes; "
-            "set --config.model.num_classes=0 to take the data's"
-        )
-    model = dataclasses.replace(config.model, num_classes=len(labels))
-    return dataclasses.replace(config, model=model)
-
-
-def _introduce(run: Run, first: int, report: Report) -> None:
+def _introduce(run: setup.Run, first: int, report: Report) -> None:
     model, calendar = run.config.model, run.calendar
     count = sum(layer.parameters for layer in layers(model, len(run.meta.labels)))
     shape = " x ".join(f"{name}={size}" for name, size in run.mesh.shape.items())

@@ -19,7 +19,7 @@ from alexnet_jax.data import images, sources, stream, survey
 from alexnet_jax.data.examples import Source
 from alexnet_jax.evaluate import batch_size, check_labels
 from alexnet_jax.mesh import local_rows, make_mesh, put_batch
-from alexnet_jax.models.alexnet import layers
+from alexnet_jax.models.nets import layers
 from alexnet_jax.train.state import Params, make_apply, put
 from alexnet_jax.train.step import PredictStep, make_features_step, make_predict_step
 from alexnet_jax.workdir import CHECKPOINTS

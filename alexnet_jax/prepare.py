@@ -11,15 +11,14 @@ Killed at any moment, the same command goes on. Exit status: 0 all is prepared o
 many broken images, wrong checksums, or the disk refused; 2 a mistake of the user's, in one line.
 """
 
-import logging
 import pathlib
-import signal
 import sys
 import time
 
 from absl import flags
 from tqdm import tqdm
 
+from alexnet_jax import command
 from alexnet_jax.config import Data, UserError
 from alexnet_jax.data import inputs, prepare, records, workers
 
@@ -28,24 +27,15 @@ SHARD_SIZE = 4096  # images: a few hundred files for ImageNet, each soon done ag
 
 def main(argv: list[str]) -> int:
     """Prepare or verify, and return the exit status; `argv` as in sys.argv."""
-    handler = logging.StreamHandler(sys.stderr)
-    logging.getLogger("alexnet_jax").handlers[:] = [handler]
-    logging.getLogger("alexnet_jax").setLevel(logging.INFO)
-    try:
+
+    def work() -> int:
         values = parse(argv)
         if values.help:
             print(f"{__doc__}\n{values.get_help(include_special_flags=False)}")
             return 0
         return verify(_path(values.verify)) if values.verify else run(values)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (prepare.BrokenImagesError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 128 + signal.SIGINT
+
+    return command.status(work, (prepare.BrokenImagesError, OSError))
 
 
 def parse(argv: list[str]) -> flags.FlagValues:

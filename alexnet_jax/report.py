@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import math
 import os
 import pathlib
 import sys
@@ -13,6 +14,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 METRICS_FILE = "metrics.jsonl"
+AVERAGED = ("steps", "loss", "top1_error")
 
 
 class Report:
@@ -106,3 +108,32 @@ def _drop_later(path: pathlib.Path, step: int) -> None:
     partial = path.with_suffix(".tmp")
     partial.write_text("".join(kept), encoding="utf-8")
     os.replace(partial, path)
+
+
+def read_records(workdir: pathlib.Path, split: str) -> list[dict[str, Any]]:
+    """The records of a split in a workdir's metrics.jsonl, in order; none where it has none."""
+    path = workdir / METRICS_FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [record for record in map(json.loads, lines) if record["split"] == split]
+
+
+def training_by_epoch(workdir: pathlib.Path) -> dict[int, dict[str, float]]:
+    """Loss and errors of training as it went, means over each epoch, of whole epochs only.
+
+    They are with dropout and augmentation, of weights that change on the way. A record that
+    lies across the end of an epoch counts for the one it ends in.
+    """
+    records = read_records(workdir, "train")
+    sums: dict[int, dict[str, float]] = {}
+    done = 0
+    for record in records:
+        steps, done = record["step"] - done, record["step"]
+        found = sums.setdefault(math.ceil(record["epoch"] - 1e-9), dict.fromkeys(AVERAGED, 0.0))
+        for name, value in zip(AVERAGED, (1.0, record["loss"], record["top1_error"])):
+            found[name] += steps * value
+    last = math.floor(records[-1]["epoch"] + 1e-9) if records else 0
+    return {
+        epoch: {name: total / found["steps"] for name, total in found.items() if name != "steps"}
+        for epoch, found in sums.items()
+        if epoch <= last
+    }

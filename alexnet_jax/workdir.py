@@ -60,9 +60,14 @@ def write(workdir: pathlib.Path, config: Config, labels: tuple[str, ...]) -> Non
         LABELS_FILE: "".join(f"{label}\n" for label in labels),
     }
     for name, text in contents.items():
-        partial = workdir / f"{name}.tmp"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, workdir / name)
+        write_whole(workdir / name, text)
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f"{path.name}.tmp")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
 def _listed(changes: dict[str, tuple]) -> str:

@@ -27,7 +27,7 @@ import torch.nn.functional as F  # noqa: N812  (so PyTorch calls it)
 
 from alexnet_jax import config as configs
 from alexnet_jax import metrics, ops
-from alexnet_jax.models.alexnet import Dropout
+from alexnet_jax.models.layers import Dropout
 from alexnet_jax.train import optim
 from alexnet_jax.train.state import make_apply
 

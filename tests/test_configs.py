@@ -8,7 +8,7 @@ import pathlib
 import pytest
 
 from alexnet_jax import config as configs
-from alexnet_jax.models.alexnet import layers
+from alexnet_jax.models.nets import layers
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs"
 

@@ -11,6 +11,7 @@ ROOT = pathlib.Path(alexnet_jax.__file__).parent
 ROOMS = (
     "__init__",
     "config",
+    "command",
     "ops",
     "metrics",
     "mesh",
@@ -29,7 +30,10 @@ ROOMS = (
     "data.survey",
     "data.inputs",
     "data.prepare",
+    "models.layers",
     "models.alexnet",
+    "models.cifar",
+    "models.nets",
     "train.pixels",
     "train.optim",
     "train.state",
@@ -39,10 +43,13 @@ ROOMS = (
     "report",
     "evaluate",
     "predict",
+    "setup",
     "loop",
     "bench",
     "inspection",
     "main",
+    "studies",
+    "study",
     "prepare",
 )
 

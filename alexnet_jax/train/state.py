@@ -13,13 +13,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from alexnet_jax.config import Model
 from alexnet_jax.mesh import parameter_spec
-from alexnet_jax.models.alexnet import (
-    AlexNet,
-    Dropout,
-    initial_parameters,
-    layers,
-    zero_parameters,
-)
+from alexnet_jax.models.layers import Dropout, initial_parameters, zero_parameters
+from alexnet_jax.models.nets import layers, make_net
 
 Params = dict[str, dict[str, Array]]  # {layer: {"kernel": ..., "bias": ...}}, float32
 
@@ -35,21 +30,23 @@ class TrainState(NamedTuple):
 Apply = Callable[[Params, Array, Dropout | None], Array]  # params, images, dropout -> logits
 
 
-def make_apply(model: Model, num_classes: int, shards: int, layer: str = "fc8") -> Apply:
+def make_apply(model: Model, num_classes: int, shards: int, layer: str | None = None) -> Apply:
     """The net, up to a layer, as a pure function of one device's share of the parameters.
 
     With two shards it is to be called under `shard_map` with mesh axis `model`; the output of a
-    layer before fc8 is then this shard's.
+    layer before the last is then this shard's.
     """
     axis_name = "model" if shards > 1 else None
     graph = nnx.graphdef(
         nnx.eval_shape(
-            lambda: AlexNet(model, num_classes, zero_parameters(shards), shards, axis_name)
+            lambda: make_net(model, num_classes, zero_parameters(shards), shards, axis_name)
         )
     )
 
+    last = layers(model, num_classes)[-1].name
+
     def apply(params: Params, images: Array, dropout: Dropout | None) -> Array:
-        return dict(nnx.merge(graph, params).outputs(images, dropout))[layer]
+        return dict(nnx.merge(graph, params).outputs(images, dropout))[layer or last]
 
     return apply
 

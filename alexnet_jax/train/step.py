@@ -20,7 +20,7 @@ from alexnet_jax import metrics
 from alexnet_jax.data import augment
 from alexnet_jax.data.augment import Statistics
 from alexnet_jax.mesh import parameter_spec
-from alexnet_jax.models.alexnet import Dropout
+from alexnet_jax.models.layers import Dropout
 from alexnet_jax.train import pixels
 from alexnet_jax.train.optim import Schedule
 from alexnet_jax.train.state import Apply, Params, TrainState
@@ -30,11 +30,19 @@ DROPOUT_STREAM = 4  # beside those of data/augment.py
 DeviceBatch = dict[str, Array]
 
 
-class StepResults(NamedTuple):
-    """What a training step tells: float32 arrays of one entry a `model` shard."""
+class Squares(NamedTuple):
+    """Squared norms of one layer: float32, one entry a `model` shard; entries add up."""
 
-    sums: metrics.Sums  # over the global batch, the same in each entry
-    gradient_square: Array  # of the mean loss, over this shard's parameters; entries add up
+    gradient: Array  # of the mean loss, kernel and bias
+    update: Array  # what was added to the kernel
+    weight: Array  # the kernel, before
+
+
+class StepResults(NamedTuple):
+    """What a training step tells, reduced over `data` alone: no more travels for it."""
+
+    sums: metrics.Sums  # over the global batch; one equal entry a `model` shard
+    squares: dict[str, Squares]  # by layer
 
 
 TrainStep = Callable[[TrainState, DeviceBatch, Statistics, Array], tuple[TrainState, StepResults]]
@@ -98,9 +106,15 @@ def make_train_step(
             rates=schedule(state.step, scale),
         )
         params = cast(Params, optax.apply_updates(state.params, updates))
-        squares = [jnp.sum(leaf * leaf) for leaf in jax.tree.leaves(gradients)]
-        square = jnp.sum(jnp.stack(squares))
-        results = jax.tree.map(lambda value: jnp.reshape(value, (1,)), StepResults(sums, square))
+        squares = {
+            layer: Squares(
+                _square(gradient["kernel"]) + _square(gradient["bias"]),
+                _square(cast(Params, updates)[layer]["kernel"]),
+                _square(state.params[layer]["kernel"]),
+            )
+            for layer, gradient in cast(Params, gradients).items()
+        }
+        results = jax.tree.map(lambda value: jnp.reshape(value, (1,)), StepResults(sums, squares))
         return TrainState(state.step + 1, params, opt_state), results
 
     def train_step(state: TrainState, batch: DeviceBatch, statistics: Statistics, scale: Array):
@@ -113,6 +127,10 @@ def make_train_step(
         )(state, batch, statistics, scale)
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def _square(leaf: Array) -> Array:
+    return jnp.sum(leaf * leaf)
 
 
 def _accumulated(part: Callable[[DeviceBatch], Any], batch: DeviceBatch, steps: int) -> Any:

@@ -12,7 +12,7 @@ import pytest
 from alexnet_jax import metrics
 from alexnet_jax.config import Config, blank, resolve
 from alexnet_jax.data import images, shapes
-from alexnet_jax.models.alexnet import Dropout
+from alexnet_jax.models.layers import Dropout
 from alexnet_jax.train.optim import make_optimizer
 from alexnet_jax.train.state import initial_state, make_apply
 

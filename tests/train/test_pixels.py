@@ -42,7 +42,7 @@ def test_colour_noise_is_on_the_scale_of_pixels_whatever_is_subtracted(mean, div
         return jnp.stack([images.mean((1, 2, 3)), jnp.zeros(len(images))], 1) + params["a"]["bias"]
 
     optimizer = optim.make_optimizer(Config().optim)
-    params = {"a": {"bias": jnp.zeros(2)}}
+    params = {"a": {"kernel": jnp.zeros((1, 2)), "bias": jnp.zeros(2)}}
     devices = np.asarray(jax.devices()[:1]).reshape(1, 1)
     step = make_train_step(
         apply,

@@ -23,7 +23,7 @@ from alexnet_jax import config as configs
 from alexnet_jax import inspection, metrics, ops
 from alexnet_jax import mesh as meshes
 from alexnet_jax.data.augment import Statistics
-from alexnet_jax.models.alexnet import Dropout
+from alexnet_jax.models.layers import Dropout
 from alexnet_jax.train import optim, state, step
 
 BATCH, SIZE, STORED, SEED, STEPS = 16, 48, 55, 9, 3
@@ -65,6 +65,7 @@ class Reference(NamedTuple):
     logits: list[np.ndarray]
     grads: list[oracle.Params]  # of the mean loss
     velocities: list[oracle.Params]
+    starts: list[oracle.Params]  # the parameters before each step
     params: oracle.Params  # after the last step
 
 
@@ -150,16 +151,17 @@ def reference(problem):
             log_probs = jax.nn.log_softmax(logits)
             return -jnp.mean(log_probs[jnp.arange(BATCH), labels]), logits
 
-        found = Reference([], [], [], [], params)
+        found = Reference([], [], [], [], [], params)
         params = jax.tree.map(np.float64, params)
         velocity = jax.tree.map(np.zeros_like, params)
         for number, (batch, rate) in enumerate(zip(batches, RATES)):
             images = network_input(batch, statistics)
             rounded = jax.tree.map(np.float32, params)
             (loss, logits), grads = gradient(rounded, images, batch["label"], mask_key(number))
-            grads = jax.tree.map(np.float64, grads)
+            grads, start = jax.tree.map(np.float64, grads), params
             params, velocity = oracle.sgd_update(params, velocity, grads, rate)
-            for entries, value in zip(found, (float(loss), np.asarray(logits), grads, velocity)):
+            values = (float(loss), np.asarray(logits), grads, velocity, start)
+            for entries, value in zip(found, values):
                 entries.append(value)
         return found._replace(params=params)
 
@@ -226,8 +228,13 @@ def check_run(found: Run, expected: Reference, batches, difference) -> None:
             sums = metrics.Sums(*(float(value[entry]) for value in result.sums))
             assert sums.loss / BATCH == pytest.approx(expected.losses[number], rel=TOLERANCE)
             assert sums[1:] == (np.sum(place == 0), np.sum(place < 5), BATCH)
-        squares = [np.sum(leaf**2) for leaf in jax.tree.leaves(expected.grads[number])]
-        assert np.sum(result.gradient_square) == pytest.approx(sum(squares), rel=1e-4)
+        assert result.squares.keys() == expected.params.keys()
+        for layer, squares in result.squares.items():
+            trees = (expected.grads, expected.velocities, expected.starts)
+            gradient, update, weight = (tree[number][layer] for tree in trees)
+            parts = [gradient.values(), [update["kernel"]], [weight["kernel"]]]
+            sums = [sum(np.sum(leaf**2) for leaf in leaves) for leaves in parts]
+            assert [np.sum(value) for value in squares] == pytest.approx(sums, rel=1e-4), layer
     assert difference(found.grads, expected.grads[0]) < TOLERANCE
     assert found.last.step == STEPS
     assert difference(found.last.params, expected.params) < TOLERANCE

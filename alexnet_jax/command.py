@@ -1,0 +1,85 @@
+"""What the package's commands share: their log, their flags, their exit status."""
+
+import logging
+import re
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import flags
+from ml_collections import config_flags
+
+from alexnet_jax import config as configs
+from alexnet_jax.config import UserError
+
+
+def status(work: Callable[[], int], failures: tuple[type[Exception], ...]) -> int:
+    """The exit status of a command's `work`, which returns its own; errors in one line on stderr.
+
+    0 the whole job is done; 1 one of `failures`; 2 a mistake of the user's; 130 and 143 where a
+    signal ended it.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("alexnet_jax")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        return work()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except failures as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as stop:
+        print("stopped; the same command goes on from what was saved", file=sys.stderr)
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+
+
+def define_config(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    """Adds --config=FILE, its --config.SECTION.FIELD=VALUE, and --help to a command's flags."""
+    config_flags.DEFINE_config_file(
+        "config", None, "a file of configs/", flag_values=values, sys_argv=list(argv)
+    )
+    flags.DEFINE_bool("help", False, "print this", flag_values=values)
+
+
+def parse(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
+    """Reads flags into `values`; returns the arguments after them.
+
+    Raises:
+      UserError: an unknown flag, config file, field, or an ill-typed value; no config, unless
+        only help is asked for.
+    """
+    try:
+        rest = values(argv)
+        whole = values.config is not None and "model" in values.config  # loads it, at the latest
+    except Exception as error:  # of flags, or of whatever the config file does
+        raise UserError(_flag_error(error)) from error
+    if not values.help and values.config is None:
+        raise UserError("--config is missing; try --config=configs/quickstart.py")
+    if not values.help and not whole:
+        raise UserError(
+            "the file of --config returns no config; begin it with blank(), as configs/"
+        )
+    return rest[1:]
+
+
+def _flag_error(error: Exception) -> str:
+    """One line for what absl and ml_collections say in several, with the nearest field."""
+    text = " ".join(str(error.args[0] if error.args else error).split())
+    unknown = re.search(r"Did you mean \"(\w+)\" instead of \"(\w+)\"", text)
+    if unknown:
+        return f"config field {unknown[2]!r} does not exist; nearest is {unknown[1]!r}"
+    if "get_config" in text:
+        return "the --config file has no get_config(); write it as those of configs/ are"
+    if isinstance(error, OSError):
+        missing = re.search(r"No such file or directory: '(.*?)'", text)
+        return f"--config={missing[1]}: no such file" if missing else text
+    if isinstance(error, AttributeError | KeyError):
+        names = configs.field_names()
+        wrong = text.strip("'\"").split()[0]
+        return f"config field {wrong!r} does not exist; nearest is {configs.nearest(wrong, names)}"
+    return text

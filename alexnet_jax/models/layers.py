@@ -1,0 +1,112 @@
+"""What nets are made of: weight layers, their shapes and their initial parameters."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from alexnet_jax import ops
+from alexnet_jax.config import LAYERS, Model
+
+INITIAL_STREAM = 1 << 40  # of random numbers, beside those of data and dropout
+
+
+class Layer(NamedTuple):
+    """One weight layer, both towers together."""
+
+    name: str
+    kernel: tuple[int, ...]  # (kh, kw, i, o) or (i, o)
+    groups: int  # 2 where the towers do not see each other
+    stride: int
+    padding: ops.Padding
+    output: tuple[int, ...]  # (h, w, o) or (o,), before any pool
+    stage_output: tuple[int, ...]  # the same behind the pool, where one follows
+
+    @property
+    def parameters(self) -> int:
+        return math.prod(self.kernel) + self.kernel[-1]
+
+    @property
+    def multiply_adds(self) -> int:
+        """Per image; windows that overhang an edge count in full."""
+        return math.prod(self.kernel) * math.prod(self.output[:-1])
+
+
+class Dropout(NamedTuple):
+    """What a training step's dropout masks depend on."""
+
+    key: Array  # of the run's seed and the step
+    rows: Array  # (b,) int32, the images' places in the global batch
+
+
+def connected(name: str, inputs: int, outputs: int) -> Layer:
+    """A fully connected layer."""
+    return Layer(name, (inputs, outputs), 1, 1, ((0, 0), (0, 0)), (outputs,), (outputs,))
+
+
+def scaled(count: int, width: float, towers: int) -> int:
+    """`count` times the width, a whole number for each tower."""
+    return max(1, round(count * width / towers)) * towers
+
+
+Parameters = Callable[[Layer], tuple[Any, Any]]  # a layer's kernel and bias
+
+
+def initial_parameters(config: Model, seed: int) -> Parameters:
+    """The preset's random parameters of a layer, float32, in their natural shapes.
+
+    Drawn on the host, so that they depend on the seed and the layer alone, on any platform.
+    """
+
+    def draw(layer: Layer) -> tuple[np.ndarray, np.ndarray]:
+        place = LAYERS.index({"conv6": "conv5", "fc4": "fc8"}.get(layer.name, layer.name))
+        stream = INITIAL_STREAM + (*LAYERS, "conv6", "fc4").index(layer.name)
+        rng = np.random.Generator(np.random.Philox(key=np.array([seed, stream], np.uint64)))
+        if config.init == "uniform":
+            bound = 1 / math.sqrt(math.prod(layer.kernel[:-1]))
+            sizes = (layer.kernel, layer.kernel[-1:])
+            kernel, bias = (
+                2 * bound * rng.random(s, np.float32) - np.float32(bound) for s in sizes
+            )
+            return kernel, bias
+        # A narrower net keeps the size of its signals; conv1 reads the same pixels at any width.
+        spread = 1.0 if layer.name == "conv1" else math.sqrt(config.width)
+        std = np.float32(config.weight_std[place] / spread)
+        kernel = std * rng.standard_normal(layer.kernel, np.float32)
+        return kernel, np.full(layer.kernel[-1:], config.bias[place], np.float32)
+
+    return draw
+
+
+def zero_parameters(shards: int) -> Parameters:
+    """Zeros in the shapes of one device's share."""
+
+    def zeros(layer: Layer) -> tuple[Array, Array]:
+        outputs = -(-layer.kernel[-1] // shards)
+        return jnp.zeros((*layer.kernel[:-1], outputs)), jnp.zeros(outputs)
+
+    return zeros
+
+
+class Affine(nnx.Module):
+    """A convolution or a fully connected layer, or one device's share of its output."""
+
+    def __init__(self, layer: Layer, parameters: Parameters, shards: int):
+        kernel, bias = parameters(layer)
+        self.kernel = nnx.Param(jnp.asarray(kernel))
+        self.bias = nnx.Param(jnp.asarray(bias))
+        self.groups = layer.groups // shards if layer.groups > 1 else 1
+        self.stride = layer.stride
+        self.padding = layer.padding
+
+    def __call__(self, x: Array) -> Array:
+        """(b, h, w, i) or (b, i) -> (b, h', w', o) or (b, o), of x's dtype."""
+        kernel, bias = self.kernel[...], self.bias[...].astype(x.dtype)
+        if x.ndim == 2:
+            return x @ kernel.astype(x.dtype) + bias
+        options: dict[str, Any] = {"stride": self.stride, "padding": self.padding}
+        return ops.conv(x, kernel, groups=self.groups, **options) + bias

@@ -1,0 +1,177 @@
+"""Before the first step: the data opened, the state drawn or restored, the steps built."""
+
+import dataclasses
+import logging
+import pathlib
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from alexnet_jax import config as configs
+from alexnet_jax import evaluate, workdir
+from alexnet_jax.checkpoint import Checkpoints, Meta, take_over
+from alexnet_jax.config import Config, UserError
+from alexnet_jax.data import sources, survey
+from alexnet_jax.data.examples import Source
+from alexnet_jax.mesh import check_batch, make_mesh
+from alexnet_jax.models.nets import layers
+from alexnet_jax.train import optim
+from alexnet_jax.train.state import (
+    Apply,
+    Params,
+    TrainState,
+    initial_state,
+    make_apply,
+    put,
+    state_shapes,
+)
+from alexnet_jax.train.step import EvalStep, TrainStep, make_train_step
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Calendar:
+    """When things are due. Step n is the n-th update; all are due after the last."""
+
+    num_examples: int
+    batch_size: int
+    num_steps: int
+
+    def epochs(self, step: int) -> float:
+        return step * self.batch_size / self.num_examples
+
+    def is_due(self, step: int, every: int) -> bool:
+        """After each `every` steps, and after the last step; 0 for never else."""
+        return step == self.num_steps or (every > 0 and step % every == 0)
+
+    def epoch_ends(self, step: int, every: int) -> bool:
+        """At the first step at which another `every` epochs are over, and after the last step."""
+        turns = [n * self.batch_size // self.num_examples // every for n in (step - 1, step)]
+        return step == self.num_steps or turns[1] > turns[0]
+
+
+class Run(NamedTuple):
+    """Everything the loop works with, ready to start."""
+
+    config: Config  # with the classes of the data
+    mesh: Mesh
+    calendar: Calendar
+    source: Source  # of training
+    validation: Source
+    checkpoints: Checkpoints
+    meta: Meta
+    state: TrainState
+    train_step: TrainStep
+    eval_step: EvalStep
+    schedule: optim.Schedule
+
+
+def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool) -> Run:
+    """Open the data, restore or begin, and build the steps."""
+    layers(config.model, num_classes=1)  # an input that is too small is told before all else
+    mesh = make_mesh(config.mesh, config.model)
+    check_batch("train.batch_size", config.train.batch_size, mesh, config.train.accumulation_steps)
+    source = sources.open_source(config.data, "train")
+    validation = sources.open_source(config.data, config.eval.split)
+    config = with_classes(config, source.labels)
+    check_parameters(config)
+    checkpoints = Checkpoints(directory / workdir.CHECKPOINTS)
+    latest = checkpoints.latest_step()
+    if latest is not None:
+        meta = checkpoints.read_meta(latest)
+        changed = workdir.check_resume(meta.config, config, allow_config_change)
+        evaluate.check_labels(meta.labels, source.labels, config.data.source)
+    source, statistics = survey.surveyed(source, config.data, config.model)
+    validation, _ = survey.surveyed(validation, config.data, config.model)
+    num_examples, num_classes = len(source), len(source.labels)
+    calendar = Calendar(num_examples, config.train.batch_size, num_steps(config, num_examples))
+    optimizer = optim.make_optimizer(config.optim)
+    if latest is None:
+        meta = Meta(config, source.labels, statistics, num_examples=num_examples)
+        state = initial_state(config.model, num_classes, optimizer, config.seed)
+        if config.train.init_from:
+            state = state._replace(params=_taken_over(config.train, state.params, source.labels))
+    else:
+        if meta.num_examples != num_examples and not allow_config_change:
+            raise UserError(
+                f"{config.data.source} has {num_examples} training images, and had "
+                f"{meta.num_examples} when the run began; bring them back, or go on by "
+                "--allow_config_change"
+            )
+        meta = dataclasses.replace(meta, config=config, num_examples=num_examples)
+        if any(name.startswith("data.") for name in changed):
+            meta = dataclasses.replace(meta, statistics=statistics)
+        shapes = state_shapes(config.model, num_classes, optimizer)
+        state = checkpoints.read_state(latest, shapes)
+    workdir.write(directory, config, source.labels)
+    apply = make_apply(config.model, num_classes, mesh.shape["model"])
+    return Run(
+        config=config,
+        mesh=mesh,
+        calendar=calendar,
+        source=source,
+        validation=validation,
+        checkpoints=checkpoints,
+        meta=meta,
+        state=put(state, mesh),
+        train_step=make_step(apply, config, mesh, calendar),
+        eval_step=evaluate.make_step(apply, config, mesh),
+        schedule=jax.jit(optim.make_schedule(config.optim, *dataclasses.astuple(calendar))),
+    )
+
+
+def _taken_over(train: configs.Train, params: Params, labels: tuple[str, ...]) -> Params:
+    """The parameters of the run `train.init_from` names, as far as they fit."""
+    origin = pathlib.Path(train.init_from).expanduser() / workdir.CHECKPOINTS
+    if not origin.is_dir():
+        raise UserError(f"train.init_from={train.init_from!r} holds no checkpoints; train there")
+    params, new = take_over(origin, params, labels)
+    names = ", ".join(new) or "nothing"
+    log.info("weights are taken over from %s; new: %s", train.init_from, names)
+    return params
+
+
+def make_step(apply: Apply, config: Config, mesh: Mesh, calendar: Calendar) -> TrainStep:
+    """The training step that the config asks for."""
+    return make_train_step(
+        apply,
+        optim.make_optimizer(config.optim),
+        optim.make_schedule(config.optim, *dataclasses.astuple(calendar)),
+        mesh,
+        seed=config.seed,
+        mean=config.data.mean,
+        accumulation_steps=config.train.accumulation_steps,
+    )
+
+
+def num_steps(config: Config, num_examples: int) -> int:
+    """Of the whole training."""
+    train = config.train
+    return train.num_steps or optim.first_step(train.num_epochs, num_examples, train.batch_size)
+
+
+def check_parameters(config: Config) -> None:
+    """Raises UserError where the net is larger than `train.max_parameters`; allocates nothing."""
+    net = layers(config.model, config.model.num_classes)
+    count, most = sum(layer.parameters for layer in net), config.train.max_parameters
+    if count > most:
+        largest = max(net, key=lambda layer: layer.parameters)
+        raise UserError(
+            f"the net has {count:,} parameters, {largest.parameters:,} of them in {largest.name}; "
+            f"at most train.max_parameters={most:,} are allowed: "
+            f"make it smaller, or set --config.train.max_parameters={count}"
+        )
+
+
+def with_classes(config: Config, labels: tuple[str, ...]) -> Config:
+    """The config with the number of classes the data has."""
+    named = config.model.num_classes
+    if named not in (0, len(labels)):
+        raise UserError(
+            f"model.num_classes={named}: {config.data.source} has {len(labels)} classes; "
+            "set --config.model.num_classes=0 to take the data's"
+        )
+    model = dataclasses.replace(config.model, num_classes=len(labels))
+    return dataclasses.replace(config, model=model)

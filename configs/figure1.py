@@ -1,0 +1,15 @@
+"""The paper's figure 1: a four-layer net on CIFAR-10, as it is, without regularisation.
+
+python -m alexnet_jax.main --config=configs/figure1.py --workdir=runs/figure1
+"""
+
+from alexnet_jax.config import blank
+
+
+def get_config():
+    config = blank()
+    config.model.preset = "cifar"
+    config.mesh.cpu_devices = 2
+    config.data.source = "tfds:cifar10"
+    config.train.num_epochs = 30
+    return config
