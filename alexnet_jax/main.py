@@ -13,13 +13,13 @@ import sys
 
 from absl import flags
 
-from alexnet_jax import bench, command, inspection, loop, mesh, predict
+from alexnet_jax import bench, command, figures, gallery, inspection, loop, mesh, predict
 from alexnet_jax import config as configs
 from alexnet_jax.checkpoint import SaveError
 from alexnet_jax.config import UserError
 from alexnet_jax.data.images import ImageError
 
-MODES = ("train", "eval", "predict", "features", "inspect", "bench")
+MODES = ("train", "eval", "predict", "features", "figures", "inspect", "bench")
 WITHOUT_WORKDIR = ("inspect", "bench")
 
 
@@ -47,6 +47,7 @@ def parse(argv: list[str]) -> tuple[flags.FlagValues | None, list[str]]:
         "output", None, "eval: .npz or .csv to write; features: .npz", flag_values=values
     )
     flags.DEFINE_string("layer", "fc7", "features: whose output", flag_values=values)
+    flags.DEFINE_string("figure", None, "predict: .png or .svg to draw", flag_values=values)
     flags.DEFINE_bool("json", False, "inspect: print JSON, not a table", flag_values=values)
     flags.DEFINE_bool(
         "allow_config_change", False, "go on in a workdir with changed settings", flag_values=values
@@ -90,7 +91,13 @@ def run(options: flags.FlagValues, paths: list[str]) -> int:
         found = list(predict.predict_files(config, directories, paths))
         for entry in found:
             print(json.dumps(entry))
+        known = [entry for entry in found if "labels" in entry]
+        if options.figure and known:
+            figures.save(gallery.file_guesses(known), pathlib.Path(options.figure))
         return int(any("error" in entry for entry in found))
+    if options.mode == "figures":
+        print("\n".join(gallery.draw(config, directories)))
+        return 0
     if len(directories) > 1:
         raise UserError(f"--workdir={options.workdir}: --mode={options.mode} takes one")
     if options.mode == "features":

@@ -72,13 +72,13 @@ def open_net(config: Config, directory: pathlib.Path) -> Net:
     return Net(config, meta, step, put(params, mesh), mesh)
 
 
-def open_split(net: Net) -> Source:
-    """The whole images of split `eval.split` of `data.source`, which the net can be tried on.
+def open_split(net: Net, split: str) -> Source:
+    """The whole images of a split of `data.source`, which the net can be tried on.
 
     Raises:
       UserError: there is no such split, or the data has other classes.
     """
-    source = sources.open_source(net.config.data, net.config.eval.split)
+    source = sources.open_source(net.config.data, split)
     check_labels(net.meta.labels, source.labels, net.config.data.source)
     return survey.surveyed(source, net.config.data, net.config.model)[0]
 
@@ -102,6 +102,11 @@ def features(net: Net, source: Source, layer: str) -> np.ndarray:
     Raises:
       UserError: the net has no such layer before its last.
     """
+    return np.concatenate(list(feature_batches(net, source, layer)))
+
+
+def feature_batches(net: Net, source: Source, layer: str) -> Iterator[np.ndarray]:
+    """The same a batch at a time, for what would not fit into memory."""
     config, shards = net.config, net.mesh.shape["model"]
     found = {shape.name: shape for shape in layers(config.model, len(net.meta.labels))[:-1]}
     if layer not in found:
@@ -112,8 +117,10 @@ def features(net: Net, source: Source, layer: str) -> np.ndarray:
         size=config.model.input_size,
         mean=config.data.mean,
     )
-    output = np.concatenate(list(_outputs(net, source, step)))[: len(source)]
-    return output.reshape(len(source), *found[layer].stage_output)
+    left = len(source)
+    for output in _outputs(net, source, step):
+        yield output[:left].reshape(-1, *found[layer].stage_output)
+        left -= len(output)
 
 
 def _outputs(net: Net, source: Source, step: PredictStep) -> Iterator[np.ndarray]:
@@ -138,7 +145,7 @@ def predictions(config: Config, directories: Sequence[pathlib.Path]) -> tuple[Pr
     found, steps = [], []
     for directory in directories:
         net = open_net(config, directory)
-        source = open_split(net)
+        source = open_split(net, config.eval.split)
         found.append(log_probabilities(net, source))
         steps.append(net.step)
         if found[0].shape != found[-1].shape:
@@ -308,7 +315,7 @@ def write_features(
     if output.suffix != ".npz":
         raise UserError(f"--output={output}: must end in .npz")
     net = open_net(config, directory)
-    source = open_split(net)
+    source = open_split(net, config.eval.split)
     found = features(net, source, layer)
     output.parent.mkdir(parents=True, exist_ok=True)
     np.savez(

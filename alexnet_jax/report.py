@@ -110,11 +110,20 @@ def _drop_later(path: pathlib.Path, step: int) -> None:
     os.replace(partial, path)
 
 
-def read_records(workdir: pathlib.Path, split: str) -> list[dict[str, Any]]:
-    """The records of a split in a workdir's metrics.jsonl, in order; none where it has none."""
+def training_records(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """What metrics.jsonl of a workdir says of training steps, in order; nothing without one."""
+    return [record for record in _records(workdir) if "learning_rate" in record]
+
+
+def evaluation_records(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """The same of the passes over the evaluated split."""
+    return [record for record in _records(workdir) if "learning_rate" not in record]
+
+
+def _records(workdir: pathlib.Path) -> list[dict[str, Any]]:
     path = workdir / METRICS_FILE
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [record for record in map(json.loads, lines) if record["split"] == split]
+    return [json.loads(line) for line in lines]
 
 
 def training_by_epoch(workdir: pathlib.Path) -> dict[int, dict[str, float]]:
@@ -123,7 +132,7 @@ def training_by_epoch(workdir: pathlib.Path) -> dict[int, dict[str, float]]:
     They are with dropout and augmentation, of weights that change on the way. A record that
     lies across the end of an epoch counts for the one it ends in.
     """
-    records = read_records(workdir, "train")
+    records = training_records(workdir)
     sums: dict[int, dict[str, float]] = {}
     done = 0
     for record in records:

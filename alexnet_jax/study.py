@@ -4,8 +4,8 @@
       [--seeds=1,2,3] [--variants=A,B] [--config.SECTION.FIELD=VALUE ...]
 
 Trains every variant with every seed, one run after another, in DIR/VARIANT/SEED; the same command
-goes on where it was stopped. DIR/table.md, table.csv and runs.csv tell of all the runs in DIR that
-are done, those of other commands among them: a study may be spread over several.
+goes on where it was stopped. DIR/table.md, table.csv, runs.csv and errors.png tell of all the runs
+in DIR that are done, those of other commands among them: a study may be spread over several.
 Exit status: as of `python -m alexnet_jax.main`.
 """
 
@@ -17,7 +17,7 @@ import logging
 import math
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +25,7 @@ import numpy as np
 import scipy.stats
 from absl import flags
 
-from alexnet_jax import command, loop, mesh, predict, report, setup, workdir
+from alexnet_jax import command, figures, loop, mesh, predict, report, setup, workdir
 from alexnet_jax import config as configs
 from alexnet_jax.checkpoint import SaveError
 from alexnet_jax.config import Config, UserError
@@ -106,6 +106,10 @@ def run(values: flags.FlagValues) -> int:
             if stopped:
                 return stopped
             write_tables(directory, values.study)
+    try:
+        figures.save(draw(directory, study), directory / "errors")
+    except UserError as error:  # a table is worth having without
+        log.warning("no figure: %s", error)
     print((directory / "table.md").read_text(encoding="utf-8"))
     return 0
 
@@ -261,6 +265,37 @@ def write_tables(directory: pathlib.Path, name: str) -> None:
         for done in runs
     ]
     workdir.write_whole(directory / "runs.csv", _csv(singles))
+
+
+def draw(directory: pathlib.Path, study: Study) -> Any:
+    """Top-1 errors by epoch of each variant, means over the seeds that are done."""
+    places: dict[str, list[pathlib.Path]] = {name: [] for name in study.variants}
+    for done in read_runs(directory, study):
+        places[done.variant].append(directory / done.variant / str(done.seed))
+    training = {
+        name: _mean(
+            {epoch: values["top1_error"] for epoch, values in report.training_by_epoch(run).items()}
+            for run in runs
+        )
+        for name, runs in places.items()
+    }
+    validation = {
+        name: _mean(
+            {record["epoch"]: record["top1_error"] for record in report.evaluation_records(run)}
+            for run in runs
+        )
+        for name, runs in places.items()
+    }
+    if study.target_error:
+        return figures.curves(training, {}, ylabel="training error", target=study.target_error)
+    return figures.curves(training, validation, ylabel="top-1 error")
+
+
+def _mean(runs: Iterable[Mapping[float, float]]) -> figures.Curve:
+    """The mean of several curves, where all of them have a point."""
+    found = list(runs)
+    common = set[float]().union(*found).intersection(*found)
+    return [(epoch, float(np.mean([run[epoch] for run in found]))) for epoch in sorted(common)]
 
 
 MEASURES = ("loss", "top1_error", "top5_error", "num_examples")

@@ -43,6 +43,8 @@ ROOMS = (
     "report",
     "evaluate",
     "predict",
+    "figures",
+    "gallery",
     "setup",
     "loop",
     "bench",

@@ -1,0 +1,252 @@
+"""Pictures of numbers: each function draws one, legible in print and to colour-blind readers."""
+
+import math
+import pathlib
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from alexnet_jax.config import UserError
+
+# Okabe and Ito's colours, which differ for every kind of colour vision.
+BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY = (
+    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F",
+)  # fmt: skip
+COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, RED)
+MARKS = "os^Dv*"
+WIDTH = 7.0  # inches, of a page's text
+STYLE: Any = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "svg.hashsalt": "alexnet_jax",  # the same file from the same numbers
+}
+
+Curve = Sequence[tuple[float, float]]  # (epoch, value)
+
+
+class Guess(NamedTuple):
+    """An image and what a net takes it for."""
+
+    image: np.ndarray  # (s, s, 3) uint8
+    title: str  # of the right class, or of the file
+    labels: Sequence[str]  # the five best
+    probabilities: Sequence[float]
+    right: str | None  # the right class, marked among the five; None where nobody knows
+
+
+def save(figure: Any, path: pathlib.Path) -> list[str]:
+    """Write a figure as PNG and SVG, whatever the path ends in; the files' names."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
+    for file in written:
+        metadata = {"Date": None} if file.suffix == ".svg" else {}
+        figure.savefig(file, dpi=200, metadata=metadata)
+    return [str(file) for file in written]
+
+
+def _figure(height: float, rows: int, columns: int, **options: Any) -> tuple[Any, np.ndarray]:
+    """A figure of `height` inches and its axes, (rows, columns).
+
+    Raises:
+      UserError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(
+            "figures are drawn by matplotlib, which is not installed; pip install -e '.[figures]'"
+        ) from error
+    matplotlib.rcParams.update(STYLE)
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def curves(
+    training: Mapping[str, Curve],
+    validation: Mapping[str, Curve],
+    *,
+    ylabel: str,
+    target: float | None = None,
+    logarithmic: bool = False,
+) -> Any:
+    """Values by epoch: a colour and a mark a run, training in full lines, validation broken.
+
+    Args:
+      target: where to draw a level line.
+    """
+    figure, ((axes,),) = _figure(3.2, 1, 1)
+    names = list(dict.fromkeys([*training, *validation]))
+    for place, name in enumerate(names):
+        colour, mark = (
+            COLOURS[place % len(COLOURS)],
+            MARKS[(place + place // len(COLOURS)) % len(MARKS)],
+        )
+        for found, line, words in (
+            (training, "-", "training" if validation else ""),
+            (validation, "--", "validation"),
+        ):
+            if found.get(name):
+                axes.plot(
+                    *zip(*found[name]),
+                    line,
+                    color=colour,
+                    marker=mark,
+                    markevery=max(1, len(found[name]) // 8),
+                    markersize=3,
+                    label=", ".join(filter(None, (name, words))),
+                )
+    if target is not None:
+        axes.axhline(target, color=GREY, linestyle=":", linewidth=1)
+        axes.annotate(
+            f"{target:g}", (1, target), xycoords=("axes fraction", "data"), xytext=(2, 0),
+            textcoords="offset points", va="center", color=GREY,
+        )  # fmt: skip
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(ylabel)
+    if logarithmic:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+    axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+    return figure
+
+
+def kernels(towers: Sequence[np.ndarray], titles: Sequence[str]) -> Any:
+    """First-layer kernels, one tower above another, 16 a row, on one shared scale (figure 3).
+
+    Args:
+      towers: (k, k, 3, o) float of each tower.
+    """
+    low, high = (
+        float(bound(np.concatenate([t.ravel() for t in towers]))) for bound in (np.min, np.max)
+    )
+    sheets = [_sheet((tower - low) / max(high - low, 1e-12)) for tower in towers]
+    shares = [sheet.shape[0] for sheet in sheets]
+    height = WIDTH * sum(shares) / sheets[0].shape[1] + 0.35 * len(towers)
+    figure, axes = _figure(height, len(towers), 1, height_ratios=shares)
+    for (one,), sheet, title in zip(axes, sheets, titles):
+        one.imshow(sheet, interpolation="nearest")
+        one.set_title(title, loc="left")
+        one.set_axis_off()
+    return figure
+
+
+def _sheet(tower: np.ndarray, columns: int = 16) -> np.ndarray:
+    """Kernels (k, k, 3, o) in 0..1 side by side, a white pixel between: (h, w, 3)."""
+    size, count = tower.shape[0], tower.shape[3]
+    columns = min(columns, count)
+    rows = math.ceil(count / columns)
+    sheet = np.ones((rows * (size + 1) - 1, columns * (size + 1) - 1, 3))
+    for place in range(count):
+        top, left = (size + 1) * (place // columns), (size + 1) * (place % columns)
+        sheet[top : top + size, left : left + size] = tower[..., place]
+    return sheet
+
+
+def colour_selectivity(tower: np.ndarray) -> float:
+    """How much of a tower's kernels is colour: 0 for grey ones, 2/3 for noise, 1 for pure colour.
+
+    The mean over kernels of the share of a kernel's energy that is left when each pixel's mean
+    over the three channels is taken from it.
+
+    Args:
+      tower: (k, k, 3, o) float.
+    """
+    grey = tower.mean(axis=2, keepdims=True)
+    colour, whole = (np.sum(part**2, axis=(0, 1, 2)) for part in (tower - grey, tower))
+    return float(np.mean(colour / np.maximum(whole, np.finfo(np.float32).tiny)))
+
+
+def confusion(counts: np.ndarray, labels: Sequence[str], most: int = 40) -> Any:
+    """Which class (row) was taken for which, in per cent of the row.
+
+    Args:
+      counts: (classes, classes) int.
+      most: of more classes only those mistaken most are drawn.
+    """
+    examples = np.maximum(counts.sum(1), 1)
+    shares = 100 * counts / examples[:, None]
+    chosen = np.arange(len(labels))
+    if len(labels) > most:
+        chosen = np.sort(np.argsort(np.diag(shares), kind="stable")[:most])
+    shares = shares[np.ix_(chosen, chosen)]
+    names = [textwrap.shorten(labels[int(place)], 24, placeholder="...") for place in chosen]
+    figure, ((axes,),) = _figure(WIDTH * 0.85, 1, 1)
+    drawn = axes.imshow(shares, cmap="cividis", vmin=0, vmax=100)
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("taken for")
+    axes.set_ylabel("is")
+    if len(names) <= 20:
+        for row, column in np.argwhere(shares >= 0.5):
+            share = shares[row, column]
+            colour = "black" if share > 55 else "white"
+            axes.text(column, row, f"{share:.0f}", ha="center", va="center", color=colour)
+    figure.colorbar(drawn, ax=axes, shrink=0.7, label="% of the class")
+    return figure
+
+
+def guesses(found: Sequence[Guess], columns: int = 4) -> Any:
+    """Images above their five best labels, the right one marked (figure 4, left)."""
+    columns = min(columns, len(found))
+    rows = math.ceil(len(found) / columns)
+    figure, axes = _figure(2.75 * rows, 2 * rows, columns, height_ratios=[1.7, 1] * rows)
+    for one in axes.flat:
+        one.set_axis_off()
+    for place, guess in enumerate(found):
+        row, column = divmod(place, columns)
+        picture, bars = axes[2 * row, column], axes[2 * row + 1, column]
+        picture.imshow(guess.image)
+        picture.set_title(textwrap.shorten(guess.title, 26, placeholder="..."), fontweight="bold")
+        _bars(bars, guess)
+    return figure
+
+
+def _bars(axes: Any, guess: Guess) -> None:
+    """Five bars with their labels on them; the right one is of another colour, hatched and bold."""
+    axes.set(xlim=(0, 1), ylim=(len(guess.labels) - 0.5, -0.5))
+    for place, (label, probability) in enumerate(zip(guess.labels, guess.probabilities)):
+        right = label == guess.right
+        axes.barh(
+            place, probability, height=0.8, color=ORANGE if right else SKY,
+            hatch="////" if right else None, edgecolor="white", linewidth=0,
+        )  # fmt: skip
+        words = textwrap.shorten(label, 22, placeholder="...") + f"  {probability:.0%}"
+        weight = "bold" if right else "normal"
+        box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6}
+        axes.text(0.02, place, words, va="center", fontsize=7, fontweight=weight, bbox=box)
+
+
+def neighbours(
+    queries: Sequence[tuple[np.ndarray, str]], nearest: Sequence[Sequence[tuple[np.ndarray, str]]]
+) -> Any:
+    """Query images, each in a row with the images nearest to it, and their classes (figure 4).
+
+    Args:
+      queries: image (s, s, 3) uint8 and class.
+      nearest: the same, nearest first, for each query. A class other than the query's is marked.
+    """
+    columns = 1 + max(map(len, nearest))
+    figure, axes = _figure(1.18 * len(queries), len(queries), columns)
+    for row, (query, found) in enumerate(zip(queries, nearest)):
+        for one, (image, label) in zip(axes[row], [query, *found]):
+            one.imshow(image)
+            one.set(xticks=[], yticks=[])
+            same = label == query[1]
+            words = textwrap.shorten(label, 16, placeholder="...")
+            one.set_xlabel(words if same else f"≠ {words}", fontsize=7, labelpad=2,
+                           color="black" if same else RED)  # fmt: skip
+            for spine in one.spines.values():
+                spine.set_visible(one is axes[row, 0])
+                spine.set(color=BLUE, linewidth=2)
+        for one in axes[row, 1 + len(found) :]:
+            one.set_axis_off()
+    axes[0, 0].set_title("query", fontweight="bold")
+    axes[0, 1].set_title("nearest in training", loc="left", fontweight="bold")
+    return figure

@@ -1,0 +1,156 @@
+"""The pictures of trained nets: what --mode=figures draws from workdirs, as in the paper."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from alexnet_jax import figures, predict, report
+from alexnet_jax.config import Config, UserError, stored_size
+from alexnet_jax.data import images
+from alexnet_jax.data.examples import Source
+from alexnet_jax.figures import Guess
+from alexnet_jax.models.nets import layers
+from alexnet_jax.predict import Net
+
+GUESSES, QUERIES, NEAREST = 8, 5, 6  # as in figure 4
+RATIO = "update_to_weight/"
+
+
+def draw(config: Config, directories: Sequence[pathlib.Path]) -> list[str]:
+    """Draw everything into `figures/` of the first workdir; the curves are of all of them.
+
+    Returns:
+      The files written, PNG and SVG.
+
+    Raises:
+      UserError: the first workdir holds no run, its data cannot be opened, or there is no
+        matplotlib.
+    """
+    for directory in directories:
+        if not report.training_records(directory):
+            raise UserError(f"--workdir={directory} holds no {report.METRICS_FILE}; train there")
+    net = predict.open_net(config, directories[0])
+    source = predict.open_split(net, config.eval.split)
+    found = predict.predictions(config, directories[:1])[0]
+    drawn = {
+        "errors": learning(directories, "top1_error", "top-1 error"),
+        "loss": learning(directories, "loss", "loss, nats"),
+        "update_to_weight": ratios(directories[0]),
+        "confusion": figures.confusion(predict.confusion(found), source.labels),
+        "kernels": kernels(net),
+        "guesses": figures.guesses(guesses(source, np.exp(found.log_probabilities), config)),
+        "neighbours": neighbours(net, source),
+    }
+    folder = directories[0] / "figures"
+    return [path for name, one in drawn.items() for path in figures.save(one, folder / name)]
+
+
+def learning(directories: Sequence[pathlib.Path], value: str, ylabel: str) -> Any:
+    """Training and validation by epoch, of one run or several."""
+    names = _names(directories)
+    training = {
+        name: [(epoch, found[value]) for epoch, found in report.training_by_epoch(place).items()]
+        for name, place in names.items()
+    }
+    validation = {
+        name: [(r["epoch"], r[value]) for r in report.evaluation_records(place)]
+        for name, place in names.items()
+    }
+    return figures.curves(training, validation, ylabel=ylabel)
+
+
+def _names(directories: Sequence[pathlib.Path]) -> dict[str, pathlib.Path]:
+    """The workdirs by the shortest ends of their paths that tell them apart."""
+    for length in range(1, 64):
+        names = {"/".join(place.parts[-length:]): place for place in directories}
+        if len(names) == len(set(directories)):
+            return names
+    return {str(place): place for place in directories}
+
+
+def ratios(directory: pathlib.Path) -> Any:
+    """Each layer's update, relative to its weights, by epoch."""
+    records = report.training_records(directory)
+    names = [name for name in records[-1] if name.startswith(RATIO)]
+    lines = {
+        name.removeprefix(RATIO): [(r["epoch"], r[name]) for r in records if r.get(name)]
+        for name in names
+    }
+    return figures.curves(lines, {}, ylabel="|update| / |weights|, a step", logarithmic=True)
+
+
+def kernels(net: Net) -> Any:
+    """conv1's kernels, tower by tower, with each tower's colour selectivity."""
+    kernel = np.asarray(net.params["conv1"]["kernel"])
+    towers = np.split(kernel, net.config.model.towers, axis=-1)
+    titles = [
+        f"tower {place}: colour selectivity {figures.colour_selectivity(tower):.2f} "
+        "(grey 0, noise 0.67)"
+        for place, tower in enumerate(towers, 1)
+    ]
+    return figures.kernels(towers, titles)
+
+
+def guesses(source: Source, probabilities: np.ndarray, config: Config) -> list[Guess]:
+    """Examples from all over a split with their five best labels.
+
+    Args:
+      probabilities: (n, classes) of the whole split.
+    """
+    found = []
+    for index in _spread(len(source), GUESSES):
+        row = probabilities[index]
+        best = np.argsort(-row, kind="stable")[:5]
+        image, label = _picture(source, index, config)
+        labels = [source.labels[place] for place in best]
+        found.append(Guess(image, label, labels, row[best].tolist(), label))
+    return found
+
+
+def file_guesses(found: Sequence[dict[str, Any]], size: int = 256) -> Any:
+    """What `predict.predict_files` says of image files, drawn as in the paper's figure 4."""
+    drawn = []
+    for entry in found:
+        pixels = images.decode(pathlib.Path(entry["file"]).read_bytes(), entry["file"])
+        name = pathlib.Path(entry["file"]).name
+        square = images.square(pixels, size)
+        drawn.append(Guess(square, name, entry["labels"], entry["probabilities"], None))
+    return figures.guesses(drawn)
+
+
+def neighbours(net: Net, queries: Source) -> Any:
+    """Examples of a split with the training images nearest to them in the last hidden layer.
+
+    Euclidean distance (paper, section 6.1), of fc7 where the net has it.
+    """
+    config = net.config
+    layer = layers(config.model, len(net.meta.labels))[-2].name
+    training = predict.open_split(net, "train")
+    places = _spread(len(queries), QUERIES)
+    asked = predict.features(net, queries.take(np.array(places)), layer).reshape(len(places), -1)
+    distances = np.concatenate(
+        [
+            np.linalg.norm(part.reshape(len(part), 1, -1) - asked, axis=-1)
+            for part in predict.feature_batches(net, training, layer)
+        ]
+    )  # (n, queries)
+    nearest = np.argsort(distances, axis=0, kind="stable")[:NEAREST].T
+    return figures.neighbours(
+        [_picture(queries, place, config) for place in places],
+        [[_picture(training, int(place), config) for place in row] for row in nearest],
+    )
+
+
+def _spread(length: int, count: int) -> list[int]:
+    """`count` places evenly over `length`, none twice."""
+    return sorted({int(place) for place in (np.arange(count) + 0.5) / count * length})
+
+
+def _picture(source: Source, index: int, config: Config) -> tuple[np.ndarray, str]:
+    """An example's stored square, and its class."""
+    example = source.read(index)
+    pixels = images.decode(example.data, example.name)
+    square = images.square(pixels, stored_size(config.data, config.model))
+    return square, source.labels[example.label]
