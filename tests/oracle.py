@@ -229,11 +229,17 @@ class Preset:
     dropout: str = "test_scaling"
     dropout_at: str = "output"  # of fc6 and fc7, or their "input"
     bias_rate_factor: float = 2.0
+    without: tuple[str, ...] = ()  # layers left out; a convolution's pool stays
 
     @property
     def convs(self) -> tuple[str, ...]:
-        """The names of the convolutional layers, in order."""
+        """The names of the convolutional layers, in order, those left out among them."""
         return tuple(name for name in KERNEL_SIDE if name in self.widths)
+
+    @property
+    def dense(self) -> tuple[str, ...]:
+        """The names of the fully connected layers before the last, in order."""
+        return tuple(name for name in ("fc6", "fc7") if name not in self.without)
 
 
 PAPER = Preset()
@@ -311,17 +317,18 @@ def shapes(
     widths = {**preset.widths, **(widths or {}), "fc8": classes}
     side, channels, kernels = input_size or preset.input_size, 3, {}
     for layer in preset.convs:
-        k, groups = KERNEL_SIDE[layer], preset.towers if layer in GROUPED else 1
-        kernels[layer] = (k, k, channels // groups, widths[layer])
-        side += sum(conv_padding(preset, layer, side)[0]) - k
-        side = side // (4 if layer == "conv1" else 1) + 1
+        if layer not in preset.without:
+            k, groups = KERNEL_SIDE[layer], preset.towers if layer in GROUPED else 1
+            kernels[layer] = (k, k, channels // groups, widths[layer])
+            side += sum(conv_padding(preset, layer, side)[0]) - k
+            side = side // (4 if layer == "conv1" else 1) + 1
+            channels = widths[layer]
         if "pool" in preset.order.get(layer, ()):
             side = pooled_side(side, *preset.pool)
-        channels = widths[layer]
     if side < 1:
         raise ValueError("the input is too small: its last map would be empty")
     inputs = side * side * channels
-    for layer in ("fc6", "fc7", "fc8"):
+    for layer in (*preset.dense, "fc8"):
         kernels[layer] = (inputs, widths[layer])
         inputs = widths[layer]
     return {layer: {"kernel": k, "bias": k[-1:]} for layer, k in kernels.items()}
@@ -356,10 +363,12 @@ def steps(preset: Preset) -> list[tuple[str, str]]:
     """The net as a chain of (operation, layer)."""
     chain = []
     for layer in preset.convs:
-        chain += [("conv", layer)]
-        chain += [(op, layer) for op in preset.order.get(layer, ("activate",))]
+        there = layer not in preset.without
+        chain += [("conv", layer)] if there else []
+        order = preset.order.get(layer, ("activate",))
+        chain += [(op, layer) for op in order if there or op == "pool"]
     chain += [("flatten", "fc6")]
-    for layer in ("fc6", "fc7"):
+    for layer in preset.dense:
         dense = [("dense", layer), ("activate", layer)]
         dropout = [("dropout", layer)]
         chain += dropout + dense if preset.dropout_at == "input" else dense + dropout

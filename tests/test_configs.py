@@ -31,6 +31,7 @@ PINNED = {
     "imagenette": (10, 60_965_224 - 990 * 4097),
     "caltech101": (102, parameters(*HALF, 3 * 3 * 128, 102)),
     "cifar10": (10, parameters(*HALF, 128, 10)),
+    "figure1": (10, 2432 + 25632 + 51264 + 10250),
     "quickstart": (10, parameters(*QUARTER, 64, 10)),
 }
 

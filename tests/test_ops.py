@@ -7,11 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from alexnet_jax import ops
 
 PAPER = {"size": 5, "k": 2.0, "alpha": 1e-4, "beta": 0.75}
 CAFFE = {"size": 5, "k": 1.0, "alpha": 2e-5, "beta": 0.75}  # 1e-4 over the window of 5
+SHAPES = ((4, 8, 8, 3), (5, 5, 3, 6))  # of maps and a kernel
 OTHER = {"size": 3, "k": 1.5, "alpha": 1e-3, "beta": 0.5}
 
 
@@ -60,6 +63,24 @@ def test_max_pool_of_numbers_without_ties_is_exactly_the_oracles(window, stride)
     np.testing.assert_allclose(dx, oracle.max_pool_grad(x, dy, window, stride), atol=1e-6)
 
 
+@pytest.mark.parametrize(("height", "width"), [(16, 5), (7, 8), (2, 3)])
+@pytest.mark.parametrize(("window", "stride"), [(3, 2), (2, 2), (3, 1)])
+def test_mean_pool_and_its_gradient_are_those_of_a_loop(height, width, window, stride):
+    x = normal(1, 2, height, width, 3).astype(np.float32)
+    rows, columns = (oracle.pooled_side(n, window, stride) for n in (height, width))
+    dy = normal(2, 2, rows, columns, 3).astype(np.float32)
+    expected, wanted = np.empty(dy.shape), np.zeros(x.shape)
+    for i in range(rows):
+        for j in range(columns):
+            place = np.s_[:, stride * i : stride * i + window, stride * j : stride * j + window]
+            expected[:, i, j] = x[place].mean((1, 2))
+            pixels = x[place].shape[1] * x[place].shape[2]  # fewer where the window overhangs
+            wanted[place] += dy[:, i, j, None, None] / pixels
+    y, (dx,) = with_gradient(lambda x: ops.mean_pool(x, window, stride), x, dy=dy)
+    np.testing.assert_allclose(y, expected, atol=1e-6)
+    np.testing.assert_allclose(dx, wanted, atol=1e-6)
+
+
 def test_a_map_smaller_than_the_window_is_pooled_to_its_maximum():
     x = normal(1, 1, 2, 2, 3).astype(np.float32)
     np.testing.assert_array_equal(ops.max_pool(x, 3, 2), x.max((1, 2), keepdims=True))
@@ -87,17 +108,20 @@ def test_the_compiled_max_pool_gradient_has_no_select_and_scatter():
 
 
 @pytest.mark.parametrize(
-    ("side", "window", "stride", "padding", "groups"),
+    ("side", "maps", "window", "stride", "padding", "groups"),
     [
-        (19, 11, 4, ((0, 3), (0, 3)), 1),
-        (9, 5, 1, ((2, 2), (2, 2)), 2),
-        (7, 3, 1, ((1, 1), (1, 1)), 1),
-        (6, 3, 1, ((1, 1), (1, 1)), 2),
+        (19, 8, 11, 4, ((0, 3), (0, 3)), 1),
+        (9, 8, 5, 1, ((2, 2), (2, 2)), 2),
+        (7, 8, 3, 1, ((1, 1), (1, 1)), 1),
+        (6, 8, 3, 1, ((1, 1), (1, 1)), 2),
+        (19, 3, 11, 4, ((0, 3), (0, 3)), 1),
+        (8, 3, 5, 1, ((2, 2), (2, 2)), 1),
+        (7, 4, 5, 1, ((0, 1), (2, 3)), 2),
     ],
 )
-def test_convolution_and_its_gradients_are_the_oracles(side, window, stride, padding, groups):
-    x = normal(1, 2, side, side, 8).astype(np.float32)
-    kernel = normal(2, window, window, 8 // groups, 6).astype(np.float32)
+def test_convolution_and_its_gradients_are_the_oracles(side, maps, window, stride, padding, groups):
+    x = normal(1, 2, side, side, maps).astype(np.float32)
+    kernel = normal(2, window, window, maps // groups, 6).astype(np.float32)
     expected = oracle.conv(x, kernel, np.zeros(6), stride, padding, groups)
     dy = normal(3, *expected.shape).astype(np.float32)
     y, (dx, dkernel) = with_gradient(
@@ -109,6 +133,26 @@ def test_convolution_and_its_gradients_are_the_oracles(side, window, stride, pad
     wanted = oracle.conv_grad(x, kernel, dy, stride, padding, groups)
     # Sums of at most 968 products of numbers near 1: 30 in size, 1e-6 of that in error.
     np.testing.assert_allclose(y, expected, atol=1e-4)
+    np.testing.assert_allclose(dx, wanted[0], atol=1e-4)
+    np.testing.assert_allclose(dkernel, wanted[1], atol=1e-4)
+
+
+def test_a_convolution_of_few_maps_has_the_same_gradients_on_four_devices():
+    """Rows split over `data`, output maps over `model`."""
+    padding = ((2, 2), (2, 2))
+    x, kernel = (normal(n, *shape).astype(np.float32) for n, shape in enumerate(SHAPES))
+    dy = normal(3, 4, 8, 8, 6).astype(np.float32)
+    mesh = Mesh(np.asarray(jax.devices()[:4]).reshape(2, 2), ("data", "model"))
+    shares = (P("data"), P(None, None, None, "model"))
+    split = jax.shard_map(
+        lambda x, kernel: ops.conv(x, kernel, padding=padding),
+        mesh=mesh,
+        in_specs=shares,
+        out_specs=P("data", None, None, "model"),
+    )
+    y, (dx, dkernel) = with_gradient(split, x, kernel, dy=dy)
+    np.testing.assert_allclose(y, oracle.conv(x, kernel, np.zeros(6), 1, padding), atol=1e-4)
+    wanted = oracle.conv_grad(x, kernel, dy, 1, padding)
     np.testing.assert_allclose(dx, wanted[0], atol=1e-4)
     np.testing.assert_allclose(dkernel, wanted[1], atol=1e-4)
 

@@ -17,14 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from alexnet_jax import config as configs
 from alexnet_jax import metrics, ops
 from alexnet_jax.config import LAYERS, UserError
+from alexnet_jax.mesh import make_mesh, parameter_spec
 from alexnet_jax.models.layers import Affine, Dropout, initial_parameters
 from alexnet_jax.models.nets import layers
 from alexnet_jax.train import optim
-from alexnet_jax.train.state import make_apply
+from alexnet_jax.train.state import make_apply, put
 
 CLASSES, BATCH, SIZE = 11, 4, 68  # conv1 overhangs by 3, and so do pools by 1
 PRESETS = tuple(name for name in configs.PRESETS if name != "cifar")
@@ -281,7 +283,7 @@ def masks(model: configs.Model) -> dict[str, np.ndarray]:
     """The package's dropout masks, by the dense layer that the oracle knows them under."""
     found = {layer.name: layer for layer in layers(model, CLASSES)}
     keep = {}
-    for place in model.dropout_after:
+    for place in (place for place in model.dropout_after if place not in model.without):
         *plane, channels = found["conv5" if place == "pool5" else place].stage_output
         mask = ops.keep_mask(
             KEY,
@@ -405,6 +407,36 @@ def test_pools_without_overlap_are_the_oracles(configured, difference):
     padding = {"conv2": 1, "conv3": 1, "conv4": 1, "conv5": 0}
     net = net_of("paper", pool=(2, 2), padding=padding)
     check_forward(configured("paper", {**SMALL, **study}).model, net, difference)
+
+
+@pytest.mark.parametrize(
+    "left_out", [("conv2",), ("conv3",), ("conv4",), ("conv5",), ("fc6",), ("fc7",), ("fc6", "fc7")]
+)
+def test_a_net_without_some_layers_is_the_oracles(left_out, configured, difference):
+    model = configured("paper", {**SMALL, "model.without": left_out}).model
+    net = net_of("paper", without=left_out)
+    assert {layer.name for layer in layers(model, CLASSES)} == set(LAYERS) - set(left_out)
+    check_forward(model, net, difference, modes=(False, True))
+
+
+def test_a_split_net_without_layers_computes_what_one_device_does(configured, difference):
+    """The towers then meet one exchange later, at the next layer that reads both."""
+    for left_out in (("conv3",), ("fc6", "fc7")):
+        model = configured("paper", {**SMALL, "model.without": left_out}).model
+        params, images, _ = case(model, net_of("paper", without=left_out))
+        whole = jax.jit(make_apply(model, CLASSES, 1))(params, jnp.asarray(images), None)
+        mesh = make_mesh(configs.Mesh(model=2, data=1), model)
+        placed = put(params, mesh)
+        split = jax.jit(
+            jax.shard_map(
+                lambda p, x, model=model: make_apply(model, CLASSES, 2)(p, x, None)[None],
+                mesh=mesh,
+                in_specs=(jax.tree.map(parameter_spec, placed), P()),
+                out_specs=P("model"),
+            )
+        )(placed, jnp.asarray(images))
+        for logits in split:
+            assert difference(logits, whole) < TOLERANCE
 
 
 def test_bfloat16_changes_logits_by_its_roundings_only(configured, difference):
