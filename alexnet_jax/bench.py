@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from alexnet_jax import loop, setup
-from alexnet_jax.config import Config, stored_size
+from alexnet_jax.config import Config, Data, Model, stored_size
 from alexnet_jax.data import augment, images, sources, stream, survey, workers
 from alexnet_jax.data.augment import Statistics
 from alexnet_jax.data.examples import Source
@@ -46,7 +46,7 @@ def bench(config: Config) -> dict[str, Any]:
 
     found: dict[str, Any] = {"batch_size": batch_size, "device": jax.devices()[0].device_kind}
     with batches() as stream_of:
-        found["input"] = _input(stream_of, batch_size, config)
+        found["input"] = _input(stream_of, batch_size, config.data)
         batch = next(stream_of)
     found["input"]["stages"] = _stages(source, statistics, config, mesh)
     advance = _make_advance(config, mesh, statistics, len(source.labels), len(source), batch)
@@ -54,7 +54,7 @@ def bench(config: Config) -> dict[str, Any]:
     found["step"] = {"images_per_second": batch_size / seconds, "seconds": seconds}
     with batches() as stream_of:
         found["both"] = _both(stream_of, advance, batch_size)
-    flops = _flops(config, len(source.labels))
+    flops = _flops(config.model, len(source.labels))
     found["matmul"] = _matmul_flops_per_second(config.model.dtype, mesh)
     found["step"]["share_of_matmul"] = (
         flops * found["step"]["images_per_second"] / found["matmul"]["flops_per_second"]
@@ -81,16 +81,16 @@ def table(found: dict[str, Any]) -> str:
     )
 
 
-def _input(batches: Iterator[Any], batch_size: int, config: Config) -> dict[str, Any]:
+def _input(batches: Iterator[Any], batch_size: int, data: Data) -> dict[str, Any]:
     """The stream alone, on to the devices."""
     jax.block_until_ready([next(batches), next(batches)])
     seconds = _repeated(lambda: jax.block_until_ready(next(batches)))
-    count = workers.count(config.data.workers)
+    count = workers.count(data.workers)
     return {
         "images_per_second": batch_size / seconds,
         "images_per_second_per_worker": batch_size / seconds / count,
         "workers": count,
-        "kind": workers.kind(config.data),
+        "kind": workers.kind(data),
     }
 
 
@@ -103,9 +103,12 @@ def _stages(source: Source, statistics: Statistics, config: Config, mesh: Mesh) 
     clock = [time.perf_counter()]
     examples = [source.read(int(index)) for index in indices]
     clock.append(time.perf_counter())
-    pixels = [images.decode(example.data, example.name) for example in examples]
-    clock.append(time.perf_counter())
     draws = augment.draw(config.seed, 0, count, stored - size, data)
+    pixels = [
+        images.decode(example.data, example.name, mirrored=stored if mirror else 0)
+        for example, mirror in zip(examples, draws.mirror)
+    ]
+    clock.append(time.perf_counter())
     augment.colour_shift(draws.colour, statistics, data.colour_noise)
     for image, offset, mirror, out in zip(pixels, draws.offset, draws.mirror, batch):
         images.crop(image, stored, offset, mirror, out)
@@ -158,9 +161,9 @@ def _both(
     return {"images_per_second": batch_size * count / seconds, "waited": waited / seconds}
 
 
-def _flops(config: Config, num_classes: int) -> int:
+def _flops(model: Model, num_classes: int) -> int:
     """Of training on one image: forward, and backward to inputs and to weights."""
-    net = layers(config.model, num_classes)
+    net = layers(model, num_classes)
     forward = [2 * layer.multiply_adds for layer in net]
     return 3 * sum(forward) - forward[0]  # nobody asks for the gradient of the image
 

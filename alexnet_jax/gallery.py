@@ -49,24 +49,24 @@ def draw(config: Config, directories: Sequence[pathlib.Path]) -> list[str]:
 
 def learning(directories: Sequence[pathlib.Path], value: str, ylabel: str) -> Any:
     """Training and validation by epoch, of one run or several."""
-    names = _names(directories)
+    runs = names(directories)
     training = {
         name: [(epoch, found[value]) for epoch, found in report.training_by_epoch(place).items()]
-        for name, place in names.items()
+        for name, place in runs.items()
     }
     validation = {
         name: [(r["epoch"], r[value]) for r in report.evaluation_records(place)]
-        for name, place in names.items()
+        for name, place in runs.items()
     }
     return figures.curves(training, validation, ylabel=ylabel)
 
 
-def _names(directories: Sequence[pathlib.Path]) -> dict[str, pathlib.Path]:
+def names(directories: Sequence[pathlib.Path]) -> dict[str, pathlib.Path]:
     """The workdirs by the shortest ends of their paths that tell them apart."""
     for length in range(1, 64):
-        names = {"/".join(place.parts[-length:]): place for place in directories}
-        if len(names) == len(set(directories)):
-            return names
+        found = {"/".join(place.parts[-length:]): place for place in directories}
+        if len(found) == len(set(directories)):
+            return found
     return {str(place): place for place in directories}
 
 

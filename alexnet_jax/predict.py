@@ -18,6 +18,7 @@ from alexnet_jax.config import Config, UserError
 from alexnet_jax.data import images, sources, stream, survey
 from alexnet_jax.data.examples import Source
 from alexnet_jax.evaluate import batch_size, check_labels
+from alexnet_jax.files import write_arrays
 from alexnet_jax.mesh import local_rows, make_mesh, put_batch
 from alexnet_jax.models.nets import layers
 from alexnet_jax.train.state import Params, make_apply, put
@@ -235,12 +236,11 @@ def _write(output: pathlib.Path, found: Predictions) -> None:
     """Probabilities, labels and names of all examples, as an .npz or .csv file."""
     probabilities = np.exp(found.log_probabilities)
     labels, source = found.source.labels, found.source
-    names = [source.read(index).name for index in range(len(source))]
+    names = _names(source)
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix == ".npz":
-        np.savez(
+        write_arrays(
             output,
-            allow_pickle=False,
             probabilities=probabilities,
             targets=found.targets,
             labels=np.array(labels),
@@ -253,6 +253,10 @@ def _write(output: pathlib.Path, found: Predictions) -> None:
         table.writerow(["name", "label", *labels])
         for name, target, row in zip(names, found.targets, probabilities):
             table.writerow([name, labels[target], *(f"{value:.9g}" for value in row)])
+
+
+def _names(source: Source) -> list[str]:
+    return [source.read(index).name for index in range(len(source))]
 
 
 def predict_files(
@@ -318,13 +322,12 @@ def write_features(
     source = open_split(net, config.eval.split)
     found = features(net, source, layer)
     output.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(
+    write_arrays(
         output,
-        allow_pickle=False,
         features=found,
         targets=source.targets,
         labels=np.array(source.labels),
-        names=np.array([source.read(index).name for index in range(len(source))]),
+        names=np.array(_names(source)),
     )
     return {
         "split": config.eval.split,

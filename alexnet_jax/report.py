@@ -3,7 +3,6 @@
 import datetime
 import json
 import math
-import os
 import pathlib
 import sys
 import time
@@ -12,6 +11,8 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+from alexnet_jax.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
 AVERAGED = ("steps", "loss", "top1_error")
@@ -105,9 +106,7 @@ def _drop_later(path: pathlib.Path, step: int) -> None:
             continue
         if not later:
             kept.append(line + "\n")
-    partial = path.with_suffix(".tmp")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, "".join(kept))
 
 
 def training_records(workdir: pathlib.Path) -> list[dict[str, Any]]:

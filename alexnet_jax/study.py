@@ -25,12 +25,13 @@ import numpy as np
 import scipy.stats
 from absl import flags
 
-from alexnet_jax import command, figures, loop, mesh, predict, report, setup, workdir
+from alexnet_jax import command, figures, loop, mesh, predict, report, setup
 from alexnet_jax import config as configs
 from alexnet_jax.checkpoint import SaveError
 from alexnet_jax.config import Config, UserError
 from alexnet_jax.data import sources
 from alexnet_jax.data.images import ImageError
+from alexnet_jax.files import write_text
 from alexnet_jax.studies import STUDIES, Settings, Study
 
 log = logging.getLogger(__name__)
@@ -141,7 +142,7 @@ def _run(config: Config, directory: pathlib.Path) -> int:
         looking = dataclasses.replace(config, eval=dataclasses.replace(config.eval, split=seen))
         errors[split], _ = predict.evaluate_workdirs(looking, [directory])
     result = {"config": configs.to_dict(config), "seed": config.seed, **errors}
-    workdir.write_whole(directory / RESULT, json.dumps(result, indent=2) + "\n")
+    write_text(directory / RESULT, json.dumps(result, indent=2) + "\n")
     return 0
 
 
@@ -256,15 +257,15 @@ def write_tables(directory: pathlib.Path, name: str) -> None:
     runs = read_runs(directory, study)
     rows = [_row(study, runs, variant) for variant in study.variants]
     rows = [row for row in rows if row["n"]]
-    workdir.write_whole(directory / "table.md", _markdown(name, study, runs, rows))
-    workdir.write_whole(directory / "table.csv", _csv(rows))
+    write_text(directory / "table.md", _markdown(name, study, runs, rows))
+    write_text(directory / "table.csv", _csv(rows))
     singles = [
         {"variant": done.variant, "seed": done.seed}
         | {f"{s}_{k}": done.result[s][k] for s in SPLITS for k in MEASURES}
         | {"epochs_to_target": done.epochs_to_target}
         for done in runs
     ]
-    workdir.write_whole(directory / "runs.csv", _csv(singles))
+    write_text(directory / "runs.csv", _csv(singles))
 
 
 def draw(directory: pathlib.Path, study: Study) -> Any:

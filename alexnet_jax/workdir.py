@@ -2,11 +2,11 @@
 
 import json
 import logging
-import os
 import pathlib
 
 from alexnet_jax import config as configs
 from alexnet_jax.config import Config, UserError
+from alexnet_jax.files import write_text
 
 log = logging.getLogger(__name__)
 
@@ -60,14 +60,7 @@ def write(workdir: pathlib.Path, config: Config, labels: tuple[str, ...]) -> Non
         LABELS_FILE: "".join(f"{label}\n" for label in labels),
     }
     for name, text in contents.items():
-        write_whole(workdir / name, text)
-
-
-def write_whole(path: pathlib.Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+        write_text(workdir / name, text)
 
 
 def _listed(changes: dict[str, tuple]) -> str:

@@ -161,24 +161,20 @@ def ours(source: Source, scratch: pathlib.Path, worker: str) -> Callable[[float]
 
 def pil(data: bytes) -> Image.Image:
     """As torchvision's transforms do: decode, shorter side to 256 by the bilinear filter."""
-    image = Image.open(io.BytesIO(data)).convert("RGB")
-    width, height = image.size
-    shorter = min(width, height)
-    if shorter != STORED:
-        sides = (round(width * STORED / shorter), round(height * STORED / shorter))
-        image = image.resize(sides, Image.Resampling.BILINEAR)
-    return image
+    return resized(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 def simple(data: bytes) -> Image.Image:
     """As `pil` with a faster decoder."""
-    image = Image.fromarray(simplejpeg.decode_jpeg(data, "RGB"))
-    width, height = image.size
-    shorter = min(width, height)
-    if shorter != STORED:
-        sides = (round(width * STORED / shorter), round(height * STORED / shorter))
-        image = image.resize(sides, Image.Resampling.BILINEAR)
-    return image
+    return resized(Image.fromarray(simplejpeg.decode_jpeg(data, "RGB")))
+
+
+def resized(image: Image.Image) -> Image.Image:
+    shorter = min(image.size)
+    if shorter == STORED:
+        return image
+    width, height = (round(side * STORED / shorter) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BILINEAR)
 
 
 def raw(pixels: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import getpass
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -82,18 +82,30 @@ def difference() -> Callable[[Any, Any], float]:
 
 
 @pytest.fixture(scope="session")
-def images(tmp_path_factory) -> pathlib.Path:
+def draw_folder(tmp_path_factory) -> Callable[..., pathlib.Path]:
+    """(class names, images of each in train, in val, suffix) -> a folder of noisy images."""
+
+    def draw(labels: Sequence[str], train: int, val: int, suffix: str) -> pathlib.Path:
+        root = tmp_path_factory.mktemp("images")
+        rng = np.random.default_rng(len(labels))
+        for split, count in (("train", train), ("val", val)):
+            for place, label in enumerate(labels):
+                (root / split / label).mkdir(parents=True)
+                for number in range(count):
+                    noise = rng.integers(0, 80, (45 + number, 50, 3))
+                    pixels = (noise + 80 * np.eye(3)[place % 3] + 40 * (place // 3)).astype(
+                        np.uint8
+                    )
+                    Image.fromarray(pixels).save(root / split / label / f"{number:02d}.{suffix}")
+        return root
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def images(draw_folder) -> pathlib.Path:
     """16 training and 5 validation images of each of three classes."""
-    root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 16), ("val", 5)):
-        for place, label in enumerate(ANIMALS):
-            (root / split / label).mkdir(parents=True)
-            for number in range(count):
-                pixels = rng.integers(0, 80, (45 + number, 50, 3)) + 80 * np.eye(3)[place]
-                image = Image.fromarray(pixels.astype(np.uint8))
-                image.save(root / split / label / f"{number:02d}.jpg")
-    return root
+    return draw_folder(ANIMALS, 16, 5, "jpg")
 
 
 @pytest.fixture(scope="session")

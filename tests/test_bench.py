@@ -83,4 +83,4 @@ def test_operations_are_counted_as_by_hand(configured):
     # 724,406,816 multiply-adds an image, of them 105,415,200 of conv1, whose input needs no
     # gradient: published counts of the paper's net.
     expected = 2 * (3 * 724_406_816 - 105_415_200)
-    assert bench._flops(configured("paper"), 1000) == expected
+    assert bench._flops(configured("paper").model, 1000) == expected

@@ -11,6 +11,7 @@ ROOT = pathlib.Path(alexnet_jax.__file__).parent
 ROOMS = (
     "__init__",
     "config",
+    "files",
     "command",
     "ops",
     "metrics",

@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from alexnet_jax.checkpoint import Checkpoints
 
@@ -13,19 +12,9 @@ LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
 
 
 @pytest.fixture(scope="module")
-def birds(tmp_path_factory):
+def birds(draw_folder):
     """12 training and 3 validation images of each of four other classes."""
-    root = tmp_path_factory.mktemp("birds")
-    rng = np.random.default_rng(1)
-    for split, count in (("train", 12), ("val", 3)):
-        for place, label in enumerate(BIRDS):
-            (root / split / label).mkdir(parents=True)
-            for number in range(count):
-                pixels = rng.integers(0, 90, (45, 50 + number, 3)) + 40 * place
-                Image.fromarray(pixels.astype(np.uint8)).save(
-                    root / split / label / f"{number}.png"
-                )
-    return root
+    return draw_folder(BIRDS, 12, 3, "png")
 
 
 def params(workdir, step: int | None = None):

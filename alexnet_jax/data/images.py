@@ -27,7 +27,7 @@ class ImageError(Exception):
     """An image that cannot be read: its name and why."""
 
 
-def decode(data: bytes | np.ndarray, name: str) -> np.ndarray:
+def decode(data: bytes | np.ndarray, name: str, mirrored: int = 0) -> np.ndarray:
     """The RGB pixels of an image file's bytes; pixels pass as they are.
 
     JPEGs are decoded whole or not at all; greyscale, CMYK, palette and other modes become RGB;
@@ -36,9 +36,11 @@ def decode(data: bytes | np.ndarray, name: str) -> np.ndarray:
 
     Args:
       data, name: of an `Example`.
+      mirrored: a JPEG that is a square of so many pixels a side will be mirrored by `crop`, which
+        is then quicker.
 
     Returns:
-      (h, w, 3) uint8.
+      (h, w, 3) uint8; where `mirrored` applies, a view of memory in the order BGR.
 
     Raises:
       ImageError: not an image, truncated, over MAX_PIXELS or MAX_ASPECT.
@@ -47,7 +49,7 @@ def decode(data: bytes | np.ndarray, name: str) -> np.ndarray:
         return data
     try:
         if data[:3] == b"\xff\xd8\xff":
-            pixels = _strictly_decoded(data, name)
+            pixels = _strictly_decoded(data, name, mirrored)
             if pixels is not None:
                 return pixels
         with Image.open(io.BytesIO(data)) as image:
@@ -84,7 +86,7 @@ def oddities(example: Example) -> tuple[str, ...]:
     return tuple(name for name, shown in signs.items() if shown)
 
 
-def _strictly_decoded(data: bytes, name: str) -> np.ndarray | None:
+def _strictly_decoded(data: bytes, name: str, mirrored: int) -> np.ndarray | None:
     """A JPEG's RGB pixels; None where it is whole but Pillow has to read it.
 
     Raises ValueError where data is lost, which Pillow would fill in.
@@ -93,6 +95,8 @@ def _strictly_decoded(data: bytes, name: str) -> np.ndarray | None:
         height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
         _check_size(width, height, name)
         if colour in ("Gray", "YCbCr", "RGB"):
+            if height == width == mirrored:
+                return _upright(simplejpeg.decode_jpeg(data, colorspace="BGR")[..., ::-1], data)
             return _upright(simplejpeg.decode_jpeg(data, colorspace="RGB"), data)
         simplejpeg.decode_jpeg(data, colorspace="CMYK")
     except ValueError as error:
@@ -161,6 +165,10 @@ def crop(
         window = window[:, ::-1]
     if window.strides[1:] == (3, 1):
         out[:] = window
+    elif window.strides[1:] == (-3, -1) and side % 8 == 0 and out.flags.c_contiguous:
+        # Mirrored, of BGR: the bytes of a row backwards. Eight are turned round in one go.
+        rows = image[..., ::-1].reshape(height, -1)[top : top + side, 3 * left : 3 * (left + side)]
+        out.reshape(side, -1).view("<u8")[:] = rows.view(">u8")[:, ::-1]
     else:  # numpy is slow at moving three bytes and quick at moving every third
         for channel in range(3):
             out[..., channel] = window[..., channel]

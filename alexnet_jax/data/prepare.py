@@ -29,6 +29,7 @@ from alexnet_jax.data.images import ImageError
 from alexnet_jax.data.inputs import Input
 from alexnet_jax.data.sources import Folder
 from alexnet_jax.data.statistics import Sums
+from alexnet_jax.files import synced, write_arrays, write_text
 
 log = logging.getLogger(__name__)
 
@@ -86,9 +87,9 @@ def prepare(
                 f"--allow_broken={len(broken)}; what was prepared is kept in {partial}"
             )
         manifest = _finish(given, data, entries, settings)
-        _sync(data)
+        synced(data)
         os.rename(data, output)
-        _sync(output.parent)
+        synced(output.parent)
         _remove(partial)
     return manifest
 
@@ -182,7 +183,7 @@ def write_shard(
 
     partial = shard.with_name(f"{shard.name}.tmp")
     offset, length = records.write_shard(partial, packed())
-    _sync(partial)
+    synced(partial)
     facts = {
         "fingerprint": portion.fingerprint,
         "sha256": records.digest(partial),
@@ -191,9 +192,10 @@ def write_shard(
         "count": sums.count,
     }
     os.replace(partial, shard)
-    _sync(shard.parent)
-    _write(
+    synced(shard.parent)
+    write_arrays(
         entry,
+        sync=True,
         facts=np.array(json.dumps(facts)),
         offset=offset,
         length=length,
@@ -256,7 +258,7 @@ def _finish(
         index = records.Index(*(np.concatenate(column) for column in zip(*columns)))
         if split == "train":
             _check_classes(given.labels, index.label)
-        _write(data / records.index_file(split), **index._asdict())
+        write_arrays(data / records.index_file(split), sync=True, **index._asdict())
         splits[split] = {
             "num_examples": len(index.shard),
             "oddities": {name: oddities[name] for name in ODDITIES},
@@ -265,7 +267,7 @@ def _finish(
         }
     statistics = total.statistics()
     mean = statistics.mean_image.astype(np.float64).mean((0, 1)).astype(np.float32)
-    _write(data / records.STATISTICS, **statistics._asdict(), channel_mean=mean)
+    write_arrays(data / records.STATISTICS, sync=True, **statistics._asdict(), channel_mean=mean)
     texts = {records.LABELS: "".join(f"{label}\n" for label in given.labels), **given.files()}
     for name, text in texts.items():
         (data / name).write_text(text, encoding="utf-8")
@@ -284,9 +286,9 @@ def _finish(
         if path.name not in known | set(manifest["files"]):  # of a worker that was killed
             path.unlink()
     for name in manifest["files"]:
-        _sync(data / name)
+        synced(data / name)
     manifest = records.sealed(manifest)
-    _write_text(data / records.MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    write_text(data / records.MANIFEST, json.dumps(manifest, indent=1) + "\n", sync=True)
     return manifest
 
 
@@ -363,7 +365,7 @@ def _check_plan(path: pathlib.Path, given: Input, settings: Settings) -> None:
     fingerprint = hashlib.sha256(given.fingerprint().encode()).hexdigest()
     plan = settings._asdict() | {"input": given.kind, "fingerprint": fingerprint}
     if not path.exists():
-        _write_text(path, json.dumps(plan))
+        write_text(path, json.dumps(plan), sync=True)
         return
     old = json.loads(path.read_text(encoding="utf-8"))
     changes = _changes(old, plan)
@@ -398,31 +400,3 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """What `new` has otherwise than `old`, in words."""
     pairs = ((name, old.get(name), value) for name, value in new.items())
     return ", ".join(f"{name}: {was} -> {value}" for name, was, value in pairs if was != value)
-
-
-def _write(path: pathlib.Path, **arrays: np.ndarray) -> None:
-    """Write an npz file, whole or not at all."""
-    partial = path.with_name(f"{path.name}.tmp")
-    with open(partial, "wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
-    _sync(partial)
-    os.replace(partial, path)
-    _sync(path.parent)
-
-
-def _write_text(path: pathlib.Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    _sync(partial)
-    os.replace(partial, path)
-    _sync(path.parent)
-
-
-def _sync(path: pathlib.Path) -> None:
-    """Have a file, or what a folder lists, on the disk before anything that comes after."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import itertools
 import signal
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import NamedTuple
 
 import grain
@@ -89,10 +89,8 @@ def train_batches(
         divisor = 1 + data.colour_noise if data.colour_noise_divides else 1
         label = np.empty(count, np.int32)
         for row, index in enumerate(examples_at(seed, start, count, num_examples)):
-            example = source.read(int(index))
-            pixels = images.decode(example.data, example.name)
-            images.crop(pixels, stored, draws.offset[row], draws.mirror[row], image[row])
-            label[row] = example.label
+            crop = (draws.offset[row], draws.mirror[row])
+            label[row] = _read(source, int(index), stored, *crop, image[row])
         return {
             "label": label,
             "offset": draws.offset,
@@ -118,13 +116,25 @@ def evaluation_batches(source: Source, data: Data, *, stored: int, rows: Rows) -
         valid, label = places < num_examples, np.zeros(len(local), np.int32)
         image[~valid] = 0
         for row in np.flatnonzero(valid):
-            example = source.read(int(places[row]))
-            pixels = images.decode(example.data, example.name)
-            images.crop(pixels, stored, (0, 0), False, image[row])
-            label[row] = example.label
+            label[row] = _read(source, int(places[row]), stored, (0, 0), False, image[row])
         return {"label": label, "valid": valid}
 
     return _batches(read, rows.local, stored, range(-(-num_examples // rows.batch_size)), data)
+
+
+def _read(
+    source: Source,
+    index: int,
+    stored: int,
+    offset: Sequence[int] | np.ndarray,
+    mirror: bool,
+    out: np.ndarray,
+) -> int:
+    """Write a crop of an example's stored square into `out`; its label."""
+    example = source.read(index)
+    pixels = images.decode(example.data, example.name, mirrored=stored if mirror else 0)
+    images.crop(pixels, stored, offset, mirror, out)
+    return example.label
 
 
 # (step, rows of the global batch, where their pixels go) -> the rest of what a batch holds

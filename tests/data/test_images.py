@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from alexnet_jax.data import images
 
@@ -364,3 +364,40 @@ def test_a_crop_holds_the_pixels_of_its_place_in_the_square(pictures, shape, off
         for y, x in itertools.product(range(13), range(13)):
             column = 12 - x if mirror else x
             assert (out[y, x] == square[top + y, left + column]).all()
+
+
+@pytest.mark.parametrize("side", [16, 13])
+@pytest.mark.parametrize("shape", [(24, 24), (24, 30), (30, 24), (40, 40), (19, 19)], ids=str)
+@pytest.mark.parametrize("grey", [False, True])
+def test_a_jpeg_decoded_to_be_mirrored_has_the_same_pixels_and_the_same_crops(
+    pictures, shape, grey, side
+):
+    """Squares of the size, of others, and pictures that are none; quick widths and odd ones."""
+    photo = Image.fromarray(pictures.rough(*shape))
+    buffer = io.BytesIO()
+    (photo.convert("L") if grey else photo).save(buffer, "JPEG")
+    plain = images.decode(buffer.getvalue(), "a.jpg")
+    turned = images.decode(buffer.getvalue(), "a.jpg", mirrored=24)
+    np.testing.assert_array_equal(turned, plain)
+    for top, left in ((0, 0), (3, 5), (24 - side, 24 - side)):
+        out = np.zeros((side, side, 3), np.uint8)
+        images.crop(turned, 24, (top, left), True, out)
+        expected = images.square(plain, 24)[top : top + side, left : left + side][:, ::-1]
+        np.testing.assert_array_equal(out, expected)
+        spread = np.zeros((side, 2 * side, 3), np.uint8)[:, ::2]  # memory that has gaps
+        images.crop(turned, 24, (top, left), True, spread)
+        np.testing.assert_array_equal(spread, expected)
+        images.crop(turned, 24, (top, left), False, out)
+        np.testing.assert_array_equal(out, expected[:, ::-1])
+
+
+def test_a_jpeg_with_an_orientation_is_turned_before_it_is_mirrored(pictures):
+    photo = Image.fromarray(pictures.rough(24, 24))
+    exif = photo.getexif()
+    exif[ExifTags.Base.Orientation] = 6
+    buffer = io.BytesIO()
+    photo.save(buffer, "JPEG", exif=exif)
+    out = np.zeros((16, 16, 3), np.uint8)
+    images.crop(images.decode(buffer.getvalue(), "a.jpg", mirrored=24), 24, (2, 4), True, out)
+    upright = np.rot90(np.asarray(Image.open(buffer)), -1)  # 6: a quarter turn to the right
+    np.testing.assert_array_equal(out, upright[2:18, 4:20][:, ::-1])

@@ -1,0 +1,236 @@
+"""Studies: which runs they make, and what the tables say of them, worked out by hand."""
+
+import csv
+import json
+import math
+import pathlib
+
+import pytest
+
+from alexnet_jax import study as command
+from alexnet_jax.studies import STUDIES, Study
+
+STEPS = ["--config.train.num_steps=2", "--config.eval.batch_size=8"]
+
+
+@pytest.fixture(scope="module")
+def start(config_file):
+    """(study, workdir, further arguments) -> the exit status."""
+
+    def call(name: str, workdir: pathlib.Path, *arguments: str) -> int:
+        flags = [f"--study={name}", f"--config={config_file}", f"--workdir={workdir}"]
+        return command.main(["study", *flags, *STEPS, *arguments])
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def finished(start, tmp_path_factory) -> pathlib.Path:
+    """Response normalisation or none, two seeds."""
+    workdir = tmp_path_factory.mktemp("study")
+    assert start("lrn", workdir, "--seeds=1,2") == 0
+    return workdir
+
+
+def rows(path: pathlib.Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_variant_is_trained_with_every_seed_and_nothing_else_changes(finished):
+    configs = {}
+    for name, lrn in (("with_lrn", True), ("without_lrn", False)):
+        for seed in (1, 2):
+            config = json.loads((finished / name / str(seed) / "config.json").read_text())
+            assert (config["seed"], config["model"]["lrn"]) == (seed, lrn)
+            del config["seed"], config["model"]["lrn"]
+            configs[name, seed] = config
+    assert len({json.dumps(config) for config in configs.values()}) == 1
+
+
+def test_the_tables_hold_what_mode_eval_says_of_each_run(finished, run, capsys):
+    found = {(row["variant"], row["seed"]): row for row in rows(finished / "runs.csv")}
+    assert len(found) == 4
+    for (name, seed), row in found.items():
+        for split in ("train", "validation"):
+            assert run(finished / name / seed, "--mode=eval", f"--config.eval.split={split}") == 0
+            said = json.loads(capsys.readouterr().out.splitlines()[-1])
+            for key in ("loss", "top1_error", "top5_error", "num_examples"):
+                assert float(row[f"{split}_{key}"]) == pytest.approx(said[key], rel=1e-6)
+
+
+def test_means_spread_and_paired_interval_are_those_worked_out_by_hand(finished):
+    found = rows(finished / "runs.csv")
+    errors = {
+        name: [100 * float(r["validation_top1_error"]) for r in found if r["variant"] == name]
+        for name in ("with_lrn", "without_lrn")
+    }
+    for row in rows(finished / "table.csv"):
+        a, b = errors[row["variant"]]
+        assert int(row["n"]) == 2
+        assert float(row["validation_top1_mean"]) == pytest.approx((a + b) / 2)
+        assert float(row["validation_top1_spread"]) == pytest.approx(abs(a - b) / math.sqrt(2))
+    first, second = (b - a for a, b in zip(errors["with_lrn"], errors["without_lrn"]))
+    last = rows(finished / "table.csv")[-1]
+    assert float(last["difference"]) == pytest.approx((first + second) / 2)
+    # Student's 97.5 % point of one degree of freedom, from tables: 12.706.
+    assert float(last["margin"]) == pytest.approx(12.7062 * abs(first - second) / 2, rel=1e-4)
+    text = (finished / "table.md").read_text()
+    assert "+1.4 / +1.2" in text
+    assert last["verdict"] in text
+
+
+def test_a_difference_is_resolved_only_outside_its_interval():
+    def done(name: str, *errors: float) -> list[command.Done]:
+        results = [{"validation": {"top1_error": error}} for error in errors]
+        return [command.Done(name, seed, r, None) for seed, r in enumerate(results)]
+
+    # Differences of 4, 5 and 6 points: mean 5, deviation 1, t(2) = 4.3027, 4.3027 / sqrt(3).
+    steady = command.difference(done("a", 0.10, 0.20, 0.30) + done("b", 0.14, 0.25, 0.36), "b", "a")
+    assert steady is not None
+    assert (steady.count, steady.verdict) == (3, "resolved")
+    assert (steady.mean, steady.margin) == pytest.approx((5, 2.48414), rel=1e-5)
+    noisy = command.difference(done("a", 0.10, 0.20, 0.30) + done("b", 0.14, 0.2, 0.36), "b", "a")
+    assert noisy is not None
+    assert noisy.verdict == "not resolved"
+    alone = command.difference(done("a", 0.1) + done("b", 0.3, 0.4), "b", "a")
+    assert alone is not None
+    assert (alone.count, alone.mean, alone.verdict) == (
+        1, pytest.approx(20), "one seed: no interval",
+    )  # fmt: skip
+    assert command.difference(done("a", 0.1), "b", "a") is None
+
+
+def test_the_same_command_does_nothing_again_and_more_seeds_only_those(finished, start, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("result.json")}
+    assert start("lrn", finished, "--seeds=1,2") == 0
+    assert "compiled" not in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("result.json")} == before
+    assert start("lrn", finished, "--seeds=3", "--variants=with_lrn") == 0
+    assert [row["n"] for row in rows(finished / "table.csv")] == ["3", "2"]
+
+
+def test_a_run_that_was_stopped_goes_on_where_it_was(start, run, tmp_path, capsys):
+    """As if the first run had been stopped after a step, and its result not written."""
+    place = tmp_path / "with_lrn" / "1"
+    assert run(place, "--config.seed=1", "--config.train.num_steps=1") == 0
+    assert start("lrn", tmp_path, "--seeds=1", "--variants=with_lrn") == 0
+    assert "going on from step 1" in capsys.readouterr().out
+    assert json.loads((place / "result.json").read_text())["train"]["step"] == 2
+
+
+def test_the_rate_of_the_lowest_training_error_is_taken(start, tmp_path, monkeypatch, capsys):
+    """Of two that train and one that ends in infinity; the error is the last epoch's mean."""
+    search = Study("?", {"only": {}}, {}, rates=(1e-9, 0.01, 1e6), search_epochs=2.0)
+    monkeypatch.setitem(STUDIES, "search", search)
+    assert start("search", tmp_path, "--seeds=5") == 0
+    said = capsys.readouterr()
+    assert "not finite" in said.err
+    errors = {}
+    for rate in ("1e-09", "0.01"):
+        lines = (tmp_path / "only" / f"rate_{rate}" / "metrics.jsonl").read_text().splitlines()
+        steps = [r["top1_error"] for r in map(json.loads, lines) if r["split"] == "train"]
+        errors[rate] = sum(steps[6:]) / 6  # 48 images are 6 batches
+        assert f"{rate}: {errors[rate]:.2%}" in said.out
+    best = min(errors, key=lambda rate: errors[rate])
+    assert f"taken: {best}" in said.out
+    config = json.loads((tmp_path / "only" / "5" / "config.json").read_text())
+    assert (config["seed"], config["optim"]["learning_rate"]) == (5, float(best))
+
+
+def written(workdir: pathlib.Path, errors: list[float], steps_an_epoch: int = 2) -> pathlib.Path:
+    """A metrics.jsonl of training records at every step, an error an epoch."""
+    lines = []
+    for epoch, error in enumerate(errors):
+        for step in range(1, steps_an_epoch + 1):
+            place = epoch * steps_an_epoch + step
+            wave = 0.02 if step % 2 else -0.02  # evens out over the epoch
+            line = {"step": place, "epoch": place / steps_an_epoch, "split": "train", "loss": 1.0}
+            lines.append(line | {"top1_error": error + wave, "learning_rate": 0.1})
+        lines.append({"step": place, "epoch": epoch + 1, "split": "validation", "top1_error": 0.0})
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return workdir
+
+
+@pytest.mark.parametrize(
+    ("errors", "epochs"),
+    [
+        ([0.5, 0.3, 0.2], 2.5),  # halfway from .3 to .2
+        ([0.5, 0.25, 0.2], 2.0),
+        ([0.2, 0.1], 1.0),
+        ([0.5, 0.4], None),
+        ([0.5, 0.3, 0.2, 0.4, 0.1], 2.5),  # the first time counts
+    ],
+)
+def test_epochs_to_a_training_error_are_read_off_the_curve(errors, epochs, tmp_path):
+    found = command.epochs_to(written(tmp_path, errors), 0.25)
+    assert found == (pytest.approx(epochs) if epochs else None)
+
+
+def test_an_epoch_that_is_not_over_does_not_count(tmp_path):
+    written(tmp_path, [0.5, 0.1])
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:4]))  # the second epoch's first step is the last
+    assert command.epochs_to(tmp_path, 0.25) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--study=lnr"], ["lnr", "must be one of", "lrn"]),
+        (["--study=lrn", "--variants=with"], ["with", "with_lrn, without_lrn"]),
+        (["--study=lrn", "--seeds=1,two"], ["two", "whole numbers"]),
+        (["--study=lrn", "--config.model.widht=1"], ["widht", "nearest is", "width"]),
+        (["--study=lrn", "word"], ["word", "--name=value"]),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_nothing_is_written(
+    flags, words, config_file, tmp_path, capsys
+):
+    workdir = tmp_path / "study"
+    arguments = ["study", f"--config={config_file}", f"--workdir={workdir}", *flags]
+    assert command.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert all(word in error for word in words)
+    assert not workdir.exists()
+
+
+def test_a_variant_above_the_parameter_limit_is_refused_before_any_is_trained(
+    start, tmp_path, capsys
+):
+    """pool5 in steps of 1 has 4 x 4 places, so that fc6 is the largest layer but fc7."""
+    workdir = tmp_path / "study"
+    flags = ["--config.model.input_size=100", "--config.train.max_parameters=130000"]
+    assert start("pool_stride", workdir, *flags) == 2
+    error = capsys.readouterr().err
+    convolutions = (
+        (363 * 6 + 6) + (75 * 16 + 16) + (144 * 24 + 24) + (108 * 24 + 24 + 108 * 16 + 16)
+    )
+    connected = [
+        (places * 16 * 256 + 256) + (256 * 256 + 256) + (256 * 3 + 3) for places in (9, 16)
+    ]
+    assert convolutions + connected[0] < 130_000  # steps of 2 alone would pass
+    assert f"{convolutions + connected[1]:,} parameters" in error
+    assert f"--config.train.max_parameters={convolutions + connected[1]}" in error
+    assert not workdir.exists()
+
+
+def test_pool_strides_change_the_last_pool_alone_unless_told_otherwise():
+    for name, value in STUDIES["pool_stride"].variants.items():
+        assert value.get("model.pool_strides", (2, 2, 2))[:2] == (2, 2), name
+    everywhere = STUDIES["pool_stride_everywhere"].variants.values()
+    assert {value.get("model.pool_strides") for value in everywhere} == {
+        None, (1, 1, 1), (3, 3, 3),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(STUDIES))
+def test_every_variant_of_every_study_is_a_config_that_resolves(name, configured):
+    for settings in STUDIES[name].variants.values():
+        preset = settings.get("model.preset", "paper")
+        configured(preset, {k: v for k, v in settings.items() if k != "model.preset"})
+    assert set(STUDIES[name].paper) <= set(STUDIES[name].variants)
+    assert len(STUDIES[name].rates) <= 5
