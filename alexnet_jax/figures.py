@@ -2,7 +2,6 @@
 
 import math
 import pathlib
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.frameon": False,
+    "text.parse_math": False,  # a class may be called $5
     "svg.hashsalt": "alexnet_jax",  # the same file from the same numbers
 }
 
@@ -65,6 +65,10 @@ def _figure(height: float, rows: int, columns: int, **options: Any) -> tuple[Any
     matplotlib.rcParams.update(STYLE)
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def curves(
@@ -176,7 +180,7 @@ def confusion(counts: np.ndarray, labels: Sequence[str], most: int = 40) -> Any:
     if len(labels) > most:
         chosen = np.sort(np.argsort(np.diag(shares), kind="stable")[:most])
     shares = shares[np.ix_(chosen, chosen)]
-    names = [textwrap.shorten(labels[int(place)], 24, placeholder="...") for place in chosen]
+    names = [_short(labels[int(place)], 24) for place in chosen]
     figure, ((axes,),) = _figure(WIDTH * 0.85, 1, 1)
     drawn = axes.imshow(shares, cmap="cividis", vmin=0, vmax=100)
     axes.set_xticks(range(len(names)), names, rotation=90)
@@ -203,7 +207,7 @@ def guesses(found: Sequence[Guess], columns: int = 4) -> Any:
         row, column = divmod(place, columns)
         picture, bars = axes[2 * row, column], axes[2 * row + 1, column]
         picture.imshow(guess.image)
-        picture.set_title(textwrap.shorten(guess.title, 26, placeholder="..."), fontweight="bold")
+        picture.set_title(_short(guess.title, 26), fontweight="bold")
         _bars(bars, guess)
     return figure
 
@@ -217,7 +221,7 @@ def _bars(axes: Any, guess: Guess) -> None:
             place, probability, height=0.8, color=ORANGE if right else SKY,
             hatch="////" if right else None, edgecolor="white", linewidth=0,
         )  # fmt: skip
-        words = textwrap.shorten(label, 22, placeholder="...") + f"  {probability:.0%}"
+        words = _short(label, 22) + f"  {probability:.0%}"
         weight = "bold" if right else "normal"
         box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6}
         axes.text(0.02, place, words, va="center", fontsize=7, fontweight=weight, bbox=box)
@@ -239,7 +243,7 @@ def neighbours(
             one.imshow(image)
             one.set(xticks=[], yticks=[])
             same = label == query[1]
-            words = textwrap.shorten(label, 16, placeholder="...")
+            words = _short(label, 16)
             one.set_xlabel(words if same else f"≠ {words}", fontsize=7, labelpad=2,
                            color="black" if same else RED)  # fmt: skip
             for spine in one.spines.values():

@@ -68,6 +68,21 @@ def test_the_right_label_is_marked_wherever_it_stands():
         assert texts(bars) == [f"{name}  {share:.0%}" for name, share in zip(labels, shares)]
 
 
+def test_a_label_is_drawn_as_it_is_written_or_cut_where_it_is_long(tmp_path):
+    """Not as mathematics, and not as three dots."""
+    labels = ("$a_b$", "n02_x" * 9, "é", "w", "v")
+    image = np.zeros((4, 4, 3), np.uint8)
+    found = figures.Guess(image, "x" * 50, labels, (0.6, 0.1, 0.1, 0.1, 0.1), "é")
+    figure = figures.guesses([found])
+    words = texts(figure.axes[1])
+    assert words[0] == "$a_b$  60%"
+    assert words[1].startswith("n02_xn02_xn02_x")
+    assert len(words[1]) < 30
+    assert figure.axes[0].get_title().startswith("xxxxxxxxxxxxxxx")
+    figures.save(figure, tmp_path / "one")
+    assert "<!-- $a_b$  60% -->" in (tmp_path / "one.svg").read_text()
+
+
 def test_confusion_is_in_per_cent_of_the_class_and_keeps_the_worst_of_many():
     counts = np.array([[6, 2, 0], [0, 4, 0], [1, 1, 2]])
     figure = figures.confusion(counts, ("a", "b", "c"))
