@@ -123,17 +123,17 @@ def train(config: Config, directory: pathlib.Path, allow_config_change: bool = F
       TrainingError: a loss or a gradient was not finite.
     """
     workdir.make(directory)
-    run = setup.open_run(config, directory, allow_config_change)
-    first = int(run.state.step)
-    last = run.calendar.num_steps
-    with StopSignal() as stop, run.checkpoints, Report(directory, first, last) as report:
-        _introduce(run, first, report)
-        if first < last:
-            return _steps(run, first, report, stop)
-        report.say(
-            f"nothing to do: {first} of {last} steps are done; more by "
-            "--config.train.num_epochs=... or --config.train.num_steps=..."
-        )
+    with workdir.locked(directory):
+        run = setup.open_run(config, directory, allow_config_change)
+        first, last = int(run.state.step), run.calendar.num_steps
+        with StopSignal() as stop, run.checkpoints, Report(directory, first, last) as report:
+            _introduce(run, first, report)
+            if first < last:
+                return _steps(run, first, report, stop)
+            report.say(
+                f"nothing to do: {first} of {last} steps are done; more by "
+                "--config.train.num_epochs=... or --config.train.num_steps=..."
+            )
     return 0
 
 

@@ -1,8 +1,14 @@
 """What a workdir holds, and which run may go on in it."""
 
+import contextlib
+import datetime
+import fcntl
 import json
 import logging
+import os
 import pathlib
+import socket
+from collections.abc import Iterator
 
 from alexnet_jax import config as configs
 from alexnet_jax.config import Config, UserError
@@ -11,6 +17,7 @@ from alexnet_jax.files import write_text
 log = logging.getLogger(__name__)
 
 CONFIG_FILE, LABELS_FILE, CHECKPOINTS = "config.json", "labels.txt", "checkpoints"
+LOCK = "lock"
 
 
 def make(workdir: pathlib.Path) -> None:
@@ -29,6 +36,32 @@ def make(workdir: pathlib.Path) -> None:
         raise UserError(
             f"--workdir={workdir} cannot be written ({error.strerror}); choose another"
         ) from error
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+    """Keep a workdir for one run; the lock of a run that is dead, however it died, is void.
+
+    Raises:
+      UserError: another run has it.
+    """
+    with open(workdir / LOCK, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip() or "another run"
+            raise UserError(
+                f"--workdir={workdir} is in use by {holder}; wait for it, stop it, or choose "
+                "another"
+            ) from error
+        except OSError as error:  # a file system without locks
+            log.warning("%s cannot be locked (%s); start no other run there", workdir, error)
+        file.truncate(0)
+        started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {started}\n")
+        file.flush()
+        yield
 
 
 def check_resume(old: Config, new: Config, allow_config_change: bool) -> set[str]:
