@@ -2,9 +2,11 @@
 
 A checkpoint holds the natural shapes of every array, so it knows nothing of meshes: it is read
 to the host, and `state.put` places it on whatever devices there are. It appears whole or not at
-all. The newest is kept, and the one with the lowest validation top-1 error, of equals the earlier.
+all, and is then sealed: a damaged one is known by its checksums, and the next older one is taken.
+The newest is kept, and the one with the lowest validation top-1 error, of equals the earlier.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import logging
@@ -19,6 +21,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from alexnet_jax import config as configs
+from alexnet_jax import seals
 from alexnet_jax.config import Config, UserError
 from alexnet_jax.data.augment import Statistics
 from alexnet_jax.train.optim import Plateau
@@ -27,6 +30,8 @@ from alexnet_jax.train.state import Params, TrainState
 BEGINNING = Plateau()
 # A failed save is raised; that Orbax logs it too, in hundreds of lines, helps nobody.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+log = logging.getLogger(__name__)
 
 UNFINISHED = "*.orbax-checkpoint-tmp*"
 
@@ -77,7 +82,8 @@ class Checkpoints:
         self.checkpointer = ocp.training.Checkpointer(
             self.directory, context=context, preservation_policy=NewestAndBest()
         )
-        self.pending: tuple[int, Any] | None = None
+        self.finishing = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self.pending: tuple[int, concurrent.futures.Future] | None = None
 
     def __enter__(self) -> "Checkpoints":
         for leftover in self.directory.glob(UNFINISHED):  # of a run that was killed
@@ -88,30 +94,82 @@ class Checkpoints:
         try:
             self.wait()
         finally:
+            self.finishing.shutdown()
             self.checkpointer.close()
 
     def steps(self) -> list[int]:
         """In ascending order."""
         return [checkpoint.step for checkpoint in self.checkpointer.checkpoints]
 
-    def latest_step(self) -> int | None:
-        return max(self.steps(), default=None)
+    def newest_whole(self) -> int | None:
+        """The newest step whose files are as they were saved; None where there is no checkpoint.
 
-    def chosen_step(self, wanted: int) -> int:
-        """The step `wanted`, or the newest for -1.
+        One that was not sealed, as when a run is killed at that moment, counts if all of it can
+        be read.
 
         Raises:
-          UserError: there is none.
+          UserError: there are checkpoints, and all of them are damaged.
         """
         steps = self.steps()
-        if not steps:
+        for step in reversed(steps):
+            problem = self._damaged(step)
+            if problem is None:
+                return step
+            log.warning(
+                "CHECKPOINT %s IS DAMAGED (%s); trying an older one", self.directory / str(step),
+                problem,
+            )  # fmt: skip
+        if steps:
+            raise UserError(
+                f"all checkpoints of {self.directory} are damaged ({', '.join(map(str, steps))}); "
+                "bring a copy back, or begin anew in another --workdir"
+            )
+        return None
+
+    def _damaged(self, step: int) -> str | None:
+        folder = pathlib.Path(self.directory / str(step))
+        if seals.is_sealed(folder):
+            return seals.damage(folder)
+        try:
+            self.read_meta(step)
+            self._read_all(step, "params")
+            self._read_all(step, "training")
+        except UserError as error:
+            return f"it was not sealed, and its reading ends in {type(error.__cause__).__name__}"
+        return None
+
+    def set_aside_after(self, step: int | None) -> None:
+        """Move the checkpoints after a step out of the way of those that will take their place."""
+        later = [number for number in self.steps() if step is not None and number > step]
+        for number in later:
+            aside = self.directory / f"{number}.damaged"
+            aside.rmtree(missing_ok=True)
+            (self.directory / str(number)).rename(aside)
+        if later:
+            self.checkpointer.reload()
+
+    def chosen_step(self, wanted: int) -> int:
+        """The step `wanted`, or the newest that is whole for -1.
+
+        Raises:
+          UserError: there is none, or it is damaged.
+        """
+        steps = self.steps()
+        newest = self.newest_whole() if wanted == -1 else wanted
+        if newest is None or not steps:
             raise UserError(f"{self.directory} holds no checkpoint; train there first")
-        if wanted not in (-1, *steps):
+        if newest not in steps:
             raise UserError(
                 f"checkpoint.step={wanted}: {self.directory} holds steps "
                 f"{', '.join(map(str, steps))}; set --config.checkpoint.step to one of them"
             )
-        return steps[-1] if wanted == -1 else wanted
+        problem = self._damaged(wanted) if wanted != -1 else None
+        if problem:
+            raise UserError(
+                f"checkpoint {self.directory / str(wanted)} is damaged ({problem}); "
+                "--config.checkpoint.step=-1 takes the newest that is whole"
+            )
+        return newest
 
     def save(self, step: int, state: TrainState, meta: Meta) -> None:
         """Begin to save; the arrays may be donated as soon as this returns.
@@ -138,7 +196,14 @@ class Checkpoints:
             )
         if response is None:
             raise SaveError(f"the save of step {step} was skipped")
-        self.pending = step, response
+        self.pending = step, self.finishing.submit(self._finish, step, response)
+
+    def _finish(self, step: int, response: Any) -> None:
+        """What is left of a save, while training goes on: writing, then the seal."""
+        response.result()
+        if not ocp.is_orbax_checkpoint(self.directory / str(step)):
+            raise SaveError(f"step {step} is not on disk after its save")
+        seals.seal(pathlib.Path(self.directory / str(step)))
 
     def wait(self) -> None:
         """Until the save under way is on disk.
@@ -148,15 +213,13 @@ class Checkpoints:
         """
         if self.pending is None:
             return
-        (step, response), self.pending = self.pending, None
+        (step, finished), self.pending = self.pending, None
         try:
             with _save_errors(step):
-                response.result()
+                finished.result()
         except SaveError:
             self._forget(step)
             raise
-        if not ocp.is_orbax_checkpoint(self.directory / str(step)):
-            raise SaveError(f"step {step} is not on disk after its save")
 
     def _forget(self, step: int) -> None:
         """After a failed save: drop Orbax's second report of it, its files, and its record."""
@@ -181,15 +244,19 @@ class Checkpoints:
 
     def read_params(self, step: int) -> Params:
         """A step's parameters on the host, numpy arrays in their natural shapes."""
-        with self._damage(step):
-            stored = self.checkpointer.checkpointables_metadata(step).metadata["params"]
-        return self._read(step, "params", stored)
+        return self._read_all(step, "params")
 
     def read_state(self, step: int, shapes: TrainState) -> TrainState:
         """A step's state on the host, numpy arrays of the structure and shapes of `shapes`."""
         training = {"step": shapes.step, "opt_state": shapes.opt_state}
         params = self._read(step, "params", shapes.params)
         return TrainState(params=params, **self._read(step, "training", training))
+
+    def _read_all(self, step: int, name: str) -> Any:
+        """All arrays that are there."""
+        with self._damage(step):
+            stored = self.checkpointer.checkpointables_metadata(step).metadata[name]
+        return self._read(step, name, stored)
 
     def _read(self, step: int, name: str, shapes: Any) -> Any:
         target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)

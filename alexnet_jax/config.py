@@ -360,6 +360,11 @@ def from_dict(values: Mapping[str, Any], preset: Mapping[str, Any] | None = None
             f"data.stored_size={stored}: must be at least model.input_size={size}; "
             "set --config.data.stored_size=0 to have it follow the input"
         )
+    if config.model.net == "cifar" and config.model.towers != 1:
+        raise UserError(
+            f"model.towers={config.model.towers}: the net of figure 1 has one; "
+            "set --config.model.preset=cifar"
+        )
     for window, stride in zip(config.model.pool_windows, config.model.pool_strides, strict=True):
         if stride > window:
             raise UserError(

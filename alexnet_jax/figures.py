@@ -1,5 +1,6 @@
 """Pictures of numbers: each function draws one, legible in print and to colour-blind readers."""
 
+import importlib.util
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -49,19 +50,20 @@ def save(figure: Any, path: pathlib.Path) -> list[str]:
     return [str(file) for file in written]
 
 
-def _figure(height: float, rows: int, columns: int, **options: Any) -> tuple[Any, np.ndarray]:
-    """A figure of `height` inches and its axes, (rows, columns).
-
-    Raises:
-      UserError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
+def check_installed() -> None:
+    """Raises UserError where matplotlib is not."""
+    if importlib.util.find_spec("matplotlib") is None:
         raise UserError(
             "figures are drawn by matplotlib, which is not installed; pip install -e '.[figures]'"
-        ) from error
+        )
+
+
+def _figure(height: float, rows: int, columns: int, **options: Any) -> tuple[Any, np.ndarray]:
+    """A figure of `height` inches and its axes, (rows, columns)."""
+    check_installed()
+    import matplotlib
+    from matplotlib.figure import Figure
+
     matplotlib.rcParams.update(STYLE)
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
@@ -103,7 +105,7 @@ def curves(
                     marker=mark,
                     markevery=max(1, len(found[name]) // 8),
                     markersize=3,
-                    label=", ".join(filter(None, (name, words))),
+                    label=", ".join(filter(None, (_short(name, 28), words))),
                 )
     if target is not None:
         axes.axhline(target, color=GREY, linestyle=":", linewidth=1)
@@ -115,6 +117,7 @@ def curves(
     axes.set_ylabel(ylabel)
     if logarithmic:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
     else:
         axes.set_ylim(bottom=0)
     axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
@@ -178,7 +181,8 @@ def confusion(counts: np.ndarray, labels: Sequence[str], most: int = 40) -> Any:
     shares = 100 * counts / examples[:, None]
     chosen = np.arange(len(labels))
     if len(labels) > most:
-        chosen = np.sort(np.argsort(np.diag(shares), kind="stable")[:most])
+        right = np.where(counts.sum(1) > 0, np.diag(shares), np.inf)
+        chosen = np.sort(np.argsort(right, kind="stable")[:most])
     shares = shares[np.ix_(chosen, chosen)]
     names = [_short(labels[int(place)], 24) for place in chosen]
     figure, ((axes,),) = _figure(WIDTH * 0.85, 1, 1)
@@ -186,6 +190,8 @@ def confusion(counts: np.ndarray, labels: Sequence[str], most: int = 40) -> Any:
     axes.set_xticks(range(len(names)), names, rotation=90)
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("taken for")
+    if len(labels) > most:
+        axes.set_title(f"the {most} of {len(labels)} classes that are mistaken most")
     axes.set_ylabel("is")
     if len(names) <= 20:
         for row, column in np.argwhere(shares >= 0.5):
@@ -224,7 +230,10 @@ def _bars(axes: Any, guess: Guess) -> None:
         words = _short(label, 22) + f"  {probability:.0%}"
         weight = "bold" if right else "normal"
         box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6}
-        axes.text(0.02, place, words, va="center", fontsize=7, fontweight=weight, bbox=box)
+        text = axes.text(
+            0.02, place, words, va="center", fontsize=7, fontweight=weight, bbox=box, clip_on=True
+        )
+        text.set_in_layout(False)  # or a long one would squeeze the picture
 
 
 def neighbours(
@@ -243,7 +252,7 @@ def neighbours(
             one.imshow(image)
             one.set(xticks=[], yticks=[])
             same = label == query[1]
-            words = _short(label, 16)
+            words = _short(label, 14)
             one.set_xlabel(words if same else f"≠ {words}", fontsize=7, labelpad=2,
                            color="black" if same else RED)  # fmt: skip
             for spine in one.spines.values():

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and in time."""
+"""Files written whole or not at all, and on the disk when they have to be."""
 
 import contextlib
 import os
@@ -15,7 +15,8 @@ def whole(path: pathlib.Path, sync: bool = False) -> Iterator[pathlib.Path]:
     Args:
       sync: have it on the disk before anything that comes after.
     """
-    partial = path.with_name(f"{path.name}.tmp")
+    # Where processes may write the same file, each writes its own.
+    partial = path.with_name(f"{path.name}.tmp" if sync else f"{path.name}.{os.getpid()}.tmp")
     yield partial
     if sync:
         synced(partial)

@@ -1,5 +1,6 @@
 """The pictures of trained nets: what --mode=figures draws from workdirs, as in the paper."""
 
+import logging
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,10 @@ from alexnet_jax.models.nets import layers
 from alexnet_jax.predict import Net
 
 GUESSES, QUERIES, NEAREST = 8, 5, 6  # as in figure 4
+MOST_FILES = 64  # in one picture
 RATIO = "update_to_weight/"
+
+log = logging.getLogger(__name__)
 
 
 def draw(config: Config, directories: Sequence[pathlib.Path]) -> list[str]:
@@ -25,22 +29,23 @@ def draw(config: Config, directories: Sequence[pathlib.Path]) -> list[str]:
       The files written, PNG and SVG.
 
     Raises:
-      UserError: the first workdir holds no run, its data cannot be opened, or there is no
+      UserError: a workdir holds no run, the first one's data cannot be opened, or there is no
         matplotlib.
     """
+    figures.check_installed()
     for directory in directories:
         if not report.training_records(directory):
             raise UserError(f"--workdir={directory} holds no {report.METRICS_FILE}; train there")
     net = predict.open_net(config, directories[0])
-    source = predict.open_split(net, config.eval.split)
     found = predict.predictions(config, directories[:1])[0]
+    source = found.source
     drawn = {
         "errors": learning(directories, "top1_error", "top-1 error"),
         "loss": learning(directories, "loss", "loss, nats"),
-        "update_to_weight": ratios(directories[0]),
+        **ratios(directories[0]),
         "confusion": figures.confusion(predict.confusion(found), source.labels),
         "kernels": kernels(net),
-        "guesses": figures.guesses(guesses(source, np.exp(found.log_probabilities), config)),
+        "guesses": figures.guesses(guesses(source, np.exp(found.log_probabilities), net.config)),
         "neighbours": neighbours(net, source),
     }
     folder = directories[0] / "figures"
@@ -55,7 +60,7 @@ def learning(directories: Sequence[pathlib.Path], value: str, ylabel: str) -> An
         for name, place in runs.items()
     }
     validation = {
-        name: [(r["epoch"], r[value]) for r in report.evaluation_records(place)]
+        name: [(record["epoch"], record[value]) for record in report.evaluation_records(place)]
         for name, place in runs.items()
     }
     return figures.curves(training, validation, ylabel=ylabel)
@@ -70,15 +75,18 @@ def names(directories: Sequence[pathlib.Path]) -> dict[str, pathlib.Path]:
     return {str(place): place for place in directories}
 
 
-def ratios(directory: pathlib.Path) -> Any:
-    """Each layer's update, relative to its weights, by epoch."""
+def ratios(directory: pathlib.Path) -> dict[str, Any]:
+    """Each layer's update, relative to its weights, by epoch; nothing where none is logged."""
     records = report.training_records(directory)
     names = [name for name in records[-1] if name.startswith(RATIO)]
     lines = {
         name.removeprefix(RATIO): [(r["epoch"], r[name]) for r in records if r.get(name)]
         for name in names
     }
-    return figures.curves(lines, {}, ylabel="|update| / |weights|, a step", logarithmic=True)
+    if not lines:
+        return {}
+    drawn = figures.curves(lines, {}, ylabel="|update| / |weights|, a step", logarithmic=True)
+    return {"update_to_weight": drawn}
 
 
 def kernels(net: Net) -> Any:
@@ -112,7 +120,9 @@ def guesses(source: Source, probabilities: np.ndarray, config: Config) -> list[G
 def file_guesses(found: Sequence[dict[str, Any]], size: int = 256) -> Any:
     """What `predict.predict_files` says of image files, drawn as in the paper's figure 4."""
     drawn = []
-    for entry in found:
+    if len(found) > MOST_FILES:
+        log.warning("the first %d of %d images are drawn", MOST_FILES, len(found))
+    for entry in found[:MOST_FILES]:
         pixels = images.decode(pathlib.Path(entry["file"]).read_bytes(), entry["file"])
         name = pathlib.Path(entry["file"]).name
         square = images.square(pixels, size)

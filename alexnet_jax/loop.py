@@ -35,8 +35,6 @@ from alexnet_jax.train.step import DeviceBatch, StepResults, TrainStep
 
 log = logging.getLogger(__name__)
 
-TINY = np.finfo(np.float64).tiny  # weights that are all zero have moved by nothing measurable
-
 
 class TrainingError(Exception):
     """Training cannot go on. Exit status 1."""
@@ -101,7 +99,8 @@ class Interval:
                     f"finite in {', '.join(bad) or 'no layer'}; the last good checkpoint stays; a "
                     "lower --config.optim.learning_rate is the usual way out"
                 )
-            ratios.append(np.sqrt(squares[:, 1] / np.maximum(squares[:, 2], TINY)))
+            moved, weights = np.sqrt(squares[:, 1:]).T
+            ratios.append(np.divide(moved, weights, out=np.zeros_like(moved), where=weights > 0))
         seconds = time.perf_counter() - self.started
         values = metrics.errors(evaluate.total(results.sums for _, results in self.results))
         values["gradient_norm"] = float(np.sqrt(np.mean(np.sum(gradients, axis=1))))
@@ -173,7 +172,7 @@ def _steps(run: setup.Run, first: int, report: Report, stop: StopSignal) -> int:
             name = signal.Signals(stopping).name
             report.say(f"{name}: saved step {step}; the same command goes on from there")
             return stopping
-    return 0
+    return stop.number  # a signal may have come while the last step was validated and saved
 
 
 def _validated(run: setup.Run, meta: Meta, state: TrainState, step: int, report: Report) -> Meta:

@@ -88,6 +88,10 @@ def run(options: flags.FlagValues, paths: list[str]) -> int:
         print(json.dumps(found))
         return 0
     if options.mode == "predict":
+        if options.figure and not options.figure.endswith((".png", ".svg")):
+            raise UserError(f"--figure={options.figure}: must end in .png or .svg")
+        if options.figure:
+            figures.check_installed()
         found = list(predict.predict_files(config, directories, paths))
         for entry in found:
             print(json.dumps(entry))

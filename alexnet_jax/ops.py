@@ -1,4 +1,4 @@
-"""Convolution, overlapping max pool, response normalisation. Pure functions on local arrays."""
+"""Convolution, overlapping pools, response normalisation. Pure functions on local arrays."""
 
 import functools
 from typing import Any
@@ -31,8 +31,10 @@ def conv(x: Array, kernel: Array, *, stride: int = 1, padding: Padding, groups: 
         strict=True,
     )
     few_maps = x.shape[-1] < 8 and stride == 1 and jax.default_backend() == "cpu"
-    one: Any = _conv_of_few_maps if few_maps else _conv
-    outputs = [one(*_varying_alike(*part), stride, padding) for part in parts]
+    if few_maps:
+        outputs: list[Any] = [_conv_of_few_maps(*_varying_alike(*part), padding) for part in parts]
+    else:
+        outputs = [_conv(*part, stride, padding) for part in parts]
     return outputs[0] if groups == 1 else jnp.concatenate(outputs, axis=-1)
 
 
@@ -53,34 +55,32 @@ def _varying_alike(x: Array, kernel: Array) -> tuple[Array, Array]:
     return x, kernel
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _conv_of_few_maps(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    """`_conv`, its weight gradient a product for each place in the window: (w, h) * (i, o).
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _conv_of_few_maps(x: Array, kernel: Array, padding: Padding) -> Any:
+    """`_conv` in steps of 1, its weight gradient a product for each place in the window.
 
     XLA's own, a convolution over so few maps, takes three to four times as long on a CPU.
     """
-    return _conv(x, kernel, stride, padding)
+    return _conv(x, kernel, 1, padding)
 
 
-def _conv_of_few_maps_forward(x, kernel, stride, padding):
-    return _conv(x, kernel, stride, padding), (x, kernel)
+def _conv_of_few_maps_forward(x, kernel, padding):
+    return _conv(x, kernel, 1, padding), (x, kernel)
 
 
-def _conv_of_few_maps_backward(stride, padding, residuals, dy):
+def _conv_of_few_maps_backward(padding, residuals, dy):
     x, kernel = residuals
+    tall, wide, _, _ = kernel.shape
     b, rows, columns, _ = dy.shape
-    padded = lax.pad(
-        x, jnp.zeros((), x.dtype), [(0, 0, 0), *((*ends, 0) for ends in padding), (0, 0, 0)]
-    )
+    edges = [(0, 0, 0), *((*ends, 0) for ends in padding), (0, 0, 0)]
+    padded = lax.pad(x, jnp.zeros((), x.dtype), edges)
 
     def at(i: int, j: int) -> Array:
-        first, last = (0, i, j, 0), (b, i + (rows - 1) * stride + 1, j + (columns - 1) * stride + 1)
-        seen = lax.slice(padded, first, (*last, x.shape[3]), (1, stride, stride, 1))
+        seen = lax.slice(padded, (0, i, j, 0), (b, i + rows, j + columns, x.shape[3]))
         return jnp.einsum("bhwi,bhwo->io", seen, dy)
 
-    tall, wide = kernel.shape[:2]
     dkernel = jnp.stack([at(i, j) for i in range(tall) for j in range(wide)]).reshape(kernel.shape)
-    (dx,) = jax.linear_transpose(lambda x: _conv(x, kernel, stride, padding), x)(dy)
+    (dx,) = jax.linear_transpose(lambda x: _conv(x, kernel, 1, padding), x)(dy)
     return dx, dkernel
 
 

@@ -115,8 +115,9 @@ def training_records(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def evaluation_records(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The same of the passes over the evaluated split."""
-    return [record for record in _records(workdir) if "learning_rate" not in record]
+    """The same of the passes over the split that was evaluated last."""
+    records = [record for record in _records(workdir) if "learning_rate" not in record]
+    return [record for record in records if record["split"] == records[-1]["split"]]
 
 
 def _records(workdir: pathlib.Path) -> list[dict[str, Any]]:
@@ -128,15 +129,15 @@ def _records(workdir: pathlib.Path) -> list[dict[str, Any]]:
 def training_by_epoch(workdir: pathlib.Path) -> dict[int, dict[str, float]]:
     """Loss and errors of training as it went, means over each epoch, of whole epochs only.
 
-    They are with dropout and augmentation, of weights that change on the way. A record that
-    lies across the end of an epoch counts for the one it ends in.
+    They are with dropout and augmentation, of weights that change on the way. A record counts
+    for the epoch its first step lies in.
     """
     records = training_records(workdir)
     sums: dict[int, dict[str, float]] = {}
-    done = 0
+    done, begun = 0, 0.0
     for record in records:
-        steps, done = record["step"] - done, record["step"]
-        found = sums.setdefault(math.ceil(record["epoch"] - 1e-9), dict.fromkeys(AVERAGED, 0.0))
+        found = sums.setdefault(math.floor(begun + 1e-9) + 1, dict.fromkeys(AVERAGED, 0.0))
+        steps, done, begun = record["step"] - done, record["step"], record["epoch"]
         for name, value in zip(AVERAGED, (1.0, record["loss"], record["top1_error"])):
             found[name] += steps * value
     last = math.floor(records[-1]["epoch"] + 1e-9) if records else 0

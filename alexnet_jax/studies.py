@@ -1,6 +1,7 @@
-"""The families of runs that `python -m alexnet_jax.study` knows: data, no code.
+"""The families of runs that `python -m alexnet_jax.study` knows, as a table.
 
-What the paper found is in points of top-1 / top-5 error, of ImageNet, against the first variant.
+What the paper found is told in points of top-1 / top-5 error, on ImageNet, against the first
+variant; where it gives no number, in words.
 """
 
 import dataclasses
@@ -18,36 +19,45 @@ class Study:
     variants: Mapping[str, Settings]  # what each changes; the first is what the others stand beside
     paper: Mapping[str, str]  # variant -> what the paper found
     # Learning rates tried for each variant, in so many epochs; the one of the lowest training
-    # error is taken. None: the config's.
+    # error is taken. None of them: the config's.
     rates: tuple[float, ...] = ()
-    search_epochs: float = 1.0
+    search_epochs: int = 1
     target_error: float = 0.0  # training error; the table then tells the epochs it took
+    equal_maps: bool = False  # the last maps must be of one size, or two things would differ
 
 
 STUDIES: Mapping[str, Study] = {
     "two_towers": Study(
         "Two towers, or the net of about as many parameters on one device?",
-        {"two_towers": {}, "half": {"model.preset": "half", "mesh.model": 1}},
+        {
+            "two_towers": {"model.towers": 2, "model.channels": (96, 256, 384, 384, 256)},
+            "half": {
+                "model.towers": 1,
+                "model.channels": (48, 128, 192, 192, 256),
+                "mesh.model": 1,
+            },
+        },
         {"half": "+1.7 / +1.2 (section 3.2)"},
     ),
     "lrn": Study(
         "Does response normalisation help?",
-        {"with_lrn": {}, "without_lrn": {"model.lrn": False}},
+        {"with_lrn": {"model.lrn": True}, "without_lrn": {"model.lrn": False}},
         {"without_lrn": "+1.4 / +1.2 (section 3.3)"},
     ),
     "overlap": Study(
         "Do overlapping pools help? Windows of 3 in steps of 2, or of 2 in steps of 2.",
         {
-            "overlapping": {},
-            # Paddings such that the maps behind the pools have the sizes they had.
+            "overlapping": {"model.pool_windows": (3, 3, 3), "model.paddings": (0, 2, 1, 1, 1)},
+            # Paddings such that the last maps have one size, at inputs of 224, 128 and 64.
             "adjacent": {"model.pool_windows": (2, 2, 2), "model.paddings": (0, 1, 1, 1, 0)},
         },
         {"adjacent": "+0.4 / +0.3 (section 3.4)"},
+        equal_maps=True,
     ),
     "pool_stride": Study(
         "How far apart should the last pool's windows of 3 be? Overlap and overfitting.",
         {
-            "stride_2": {},
+            "stride_2": {"model.pool_strides": (2, 2, 2)},
             "stride_1": {"model.pool_strides": (2, 2, 1)},
             "stride_3": {"model.pool_strides": (2, 2, 3)},
         },
@@ -56,7 +66,7 @@ STUDIES: Mapping[str, Study] = {
     "pool_stride_everywhere": Study(
         "How far apart should all pools' windows of 3 be?",
         {
-            "stride_2": {},
+            "stride_2": {"model.pool_strides": (2, 2, 2)},
             "stride_1": {"model.pool_strides": (1, 1, 1)},
             "stride_3": {"model.pool_strides": (3, 3, 3)},
         },
@@ -64,13 +74,13 @@ STUDIES: Mapping[str, Study] = {
     ),
     "colour_noise": Study(
         "Does noise along the principal colours help?",
-        {"noise": {}, "no_noise": {"data.colour_noise": 0.0}},
+        {"noise": {"data.colour_noise": 0.1}, "no_noise": {"data.colour_noise": 0.0}},
         {"no_noise": "over +1 / - (section 4.1)"},
     ),
     "augmentation": Study(
         "What does each part of the augmentation bring?",
         {
-            "all": {},
+            "all": {"data.mirror": True, "data.random_crop": True, "data.colour_noise": 0.1},
             "no_mirrors": {"data.mirror": False},
             "centre_crops": {"data.random_crop": False},
             "no_colour_noise": {"data.colour_noise": 0.0},
@@ -80,24 +90,27 @@ STUDIES: Mapping[str, Study] = {
     ),
     "dropout": Study(
         "Does dropout help?",
-        {"dropout": {}, "no_dropout": {"model.dropout_after": ()}},
+        {
+            "dropout": {"model.dropout_after": ("fc6", "fc7")},
+            "no_dropout": {"model.dropout_after": ()},
+        },
         {"no_dropout": "substantial overfitting (section 4.2)"},
     ),
     "activation": Study(
         "ReLU or tanh?",
-        {"relu": {}, "tanh": {"model.activation": "tanh"}},
+        {"relu": {"model.activation": "relu"}, "tanh": {"model.activation": "tanh"}},
         {"tanh": "learns several times more slowly (section 3.1)"},
     ),
     "depth": Study(
         "Does every middle layer count?",
-        {"all_layers": {}}
+        {"all_layers": {"model.without": ()}}
         | {f"no_{name}": {"model.without": (name,)} for name in ("conv3", "conv4", "conv5", "fc6")}
         | {"no_fc7": {"model.without": ("fc7",)}},
         {f"no_{name}": "about +2 / - (section 7)" for name in ("conv3", "conv4", "conv5")},
     ),
     "figure1": Study(
         "How much sooner does ReLU reach 25 % training error than tanh? (with configs/figure1.py)",
-        {"relu": {}, "tanh": {"model.activation": "tanh"}},
+        {"relu": {"model.activation": "relu"}, "tanh": {"model.activation": "tanh"}},
         {"tanh": "six times the epochs (figure 1)"},
         rates=(0.0003, 0.001, 0.003, 0.01, 0.03),
         target_error=0.25,

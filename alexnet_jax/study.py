@@ -9,36 +9,30 @@ in DIR that are done, those of other commands among them: a study may be spread 
 Exit status: as of `python -m alexnet_jax.main`.
 """
 
-import csv
 import dataclasses
-import io
 import json
 import logging
-import math
 import pathlib
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
-import numpy as np
-import scipy.stats
 from absl import flags
 
-from alexnet_jax import command, figures, loop, mesh, predict, report, setup
+from alexnet_jax import command, figures, loop, mesh, predict, report, setup, tables
 from alexnet_jax import config as configs
 from alexnet_jax.checkpoint import SaveError
 from alexnet_jax.config import Config, UserError
 from alexnet_jax.data import sources
 from alexnet_jax.data.images import ImageError
 from alexnet_jax.files import write_text
+from alexnet_jax.models.nets import layers
 from alexnet_jax.studies import STUDIES, Settings, Study
 
 log = logging.getLogger(__name__)
 
-RESULT = "result.json"
-CONFIDENCE = 0.95
-SPLITS = ("train", "validation")
+CLAIM = "study.json"
 
 
 def main(argv: list[str]) -> int:
@@ -73,7 +67,8 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     if rest:
         raise UserError(f"argument {rest[0]!r} is not understood; flags are --name=value")
     if values.study not in STUDIES:
-        raise UserError(f"--study={values.study}: must be one of {', '.join(STUDIES)}")
+        given = "--study is missing" if values.study is None else f"--study={values.study}"
+        raise UserError(f"{given}: must be one of {', '.join(STUDIES)}")
     if not values.workdir:
         raise UserError("--workdir is missing: the runs live there")
     known = STUDIES[values.study].variants
@@ -91,28 +86,102 @@ def run(values: flags.FlagValues) -> int:
     study, directory = STUDIES[values.study], pathlib.Path(values.workdir)
     names = values.variants or list(study.variants)
     seeds = [int(seed) for seed in values.seeds] or [configs.resolve(values.config).seed]
-    chosen = {name: _config(values.config, study.variants[name]) for name in names}
-    mesh.start_cpu_devices(next(iter(chosen.values())).mesh.cpu_devices)
-    for config in chosen.values():  # none is trained where one cannot be
-        mesh.make_mesh(config.mesh, config.model)
-        labels = sources.open_source(config.data, "train").labels
-        setup.check_parameters(setup.with_classes(config, labels))
+    check(study, values.config, seeds)
+    claim(directory, values.study, _config(values.config, next(iter(study.variants.values()))))
+    failed = []
     rates = {name: _best_rate(study, values.config, name, directory) for name in names}
-    for seed in seeds:
+    for seed in dict.fromkeys(seeds):
         for name in names:
             settings = {**study.variants[name], **rates[name], "seed": seed}
             place = directory / name / str(seed)
             print(f"{values.study}: {name}, seed {seed}, in {place}", flush=True)
-            stopped = _run(_config(values.config, settings), place)
+            try:
+                stopped = _run(_config(values.config, settings), place)
+            except loop.TrainingError as error:  # what the others make of it is worth knowing
+                failed.append(f"{name}, seed {seed}: {error}")
+                continue
             if stopped:
                 return stopped
-            write_tables(directory, values.study)
-    try:
-        figures.save(draw(directory, study), directory / "errors")
-    except UserError as error:  # a table is worth having without
-        log.warning("no figure: %s", error)
-    print((directory / "table.md").read_text(encoding="utf-8"))
-    return 0
+            tables.write(directory, values.study)
+    if tables.read_runs(directory, study):
+        try:
+            figures.save(tables.draw(directory, study), directory / "errors")
+        except UserError as error:  # a table is worth having without
+            log.warning("no figure: %s", error)
+        print((directory / "table.md").read_text(encoding="utf-8"))
+    for line in failed:
+        print(f"failed: {line}", file=sys.stderr)
+    return int(bool(failed))
+
+
+def check(study: Study, user: Any, seeds: Sequence[int]) -> None:
+    """Refuse a study before anything is trained where one of its runs would be.
+
+    Raises:
+      UserError: a setting, a seed, the mesh, the data or a net cannot be used; or two variants
+        are the same, or differ in what they should not.
+    """
+    chosen = {name: _config(user, settings) for name, settings in study.variants.items()}
+    for seed in seeds:
+        _config(user, {"seed": seed})
+    mesh.start_cpu_devices(next(iter(chosen.values())).mesh.cpu_devices)
+    nets, labels = {}, ()
+    for name, config in chosen.items():
+        here = mesh.make_mesh(config.mesh, config.model)
+        parts = config.train.accumulation_steps
+        mesh.check_batch("train.batch_size", config.train.batch_size, here, parts)
+        labels = labels or sources.open_source(config.data, "train").labels
+        config = setup.with_classes(config, labels)
+        setup.check_parameters(config)
+        nets[name] = layers(config.model, len(labels))
+    first = next(iter(chosen))
+    for name, config in chosen.items():
+        if name != first and config == chosen[first]:
+            raise UserError(
+                f"variants {first} and {name} are the same with this --config, "
+                f"whose preset is {config.model.preset!r}; choose another preset"
+            )
+        maps = {net: found[-4].stage_output for net, found in nets.items()}  # before fc6
+        if study.equal_maps and maps[name] != maps[first]:
+            raise UserError(
+                f"model.input_size={config.model.input_size}: the last maps are {maps[first]} in "
+                f"variant {first} and {maps[name]} in {name}, and should be alike; "
+                "set --config.model.input_size to 224, 128 or 64"
+            )
+
+
+def claim(directory: pathlib.Path, name: str, reference: Config) -> None:
+    """Keep a folder for a study with one setting of everything else.
+
+    Args:
+      reference: the first variant's config.
+
+    Raises:
+      UserError: the folder holds another study, or runs with other settings.
+    """
+    path = directory / CLAIM
+    length = {} if STUDIES[name].target_error else {"train": ("num_epochs", "num_steps")}
+    if not path.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        claimed = {"study": name, "config": configs.to_dict(reference)}
+        return write_text(path, json.dumps(claimed, indent=2) + "\n")
+    claimed = json.loads(path.read_text(encoding="utf-8"))
+    if claimed["study"] != name:
+        raise UserError(f"{directory} holds study {claimed['study']!r}; choose another --workdir")
+    old = dataclasses.replace(configs.from_dict(claimed["config"]), seed=reference.seed)
+    changed = {**configs.changes(old, reference)[0], **configs.changes(old, reference)[1]}
+    for section, fields in {"eval": ("split", "num_crops"), **length}.items():
+        for field in fields:
+            pair = tuple(getattr(getattr(c, section), field) for c in (old, reference))
+            if pair[0] != pair[1]:
+                changed[f"{section}.{field}"] = pair
+    if changed:
+        words = ", ".join(f"{key}: {was!r} -> {now!r}" for key, (was, now) in changed.items())
+        raise UserError(
+            f"{directory} holds runs with other settings ({words}), which do not belong in one "
+            "table; choose another --workdir"
+        )
+    return None
 
 
 def _config(user: Any, settings: Settings) -> Config:
@@ -137,18 +206,18 @@ def _run(config: Config, directory: pathlib.Path) -> int:
     if number:
         return 128 + number
     errors = {}
-    for split in SPLITS:
+    for split in tables.SPLITS:
         seen = split if split == "train" else config.eval.split
         looking = dataclasses.replace(config, eval=dataclasses.replace(config.eval, split=seen))
         errors[split], _ = predict.evaluate_workdirs(looking, [directory])
     result = {"config": configs.to_dict(config), "seed": config.seed, **errors}
-    write_text(directory / RESULT, json.dumps(result, indent=2) + "\n")
+    write_text(directory / tables.RESULT, json.dumps(result, indent=2) + "\n")
     return 0
 
 
 def _is_done(config: Config, directory: pathlib.Path) -> bool:
     """Whether a workdir holds the result of this very config, but for what does not matter."""
-    path = directory / RESULT
+    path = directory / tables.RESULT
     if not path.exists():
         return False
     done = configs.from_dict(json.loads(path.read_text(encoding="utf-8"))["config"])
@@ -171,7 +240,7 @@ def _best_rate(study: Study, user: Any, name: str, directory: pathlib.Path) -> S
             number = loop.train(config, place)
             if number:
                 raise KeyboardInterrupt(number)
-            found[rate] = report.training_by_epoch(place)[math.ceil(study.search_epochs)]
+            found[rate] = report.training_by_epoch(place)[study.search_epochs]
         except loop.TrainingError as error:
             log.warning("%s", error)
     if not study.rates:
@@ -182,186 +251,6 @@ def _best_rate(study: Study, user: Any, name: str, directory: pathlib.Path) -> S
     tried = ", ".join(f"{rate:g}: {value['top1_error']:.2%}" for rate, value in found.items())
     print(f"{name}: training error by learning rate: {tried}; taken: {best:g}", flush=True)
     return {"optim.learning_rate": best}
-
-
-class Done(NamedTuple):
-    """A run that is done."""
-
-    variant: str
-    seed: int
-    result: dict[str, Any]
-    epochs_to_target: float | None
-
-
-def read_runs(directory: pathlib.Path, study: Study) -> list[Done]:
-    """The runs of a study that are done, variant by variant and by seed."""
-    found = []
-    for name in study.variants:
-        for path in (directory / name).glob(f"*/{RESULT}"):
-            result = json.loads(path.read_text(encoding="utf-8"))
-            epochs = epochs_to(path.parent, study.target_error) if study.target_error else None
-            found.append(Done(name, result["seed"], result, epochs))
-    order = list(study.variants)
-    return sorted(found, key=lambda done: (order.index(done.variant), done.seed))
-
-
-def epochs_to(directory: pathlib.Path, target: float) -> float | None:
-    """Epochs until the mean training error of an epoch first falls to `target`, a fraction.
-
-    On the line through the epochs' means, drawn at the epochs' ends; None where it never does.
-    """
-    before = (0, math.inf)
-    for epoch, values in report.training_by_epoch(directory).items():
-        error = values["top1_error"]
-        if error <= target:
-            reach = (before[1] - target) / (before[1] - error) if before[1] < math.inf else 1.0
-            return before[0] + (epoch - before[0]) * reach
-        before = (epoch, error)
-    return None
-
-
-class Difference(NamedTuple):
-    """Of a variant to the first, over the seeds both have: points of top-1 validation error."""
-
-    count: int
-    mean: float
-    margin: float  # half of the interval; infinite for fewer than two seeds
-
-    @property
-    def verdict(self) -> str:
-        if self.count < 2:
-            return "one seed: no interval"
-        return "resolved" if abs(self.mean) > self.margin else "not resolved"
-
-
-def difference(runs: Sequence[Done], variant: str, reference: str) -> Difference | None:
-    """The paired difference, with Student's interval; None where no seed is common."""
-    errors: dict[str, dict[int, float]] = {variant: {}, reference: {}}
-    for done in runs:
-        if done.variant in errors:
-            errors[done.variant][done.seed] = 100 * done.result["validation"]["top1_error"]
-    common = sorted(errors[variant].keys() & errors[reference].keys())
-    if not common:
-        return None
-    values = np.array([errors[variant][seed] - errors[reference][seed] for seed in common])
-    margin = math.inf
-    if len(values) > 1:
-        quantile = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
-        margin = float(quantile * values.std(ddof=1) / math.sqrt(len(values)))
-    return Difference(len(values), float(values.mean()), margin)
-
-
-def write_tables(directory: pathlib.Path, name: str) -> None:
-    """Write table.md, table.csv and runs.csv of the runs that are done."""
-    study = STUDIES[name]
-    runs = read_runs(directory, study)
-    rows = [_row(study, runs, variant) for variant in study.variants]
-    rows = [row for row in rows if row["n"]]
-    write_text(directory / "table.md", _markdown(name, study, runs, rows))
-    write_text(directory / "table.csv", _csv(rows))
-    singles = [
-        {"variant": done.variant, "seed": done.seed}
-        | {f"{s}_{k}": done.result[s][k] for s in SPLITS for k in MEASURES}
-        | {"epochs_to_target": done.epochs_to_target}
-        for done in runs
-    ]
-    write_text(directory / "runs.csv", _csv(singles))
-
-
-def draw(directory: pathlib.Path, study: Study) -> Any:
-    """Top-1 errors by epoch of each variant, means over the seeds that are done."""
-    places: dict[str, list[pathlib.Path]] = {name: [] for name in study.variants}
-    for done in read_runs(directory, study):
-        places[done.variant].append(directory / done.variant / str(done.seed))
-    training = {
-        name: _mean(
-            {epoch: values["top1_error"] for epoch, values in report.training_by_epoch(run).items()}
-            for run in runs
-        )
-        for name, runs in places.items()
-    }
-    validation = {
-        name: _mean(
-            {record["epoch"]: record["top1_error"] for record in report.evaluation_records(run)}
-            for run in runs
-        )
-        for name, runs in places.items()
-    }
-    if study.target_error:
-        return figures.curves(training, {}, ylabel="training error", target=study.target_error)
-    return figures.curves(training, validation, ylabel="top-1 error")
-
-
-def _mean(runs: Iterable[Mapping[float, float]]) -> figures.Curve:
-    """The mean of several curves, where all of them have a point."""
-    found = list(runs)
-    common = set[float]().union(*found).intersection(*found)
-    return [(epoch, float(np.mean([run[epoch] for run in found]))) for epoch in sorted(common)]
-
-
-MEASURES = ("loss", "top1_error", "top5_error", "num_examples")
-
-
-def _row(study: Study, runs: Sequence[Done], variant: str) -> dict[str, Any]:
-    """A variant's line of the table; errors in per cent, differences in points."""
-    mine = [done for done in runs if done.variant == variant]
-    row: dict[str, Any] = {"variant": variant, "n": len(mine)}
-    if not mine:
-        return row
-    for split, measure in (("train", "top1"), ("validation", "top1"), ("validation", "top5")):
-        values = np.array([100 * done.result[split][f"{measure}_error"] for done in mine])
-        row[f"{split}_{measure}_mean"] = float(values.mean())
-        row[f"{split}_{measure}_spread"] = float(values.std(ddof=1)) if len(values) > 1 else None
-    reached = [done.epochs_to_target for done in mine if done.epochs_to_target]
-    row["epochs_to_target"] = float(np.mean(reached)) if reached else None
-    row["learning_rate"] = mine[0].result["config"]["optim"]["learning_rate"]
-    first = next(iter(study.variants))
-    found = difference(runs, variant, first) if variant != first else None
-    row["difference"] = found.mean if found else None
-    row["margin"] = found.margin if found and found.count > 1 else None
-    row["verdict"] = found.verdict if found else None
-    row["paper"] = study.paper.get(variant)
-    return row
-
-
-def _markdown(name: str, study: Study, runs: Sequence[Done], rows: Sequence[dict]) -> str:
-    """The table for people, with what it stands on."""
-    header = ["variant", "n", "training top-1", "validation top-1", "top-5"]
-    header += [f"epochs to {study.target_error:.0%}", "rate"] if study.target_error else []
-    header += ["difference in top-1", "", "paper, ImageNet"]
-    lines = [header, ["---"] * len(header)]
-    for row in rows:
-        cells = [row["variant"], str(row["n"])]
-        for key in ("train_top1", "validation_top1", "validation_top5"):
-            spread = row[f"{key}_spread"]
-            cells.append(f"{row[f'{key}_mean']:.2f}" + (f" ± {spread:.2f}" if spread else ""))
-        if study.target_error:
-            epochs = row["epochs_to_target"]
-            cells += [f"{epochs:.2f}" if epochs else "not reached", f"{row['learning_rate']:g}"]
-        margin = f" ± {row['margin']:.2f}" if row["margin"] is not None else ""
-        cells.append(f"{row['difference']:+.2f}{margin}" if row["difference"] is not None else "")
-        lines.append([*cells, row["verdict"] or "", row["paper"] or ""])
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    examples = {done.result["validation"]["num_examples"] for done in runs}
-    notes = (
-        "Errors in per cent, mean ± standard deviation over n seeds, of whole splits without "
-        "dropout or augmentation. Differences to the first variant are paired over the seeds both "
-        f"have, in points, with Student's {CONFIDENCE:.0%} interval over seeds. One image of "
-        f"{', '.join(map(str, sorted(examples)))} is {100 / max(examples, default=1):.2f} points."
-    )
-    reached = [row["epochs_to_target"] for row in rows]
-    if len(reached) > 1 and all(reached):
-        notes += f" The last variant took {reached[-1] / reached[0]:.2f} times the epochs of the "
-        notes += "first; an epoch's training error is the mean over it, as it went."
-    return f"# {name}\n\n{study.question}\n\n{table}\n\n{notes}\n"
-
-
-def _csv(rows: Sequence[dict[str, Any]]) -> str:
-    names = list(rows[0]) if rows else []
-    lines = [names, *([("" if row[name] is None else row[name]) for name in names] for row in rows)]
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(lines)
-    return text.getvalue()
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def test_what_one_mesh_saves_another_reads(saver, reader, state, meta, tmp_path)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(5, natural_state(placed, CLASSES), meta)
     with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.latest_step() == 5
+        assert checkpoints.newest_whole() == 5
         found = checkpoints.read_state(5, state)
         assert_equal(checkpoints.read_params(5), state.params)
     assert found.params["fc8"]["kernel"].shape[-1] == CLASSES

@@ -12,6 +12,7 @@ ROOMS = (
     "__init__",
     "config",
     "files",
+    "seals",
     "command",
     "ops",
     "metrics",
@@ -52,6 +53,7 @@ ROOMS = (
     "inspection",
     "main",
     "studies",
+    "tables",
     "study",
     "prepare",
 )

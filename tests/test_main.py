@@ -1,6 +1,7 @@
 """The command, as a user types it: what it prints, writes, refuses and returns."""
 
 import json
+import os
 import pathlib
 import shutil
 import signal
@@ -30,6 +31,11 @@ def final_state(workdir: pathlib.Path, step: int | None = None) -> state.TrainSt
         step = step or checkpoints.steps()[-1]
         shapes = state.state_shapes(config.model, 3, optim.make_optimizer(config.optim))
         return checkpoints.read_state(step, shapes)
+
+
+def steps(workdir: pathlib.Path) -> list[int]:
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        return checkpoints.steps()
 
 
 def assert_equal(found, expected) -> None:
@@ -255,14 +261,71 @@ def test_a_config_file_that_gives_no_config_is_a_mistake(config_file, tmp_path, 
     assert not (tmp_path / "workdir").exists()
 
 
-def test_a_damaged_checkpoint_is_named_with_the_way_out(run, tmp_path, capsys):
+def flipped(path: pathlib.Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "another content": flipped,
+    "bytes, had": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "is missing": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("words", DAMAGE)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(words, run, tmp_path, capsys):
+    """At a rate of nothing the errors stay, so that the first epoch's, step 6, is kept as best."""
+    flags = ["--config.train.num_steps=7", "--config.optim.learning_rate=1e-9"]
+    assert run(tmp_path, *flags) == 0
+    assert steps(tmp_path) == [6, 7]  # of equal errors the earlier is the best
+    undisturbed, lines = final_state(tmp_path, 7), records(tmp_path, "train")
+    largest = max((tmp_path / "checkpoints" / "7").rglob("d/*"), key=lambda p: p.stat().st_size)
+    DAMAGE[words](largest)
+    capsys.readouterr()
+    assert run(tmp_path, "--mode=eval") == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out.splitlines()[-1])["step"] == 6
+    (warning,) = said.err.strip().splitlines()
+    assert "checkpoints/7 IS DAMAGED" in warning
+    assert words in warning
+    assert run(tmp_path, "--mode=eval", "--config.checkpoint.step=7") == 2
+    assert "checkpoints/7 is damaged" in capsys.readouterr().err
+    assert run(tmp_path, *flags) == 0
+    said = capsys.readouterr()
+    assert "IS DAMAGED" in said.err
+    assert "going on from step 6" in said.out
+    assert steps(tmp_path) == [6, 7]
+    assert_equal(final_state(tmp_path, 7), undisturbed)
+    again = records(tmp_path, "train")
+    assert [line["loss"] for line in again] == [line["loss"] for line in lines]
+
+
+def test_a_checkpoint_that_was_not_sealed_counts_if_it_can_be_read(run, tmp_path, capsys):
+    """As when a run is killed between the two; and does not where it cannot."""
+    assert run(tmp_path, "--config.train.num_steps=7", "--config.optim.learning_rate=1e-9") == 0
+    folder = tmp_path / "checkpoints" / "7"
+    (folder / "sha256.json").unlink()
+    assert run(tmp_path, "--mode=eval") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["step"] == 7
+    shutil.rmtree(folder / "params")
+    assert run(tmp_path, "--mode=eval") == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out.splitlines()[-1])["step"] == 6
+    assert "was not sealed" in said.err
+
+
+def test_where_every_checkpoint_is_damaged_nothing_begins_anew(run, tmp_path, capsys):
     assert run(tmp_path, "--config.train.num_steps=2") == 0
     shutil.rmtree(tmp_path / "checkpoints" / "2" / "params")
     capsys.readouterr()
     for mode in ("train", "eval"):
         assert run(tmp_path, f"--mode={mode}") == 2
-        (line,) = capsys.readouterr().err.strip().splitlines()
-        assert "checkpoints/2 is damaged" in line
+        warning, error = capsys.readouterr().err.strip().splitlines()
+        assert "checkpoints/2 IS DAMAGED" in warning
+        assert "all checkpoints of" in error
+    assert steps(tmp_path) == [2]
 
 
 def test_garbage_in_the_workdir_does_no_harm(run, tmp_path):

@@ -7,10 +7,11 @@ import pathlib
 
 import pytest
 
+from alexnet_jax import report, tables
 from alexnet_jax import study as command
 from alexnet_jax.studies import STUDIES, Study
 
-STEPS = ["--config.train.num_steps=2", "--config.eval.batch_size=8"]
+STEPS = ["--config.train.num_steps=12", "--config.eval.batch_size=8"]
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,7 @@ def test_means_spread_and_paired_interval_are_those_worked_out_by_hand(finished)
         assert int(row["n"]) == 2
         assert float(row["validation_top1_mean"]) == pytest.approx((a + b) / 2)
         assert float(row["validation_top1_spread"]) == pytest.approx(abs(a - b) / math.sqrt(2))
+    assert errors["with_lrn"] != errors["without_lrn"]
     first, second = (b - a for a, b in zip(errors["with_lrn"], errors["without_lrn"]))
     last = rows(finished / "table.csv")[-1]
     assert float(last["difference"]) == pytest.approx((first + second) / 2)
@@ -81,24 +83,24 @@ def test_means_spread_and_paired_interval_are_those_worked_out_by_hand(finished)
 
 
 def test_a_difference_is_resolved_only_outside_its_interval():
-    def done(name: str, *errors: float) -> list[command.Done]:
+    def done(name: str, *errors: float) -> list[tables.Done]:
         results = [{"validation": {"top1_error": error}} for error in errors]
-        return [command.Done(name, seed, r, None) for seed, r in enumerate(results)]
+        return [tables.Done(name, seed, r, None) for seed, r in enumerate(results)]
 
     # Differences of 4, 5 and 6 points: mean 5, deviation 1, t(2) = 4.3027, 4.3027 / sqrt(3).
-    steady = command.difference(done("a", 0.10, 0.20, 0.30) + done("b", 0.14, 0.25, 0.36), "b", "a")
+    steady = tables.difference(done("a", 0.10, 0.20, 0.30) + done("b", 0.14, 0.25, 0.36), "b", "a")
     assert steady is not None
     assert (steady.count, steady.verdict) == (3, "resolved")
     assert (steady.mean, steady.margin) == pytest.approx((5, 2.48414), rel=1e-5)
-    noisy = command.difference(done("a", 0.10, 0.20, 0.30) + done("b", 0.14, 0.2, 0.36), "b", "a")
+    noisy = tables.difference(done("a", 0.10, 0.20, 0.30) + done("b", 0.14, 0.2, 0.36), "b", "a")
     assert noisy is not None
     assert noisy.verdict == "not resolved"
-    alone = command.difference(done("a", 0.1) + done("b", 0.3, 0.4), "b", "a")
+    alone = tables.difference(done("a", 0.1) + done("b", 0.3, 0.4), "b", "a")
     assert alone is not None
     assert (alone.count, alone.mean, alone.verdict) == (
         1, pytest.approx(20), "one seed: no interval",
     )  # fmt: skip
-    assert command.difference(done("a", 0.1), "b", "a") is None
+    assert tables.difference(done("a", 0.1), "b", "a") is None
 
 
 def test_the_same_command_does_nothing_again_and_more_seeds_only_those(finished, start, capsys):
@@ -116,7 +118,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(start, run, tmp_path, capsy
     assert run(place, "--config.seed=1", "--config.train.num_steps=1") == 0
     assert start("lrn", tmp_path, "--seeds=1", "--variants=with_lrn") == 0
     assert "going on from step 1" in capsys.readouterr().out
-    assert json.loads((place / "result.json").read_text())["train"]["step"] == 2
+    assert json.loads((place / "result.json").read_text())["train"]["step"] == 12
 
 
 def test_the_rate_of_the_lowest_training_error_is_taken(start, tmp_path, monkeypatch, capsys):
@@ -136,6 +138,78 @@ def test_the_rate_of_the_lowest_training_error_is_taken(start, tmp_path, monkeyp
     assert f"taken: {best}" in said.out
     config = json.loads((tmp_path / "only" / "5" / "config.json").read_text())
     assert (config["seed"], config["optim"]["learning_rate"]) == (5, float(best))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--config.train.num_steps=3"], ["train.num_steps: 12 -> 3"]),
+        (["--config.eval.num_crops=10"], ["eval.num_crops: 1 -> 10"]),
+        (["--config.eval.split=train"], ["eval.split: 'validation' -> 'train'"]),
+        (["--config.optim.momentum=0.5"], ["optim.momentum: 0.9 -> 0.5"]),
+    ],
+)
+def test_runs_with_other_settings_do_not_join_the_table(flags, words, finished, start, capsys):
+    assert start("lrn", finished, "--seeds=9", *flags) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in [*words, "choose another --workdir"])
+    assert not (finished / "with_lrn" / "9").exists()
+
+
+def test_another_study_does_not_join_the_table(finished, start, capsys):
+    assert start("overlap", finished, "--config.model.input_size=64") == 2
+    assert "holds study 'lrn'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "words"),
+    [
+        ("overlap", ["--config.model.input_size=112"], ["(3, 3, 16)", "(2, 2, 16)"]),
+        ("lrn", ["--seeds=1,4294967296"], ["seed=4294967296", "below 2**32"]),
+        ("activation", ["--config.model.net=cifar"], ["model.towers=2", "preset=cifar"]),
+        ("lrn", ["--config.train.batch_size=7", "--config.train.accumulation_steps=2"], ["7"]),
+    ],
+)
+def test_a_study_of_which_one_run_cannot_be_is_refused_before_any(
+    name, flags, words, start, tmp_path, capsys
+):
+    workdir = tmp_path / "study"
+    assert start(name, workdir, *flags) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words), error
+    assert not workdir.exists()
+
+
+def test_variants_that_are_the_same_are_refused(start, tmp_path, monkeypatch, capsys):
+    same = Study("?", {"one": {"model.lrn": True}, "two": {"model.lrn": True}}, {})
+    monkeypatch.setitem(STUDIES, "same", same)
+    assert start("same", tmp_path / "study") == 2
+    assert "variants one and two are the same" in capsys.readouterr().err
+
+
+def test_a_run_that_diverges_is_told_at_the_end_and_the_others_are_made(
+    start, tmp_path, monkeypatch, capsys
+):
+    wild = Study("?", {"wild": {"optim.learning_rate": 1e9}, "calm": {}}, {})
+    monkeypatch.setitem(STUDIES, "wild", wild)
+    assert start("wild", tmp_path, "--seeds=1", "--config.train.num_steps=4") == 1
+    assert "failed: wild, seed 1: step" in capsys.readouterr().err
+    assert [(row["variant"], row["n"]) for row in rows(tmp_path / "table.csv")] == [("calm", "1")]
+
+
+def test_a_record_counts_for_the_epoch_it_begins_in(tmp_path):
+    """487 images in batches of 128: epochs end within steps 4, 8 and 12, at 1.05, 2.10, 3.15."""
+    logged = {1: 0.9, 4: 0.6, 6: 0.5, 8: 0.3, 12: 0.2}
+    lines = [
+        {"step": n, "epoch": n * 128 / 487, "split": "train", "loss": 1.0, "top1_error": error}
+        | {"learning_rate": 0.1}
+        for n, error in logged.items()
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = report.training_by_epoch(tmp_path)
+    errors = [values["top1_error"] for values in found.values()]
+    assert list(found) == [1, 2, 3]
+    assert errors == pytest.approx([(0.9 + 3 * 0.6) / 4, (2 * 0.5 + 2 * 0.3) / 4, 0.2])
 
 
 def written(workdir: pathlib.Path, errors: list[float], steps_an_epoch: int = 2) -> pathlib.Path:
@@ -164,7 +238,7 @@ def written(workdir: pathlib.Path, errors: list[float], steps_an_epoch: int = 2)
     ],
 )
 def test_epochs_to_a_training_error_are_read_off_the_curve(errors, epochs, tmp_path):
-    found = command.epochs_to(written(tmp_path, errors), 0.25)
+    found = tables.epochs_to(written(tmp_path, errors), 0.25)
     assert found == (pytest.approx(epochs) if epochs else None)
 
 
@@ -173,7 +247,7 @@ def test_an_epoch_that_is_not_over_does_not_count(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:4]))  # the second epoch's first step is the last
-    assert command.epochs_to(tmp_path, 0.25) is None
+    assert tables.epochs_to(tmp_path, 0.25) is None
 
 
 @pytest.mark.parametrize(
@@ -220,11 +294,11 @@ def test_a_variant_above_the_parameter_limit_is_refused_before_any_is_trained(
 
 def test_pool_strides_change_the_last_pool_alone_unless_told_otherwise():
     for name, value in STUDIES["pool_stride"].variants.items():
-        assert value.get("model.pool_strides", (2, 2, 2))[:2] == (2, 2), name
+        assert value["model.pool_strides"][:2] == (2, 2), name
     everywhere = STUDIES["pool_stride_everywhere"].variants.values()
-    assert {value.get("model.pool_strides") for value in everywhere} == {
-        None, (1, 1, 1), (3, 3, 3),
-    }  # fmt: skip
+    assert {value["model.pool_strides"] for value in everywhere} == {
+        (stride,) * 3 for stride in (1, 2, 3)
+    }
 
 
 @pytest.mark.parametrize("name", sorted(STUDIES))

@@ -34,7 +34,7 @@ def make_optimizer(optim: Optim) -> optax.GradientTransformationExtraArgs:
     layer_rates = dict(zip(LAYERS, optim.layer_rates, strict=True))
     return optax.chain(
         optax.add_decayed_weights(optim.weight_decay, mask=_kernels),
-        _scale_by_rates(layer_rates | {"conv6": layer_rates["conv5"]}),
+        _scale_by_rates(layer_rates | {"conv6": layer_rates["conv5"], "fc4": layer_rates["fc8"]}),
         optax.trace(decay=optim.momentum),
     )
 
