@@ -203,7 +203,8 @@ class Checkpoints:
         response.result()
         if not ocp.is_orbax_checkpoint(self.directory / str(step)):
             raise SaveError(f"step {step} is not on disk after its save")
-        seals.seal(pathlib.Path(self.directory / str(step)))
+        if jax.process_index() == 0:
+            seals.seal(pathlib.Path(self.directory / str(step)))
 
     def wait(self) -> None:
         """Until the save under way is on disk.

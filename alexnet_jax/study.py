@@ -160,17 +160,19 @@ def claim(directory: pathlib.Path, name: str, reference: Config) -> None:
       UserError: the folder holds another study, or runs with other settings.
     """
     path = directory / CLAIM
-    length = {} if STUDIES[name].target_error else {"train": ("num_epochs", "num_steps")}
+    length = () if STUDIES[name].target_error else ("num_epochs", "num_steps")
     if not path.exists():
         directory.mkdir(parents=True, exist_ok=True)
         claimed = {"study": name, "config": configs.to_dict(reference)}
-        return write_text(path, json.dumps(claimed, indent=2) + "\n")
+        write_text(path, json.dumps(claimed, indent=2) + "\n")
+        return
     claimed = json.loads(path.read_text(encoding="utf-8"))
     if claimed["study"] != name:
         raise UserError(f"{directory} holds study {claimed['study']!r}; choose another --workdir")
     old = dataclasses.replace(configs.from_dict(claimed["config"]), seed=reference.seed)
     changed = {**configs.changes(old, reference)[0], **configs.changes(old, reference)[1]}
-    for section, fields in {"eval": ("split", "num_crops"), **length}.items():
+    free = {"eval": ("split", "num_crops"), "train": ("init_from", *length)}
+    for section, fields in free.items():  # in a run, but not in a table
         for field in fields:
             pair = tuple(getattr(getattr(c, section), field) for c in (old, reference))
             if pair[0] != pair[1]:
@@ -181,7 +183,6 @@ def claim(directory: pathlib.Path, name: str, reference: Config) -> None:
             f"{directory} holds runs with other settings ({words}), which do not belong in one "
             "table; choose another --workdir"
         )
-    return None
 
 
 def _config(user: Any, settings: Settings) -> Config:

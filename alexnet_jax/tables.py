@@ -18,6 +18,7 @@ from alexnet_jax.studies import STUDIES, Study
 RESULT = "result.json"
 CONFIDENCE = 0.95
 SPLITS = ("train", "validation")
+MEASURES = ("loss", "top1_error", "top5_error", "num_examples")
 
 
 class Done(NamedTuple):
@@ -135,9 +136,6 @@ def _mean(runs: Iterable[Mapping[float, float]]) -> figures.Curve:
     return [(epoch, float(np.mean([run[epoch] for run in found]))) for epoch in sorted(common)]
 
 
-MEASURES = ("loss", "top1_error", "top5_error", "num_examples")
-
-
 def _row(study: Study, runs: Sequence[Done], variant: str) -> dict[str, Any]:
     """A variant's line of the table; errors in per cent, differences in points."""
     mine = [done for done in runs if done.variant == variant]
@@ -164,7 +162,8 @@ def _row(study: Study, runs: Sequence[Done], variant: str) -> dict[str, Any]:
 
 def _markdown(name: str, study: Study, runs: Sequence[Done], rows: Sequence[dict]) -> str:
     """The table for people, with what it stands on."""
-    header = ["variant", "n", "training top-1", "validation top-1", "top-5"]
+    (split,) = {done.result["validation"]["split"] for done in runs}
+    header = ["variant", "n", "training top-1", f"{split} top-1", "top-5"]
     header += [f"epochs to {study.target_error:.0%}", "rate"] if study.target_error else []
     header += ["difference in top-1", "", "paper, ImageNet"]
     lines = [header, ["---"] * len(header)]
@@ -172,9 +171,8 @@ def _markdown(name: str, study: Study, runs: Sequence[Done], rows: Sequence[dict
         cells = [row["variant"], str(row["n"])]
         for key in ("train_top1", "validation_top1", "validation_top5"):
             spread = row[f"{key}_spread"]
-            cells.append(
-                f"{row[f'{key}_mean']:.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
-            )
+            around = f" ± {spread:.2f}" if spread is not None else ""
+            cells.append(f"{row[f'{key}_mean']:.2f}{around}")
         if study.target_error:
             epochs = row["epochs_to_target"]
             reached = f"by {row['reached_target']} of {row['n']}"
