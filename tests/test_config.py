@@ -103,6 +103,8 @@ def test_a_config_survives_json(preset):
         ({"model": {"channels": [96, 256]}}, ["model.channels", "5 numbers"]),
         ({"model": {"after_conv1": ["pool", "lnr"]}}, ["model.after_conv1", "lrn"]),
         ({"model": {"pool_strides": [2, 2, 4]}}, ["pool_strides", "window"]),
+        ({"model": {"without": ("conv1",)}}, ["model.without=('conv1',)", "conv2 to conv5"]),
+        ({"model": {"net": "cifar"}}, ["model.towers=2", "--config.model.preset=cifar"]),
         ({"data": {"source": "imagenet"}}, ["data.source='imagenet'", "folder:PATH"]),
         ({"data": {"source": "folder:"}}, ["data.source='folder:'"]),
         ({"data": {"stored_size": 200}}, ["data.stored_size=200", "model.input_size=224"]),

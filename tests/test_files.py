@@ -1,0 +1,69 @@
+"""Files are written whole or not at all, and a folder's seal tells what has changed in it."""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+from alexnet_jax import files, seals
+
+
+@pytest.mark.parametrize("sync", [False, True])
+def test_a_write_that_fails_half_way_leaves_the_file_that_was_there(sync, tmp_path):
+    path = tmp_path / "table.md"
+    files.write_text(path, "old", sync)
+
+    def fail() -> None:
+        with files.whole(path, sync) as partial:
+            partial.write_text("ne")
+            raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        fail()
+    assert path.read_text() == "old"
+    files.write_text(path, "new", sync)
+    assert path.read_text() == "new"
+
+
+def test_arrays_are_read_back_without_pickle(tmp_path):
+    names = np.array(["a", "é"])
+    files.write_arrays(tmp_path / "x.npz", numbers=np.arange(3), names=names)
+    with np.load(tmp_path / "x.npz", allow_pickle=False) as found:
+        assert found["numbers"].tolist() == [0, 1, 2]
+        assert found["names"].tolist() == ["a", "é"]
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
+
+
+@pytest.fixture
+def folder(tmp_path) -> pathlib.Path:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "data").write_bytes(bytes(range(256)))
+    (tmp_path / "list").write_text("one\n")
+    seals.seal(tmp_path)
+    return tmp_path
+
+
+def test_a_sealed_folder_is_whole_whatever_is_added(folder):
+    assert seals.is_sealed(folder)
+    assert seals.damage(folder) is None
+    (folder / "more").touch()
+    assert seals.damage(folder) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda path: path.unlink(), "d/data is missing"),
+        (lambda path: path.write_bytes(bytes(range(255))), "d/data has 255 bytes, had 256"),
+        (lambda path: path.write_bytes(bytes(range(255)) + b"\0"), "d/data has another content"),
+    ],
+)
+def test_what_is_missing_cut_or_changed_is_named(change, words, folder):
+    change(folder / "d" / "data")
+    assert seals.damage(folder) == words
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"list": 3}', '{"list": ["a"]}', "\0"])
+def test_a_seal_that_is_damaged_itself_vouches_for_nothing(text, folder):
+    (folder / seals.SEAL).write_text(text)
+    assert "cannot be read" in (seals.damage(folder) or "")
