@@ -4,7 +4,8 @@
         --config.data.source=folder:PATH
 
 Reached 24.3 % top-1 validation error on 12 of the classes (812 training images) after 90 epochs, in
-18 minutes on two CPU cores with other work. On all 102 classes, which is what TFDS holds, it was not measured.
+18 minutes on two CPU cores with other work. On all 102 classes, which is what TFDS holds, it was
+not measured.
 """
 
 from alexnet_jax.config import blank

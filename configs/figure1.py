@@ -2,7 +2,9 @@
 
     python -m alexnet_jax.study --study=figure1 --config=configs/figure1.py --workdir=DIR
 
-trains it with ReLU and with tanh, each at the best of five learning rates. One net alone:
+trains it with ReLU and with tanh, each at the best of five learning rates. ReLU reached 25 %
+training error after 7.95 epochs, some two minutes each on one CPU core; tanh was at 36.6 % after
+10. One net alone:
 
     python -m alexnet_jax.main --config=configs/figure1.py --workdir=runs/figure1
 """
