@@ -20,6 +20,7 @@ import ml_collections
 from ml_collections import config_dict
 
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
+SHARES_ENTRY = {"conv6": "conv5", "fc4": "fc8"}  # layers without one of their own in such tuples
 
 
 class UserError(Exception):

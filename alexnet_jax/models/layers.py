@@ -10,7 +10,7 @@ from flax import nnx
 from jax import Array
 
 from alexnet_jax import ops
-from alexnet_jax.config import LAYERS, Model
+from alexnet_jax.config import LAYERS, SHARES_ENTRY, Model
 
 INITIAL_STREAM = 1 << 40  # of random numbers, beside those of data and dropout
 
@@ -63,8 +63,8 @@ def initial_parameters(config: Model, seed: int) -> Parameters:
     """
 
     def draw(layer: Layer) -> tuple[np.ndarray, np.ndarray]:
-        place = LAYERS.index({"conv6": "conv5", "fc4": "fc8"}.get(layer.name, layer.name))
-        stream = INITIAL_STREAM + (*LAYERS, "conv6", "fc4").index(layer.name)
+        place = LAYERS.index(SHARES_ENTRY.get(layer.name, layer.name))
+        stream = INITIAL_STREAM + (*LAYERS, *SHARES_ENTRY).index(layer.name)
         rng = np.random.Generator(np.random.Philox(key=np.array([seed, stream], np.uint64)))
         if config.init == "uniform":
             bound = 1 / math.sqrt(math.prod(layer.kernel[:-1]))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from alexnet_jax.config import LAYERS, Optim
+from alexnet_jax.config import LAYERS, SHARES_ENTRY, Optim
 
 Rates = dict[str, Array]  # "kernel", "bias"; "conv1_kernel", "conv1_bias" where they differ
 Schedule = Callable[[Array, Array], Rates]  # (step, plateau scale) -> rates
@@ -31,10 +31,11 @@ def make_optimizer(optim: Optim) -> optax.GradientTransformationExtraArgs:
 
     Parameters are {layer: {"kernel": ..., "bias": ...}}; velocities have their shapes and dtypes.
     """
-    layer_rates = dict(zip(LAYERS, optim.layer_rates, strict=True))
+    own: Mapping[str, float] = dict(zip(LAYERS, optim.layer_rates, strict=True))
+    shared = {name: own[other] for name, other in SHARES_ENTRY.items()}
     return optax.chain(
         optax.add_decayed_weights(optim.weight_decay, mask=_kernels),
-        _scale_by_rates(layer_rates | {"conv6": layer_rates["conv5"], "fc4": layer_rates["fc8"]}),
+        _scale_by_rates({**own, **shared}),
         optax.trace(decay=optim.momentum),
     )
 

@@ -29,6 +29,19 @@ def kernel_rates(schedule: optim.Schedule, steps: list[int]) -> list[float]:
 # ------------------------------------------------------------------------------------ the update
 
 
+def test_every_layer_moves_by_its_own_rate_also_those_that_share_anothers():
+    """conv6 takes conv5's entry, and fc4, figure 1's last layer, fc8's."""
+    layer_rates = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+    expected = {"conv1": 0.1, "conv5": 0.5, "conv6": 0.5, "fc4": 0.8, "fc8": 0.8}
+    params = {layer: {"kernel": jnp.ones(2), "bias": jnp.ones(2)} for layer in expected}
+    update = optim.make_optimizer(Optim(layer_rates=layer_rates, weight_decay=0.0))
+    rates = {"kernel": jnp.float32(1), "bias": jnp.float32(2)}
+    moved, _ = update.update(params, update.init(params), params, rates=rates)
+    for layer, rate in expected.items():
+        np.testing.assert_allclose(moved[layer]["kernel"], [-rate] * 2, rtol=1e-6)
+        np.testing.assert_allclose(moved[layer]["bias"], [-2 * rate] * 2, rtol=1e-6)
+
+
 def test_the_update_is_the_papers_over_steps_of_changing_rates():
     """v = .9 v - .0005 rate w - rate g; biases: no decay; a layer with a rate of its own."""
     rng = np.random.default_rng(0)
