@@ -49,7 +49,7 @@ def bench(config: Config) -> dict[str, Any]:
         found["input"] = _input(stream_of, batch_size, config.data)
         batch = next(stream_of)
     found["input"]["stages"] = _stages(source, statistics, config, mesh)
-    advance = _make_advance(config, mesh, statistics, len(source.labels), len(source), batch)
+    advance = make_advance(config, mesh, statistics, len(source.labels), len(source), batch)
     seconds = _repeated(lambda: advance(batch))
     found["step"] = {"images_per_second": batch_size / seconds, "seconds": seconds}
     with batches() as stream_of:
@@ -120,7 +120,7 @@ def _stages(source: Source, statistics: Statistics, config: Config, mesh: Mesh) 
     return dict(zip(("read", "decode", "augment", "copy"), times.tolist()))
 
 
-def _make_advance(
+def make_advance(
     config: Config,
     mesh: Mesh,
     statistics: Statistics,

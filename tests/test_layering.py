@@ -14,6 +14,10 @@ ROOMS = (
     "files",
     "seals",
     "command",
+    "ops.convolution",
+    "ops.pooling",
+    "ops.normalisation",
+    "ops.dropout",
     "ops",
     "metrics",
     "mesh",
@@ -63,7 +67,8 @@ def modules() -> dict[str, ast.Module]:
     found = {}
     for path in sorted(ROOT.rglob("*.py")):
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        if name == "__init__" or path.name != "__init__.py":
+        name = name if name == "__init__" else name.removesuffix(".__init__")
+        if path.stat().st_size:
             found[name] = ast.parse(path.read_text(encoding="utf-8"))
     return found
 

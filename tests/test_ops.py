@@ -9,6 +9,7 @@ import oracle
 import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jax.test_util import check_grads
 
 from alexnet_jax import ops
 
@@ -107,21 +108,25 @@ def test_the_compiled_max_pool_gradient_has_no_select_and_scatter():
 # ---------------------------------------------------------------------------------- convolution
 
 
+@pytest.mark.parametrize("batch", [1, 2, 5, 8])  # in blocks of 1, 2, 1 and 4 images
 @pytest.mark.parametrize(
-    ("side", "maps", "window", "stride", "padding", "groups"),
+    ("sides", "maps", "window", "stride", "padding", "groups"),
     [
-        (19, 8, 11, 4, ((0, 3), (0, 3)), 1),
-        (9, 8, 5, 1, ((2, 2), (2, 2)), 2),
-        (7, 8, 3, 1, ((1, 1), (1, 1)), 1),
-        (6, 8, 3, 1, ((1, 1), (1, 1)), 2),
-        (19, 3, 11, 4, ((0, 3), (0, 3)), 1),
-        (8, 3, 5, 1, ((2, 2), (2, 2)), 1),
-        (7, 4, 5, 1, ((0, 1), (2, 3)), 2),
+        ((19, 19), 8, (11, 11), 4, ((0, 3), (0, 3)), 1),
+        ((19, 22), 3, (11, 11), 4, ((0, 3), (0, 3)), 1),
+        ((9, 10), 6, (4, 3), 3, ((2, 1), (0, 3)), 2),
+        ((9, 9), 8, (5, 5), 1, ((2, 2), (2, 2)), 2),
+        ((7, 6), 8, (3, 3), 1, ((1, 1), (1, 1)), 1),
+        ((8, 8), 3, (5, 5), 1, ((2, 2), (2, 2)), 1),
+        ((7, 9), 4, (5, 2), 1, ((0, 1), (2, 3)), 2),
+        ((4, 5), 2, (4, 1), 1, ((3, 3), (0, 0)), 1),
     ],
 )
-def test_convolution_and_its_gradients_are_the_oracles(side, maps, window, stride, padding, groups):
-    x = normal(1, 2, side, side, maps).astype(np.float32)
-    kernel = normal(2, window, window, maps // groups, 6).astype(np.float32)
+def test_convolution_and_its_gradients_are_the_oracles(
+    batch, sides, maps, window, stride, padding, groups
+):
+    x = normal(1, batch, *sides, maps).astype(np.float32)
+    kernel = normal(2, *window, maps // groups, 6).astype(np.float32)
     expected = oracle.conv(x, kernel, np.zeros(6), stride, padding, groups)
     dy = normal(3, *expected.shape).astype(np.float32)
     y, (dx, dkernel) = with_gradient(
@@ -135,6 +140,46 @@ def test_convolution_and_its_gradients_are_the_oracles(side, maps, window, strid
     np.testing.assert_allclose(y, expected, atol=1e-4)
     np.testing.assert_allclose(dx, wanted[0], atol=1e-4)
     np.testing.assert_allclose(dkernel, wanted[1], atol=1e-4)
+
+
+@pytest.mark.parametrize(("maps", "window", "stride"), [(3, 5, 2), (4, 3, 1)])
+def test_gradients_of_a_bfloat16_convolution_are_those_of_the_numbers_it_holds(
+    maps, window, stride
+):
+    """Exact sums over a batch of small whole numbers, rounded once: 2**-9 of the largest."""
+    rng = np.random.default_rng(5)
+    padding = ((1, 1), (1, 1))
+    x = rng.integers(-3, 4, (6, 9, 9, maps)).astype(float)
+    kernel = rng.integers(-3, 4, (window, window, maps, 5)).astype(float)
+    shape = oracle.conv(x, kernel, np.zeros(5), stride, padding).shape
+    dy = rng.integers(-3, 4, shape).astype(float)
+    _, found = with_gradient(
+        lambda x, kernel: ops.conv(x, kernel, stride=stride, padding=padding),
+        jnp.asarray(x, jnp.bfloat16),
+        jnp.asarray(kernel, jnp.bfloat16),
+        dy=jnp.asarray(dy, jnp.bfloat16),
+    )
+    for gradient, wanted in zip(found, oracle.conv_grad(x, kernel, dy, stride, padding)):
+        assert gradient.dtype == jnp.bfloat16
+        np.testing.assert_allclose(gradient.astype(float), wanted, rtol=2**-8)
+
+
+def test_gradients_are_the_slopes_of_what_they_belong_to():
+    """Finite differences, of odd sizes and unequal sides; pixels of a pool lie wide apart."""
+    x = normal(1, 3, 7, 6, 5).astype(np.float32)
+    kernel = normal(2, 3, 2, 5, 4).astype(np.float32)
+    apart = np.random.default_rng(3).permutation(x.size).reshape(x.shape).astype(np.float32)
+
+    def convolved(x, kernel):
+        return ops.conv(x, kernel, stride=2, padding=((1, 0), (0, 2)))
+
+    for function, arguments in [
+        (convolved, (x, kernel)),
+        (lambda x: ops.max_pool(x, 3, 2), (apart,)),
+        (lambda x: ops.local_response_norm(x, **OTHER, groups=1), (x,)),
+        (lambda x: ops.spatial_response_norm(x, **OTHER), (x,)),
+    ]:
+        check_grads(function, arguments, order=1, modes=["rev"], atol=1e-2, rtol=1e-2, eps=1e-2)
 
 
 def test_a_convolution_of_few_maps_has_the_same_gradients_on_four_devices():

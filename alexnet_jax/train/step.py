@@ -74,46 +74,67 @@ def make_train_step(
       (state, batch, statistics, scale) -> (state, results), jitted. The state given is donated;
       `batch` is `stream.train_batches`'s; `scale`, () float32, is the plateau's.
     """
-    shards = mesh.shape["model"]
+    shards, places = mesh.shape["model"], mesh.shape["data"]
+    # One place has nobody to add to; XLA would copy every gradient to find that out.
+    rows_spec, axes = (P("data"), ("data", "model")) if places > 1 else (P(), ("model",))
 
-    def local_loss(params: Params, batch: DeviceBatch, statistics: Statistics, key: Array):
+    def over_data(tree: Any) -> Any:
+        return lax.psum(tree, "data") if places > 1 else tree
+
+    def local_loss(
+        params: Params, batch: DeviceBatch, statistics: Statistics, key: Array, batch_size: int
+    ):
+        """This device's part of the global batch's mean loss."""
         images = batch["image"].astype(jnp.float32) + batch["shift"][:, None, None]
         images = pixels.normalise(images, batch["offset"], batch["mirror"], statistics, mean)
         images = images * batch["gain"][:, None, None, None]
         logits = apply(params, images, Dropout(key, batch["row"]))
         sums = metrics.sums(metrics.log_probabilities(logits), batch["label"])
-        return sums.loss / shards, sums
+        return sums.loss / (shards * batch_size), sums
 
     def local_step(state: TrainState, batch: DeviceBatch, statistics: Statistics, scale: Array):
         key = jax.random.fold_in(jax.random.key(seed), DROPOUT_STREAM)
         key = jax.random.fold_in(key, state.step)
         count = batch["label"].shape[0]
-        batch = batch | {"row": lax.axis_index("data") * count + jnp.arange(count)}
+        first = lax.axis_index("data") * count if places > 1 else 0
+        batch = batch | {"row": first + jnp.arange(count)}
         # Gradients stay on their device until all parts are in; only then are they summed.
-        params = lax.pcast(state.params, ("data",), to="varying")
+        params = lax.pcast(state.params, ("data",), to="varying") if places > 1 else state.params
         gradient = jax.grad(local_loss, has_aux=True)
 
         def part(batch: DeviceBatch):
-            return gradient(params, batch, statistics, key)
+            return gradient(params, batch, statistics, key, count * places)
 
-        gradients, sums = _accumulated(part, batch, accumulation_steps)
-        gradients, sums = lax.psum((gradients, sums), "data")
-        gradients = jax.tree.map(lambda leaf: leaf / (count * mesh.shape["data"]), gradients)
-        updates, opt_state = optimizer.update(
-            gradients,
-            state.opt_state,
-            state.params,
-            rates=schedule(state.step, scale),
-        )
-        params = cast(Params, optax.apply_updates(state.params, updates))
-        squares = {
-            layer: Squares(
-                _square(gradient["kernel"]) + _square(gradient["bias"]),
-                _square(cast(Params, updates)[layer]["kernel"]),
-                _square(state.params[layer]["kernel"]),
-            )
-            for layer, gradient in cast(Params, gradients).items()
+        gradients, sums = _accumulated(part, batch, accumulation_steps, axes)
+        gradients, sums = over_data((gradients, sums))
+        norms = {
+            layer: _square(leaves["kernel"]) + _square(leaves["bias"])
+            for layer, leaves in cast(Params, gradients).items()
         }
+        # A bad update is never applied. Besides, nothing reads the parameters once this is
+        # known, so that they are updated where they are.
+        good = jnp.all(jnp.isfinite(jnp.stack([sums.loss, *norms.values()])))
+
+        def updated(params: Params, opt_state: Any, gradients: Params) -> Any:
+            rates = schedule(state.step, scale)
+            updates, opt_state = optimizer.update(gradients, opt_state, params, rates=rates)
+            updates = cast(Params, updates)
+            squares = {
+                layer: Squares(
+                    norm, *(_square(tree[layer]["kernel"]) for tree in (updates, params))
+                )
+                for layer, norm in norms.items()
+            }
+            return optax.apply_updates(params, updates), opt_state, squares
+
+        def as_it_was(params: Params, opt_state: Any, gradients: Params) -> Any:
+            nothing = {layer: jnp.where(good, norm, 0) for layer, norm in norms.items()}
+            squares = {layer: Squares(norms[layer], zero, zero) for layer, zero in nothing.items()}
+            return params, opt_state, squares
+
+        params, opt_state, squares = lax.cond(
+            good, updated, as_it_was, state.params, state.opt_state, gradients
+        )
         results = jax.tree.map(lambda value: jnp.reshape(value, (1,)), StepResults(sums, squares))
         return TrainState(state.step + 1, params, opt_state), results
 
@@ -122,7 +143,7 @@ def make_train_step(
         return jax.shard_map(
             local_step,
             mesh=mesh,
-            in_specs=(specs, P("data"), P(), P()),
+            in_specs=(specs, rows_spec, P(), P()),
             out_specs=(specs, P("model")),
         )(state, batch, statistics, scale)
 
@@ -133,8 +154,10 @@ def _square(leaf: Array) -> Array:
     return jnp.sum(leaf * leaf)
 
 
-def _accumulated(part: Callable[[DeviceBatch], Any], batch: DeviceBatch, steps: int) -> Any:
-    """The sum of `part` over `steps` equal parts of the batch's rows."""
+def _accumulated(
+    part: Callable[[DeviceBatch], Any], batch: DeviceBatch, steps: int, axes: tuple[str, ...]
+) -> Any:
+    """The sum of `part`, which differs along mesh `axes`, over `steps` equal parts of the rows."""
     if steps == 1:
         return part(batch)
     parts = jax.tree.map(lambda rows: rows.reshape(steps, -1, *rows.shape[1:]), batch)
@@ -144,7 +167,7 @@ def _accumulated(part: Callable[[DeviceBatch], Any], batch: DeviceBatch, steps: 
     def add(total: Any, batch: DeviceBatch):
         return jax.tree.map(jnp.add, total, part(batch)), None
 
-    return lax.scan(add, lax.pcast(zeros, ("data", "model"), to="varying"), parts)[0]
+    return lax.scan(add, lax.pcast(zeros, axes, to="varying"), parts)[0]
 
 
 def make_eval_step(apply: Apply, mesh: Mesh, *, size: int, num_crops: int, mean: str) -> EvalStep:

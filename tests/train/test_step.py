@@ -294,6 +294,32 @@ def test_four_devices_train_as_the_oracle_does(case, run, problem, difference):
     assert difference(found.grads, grads) < TOLERANCE
 
 
+@pytest.mark.parametrize(("data", "model"), [(1, 1), (1, 2), (2, 2)])
+def test_an_update_that_is_not_finite_is_not_applied(data, model, problem):
+    """One pixel too large for float32: the step tells which layers' gradients are not finite."""
+    config, params, batches, statistics = problem(7)
+    mesh = meshes.make_mesh(configs.Mesh(model=model, data=data), config.model)
+    optimizer = optim.make_optimizer(config.optim)
+    given = state.initial_state(config.model, 7, optimizer, 0)._replace(params=params)
+    train_step = step.make_train_step(
+        state.make_apply(config.model, 7, model),
+        optimizer,
+        optim.make_schedule(config.optim, num_examples=100, batch_size=BATCH, num_steps=STEPS),
+        mesh,
+        seed=SEED,
+        mean="central",
+    )
+    shift = batches[0]["shift"].copy()
+    shift[3] = np.inf
+    batch = meshes.put_batch(batches[0] | {"shift": shift}, mesh)
+    after, results = train_step(state.put(given, mesh), batch, statistics, np.float32(1))
+    norms = [np.sum(squares.gradient) for squares in results.squares.values()]
+    assert not np.isfinite(norms).all()
+    after = state.natural_state(jax.device_get(after), 7)
+    jax.tree.map(np.testing.assert_array_equal, after.params, params)
+    jax.tree.map(np.testing.assert_array_equal, after.opt_state, given.opt_state)
+
+
 def test_the_state_given_is_deleted(run):
     assert all(run(2, 2, 1, 7).deleted)
 

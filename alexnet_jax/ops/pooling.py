@@ -1,0 +1,122 @@
+"""Pools over windows that may overlap and overhang."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+def pooled_size(size: int, window: int, stride: int) -> int:
+    """Ceil((size - window) / stride) + 1, the original's rule: the last window may overhang."""
+    return -((window - size) // stride) + 1
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def max_pool(x: Array, window: int, stride: int) -> Array:
+    """Maximum over windows, which overlap where window > stride (paper, section 3.4).
+
+    Args:
+      x: (b, h, w, c), any float dtype.
+      window, stride: pixels, both ways. The last windows are cut at the edge.
+
+    Returns:
+      (b, h', w', c) with h' = pooled_size(h, window, stride). The gradient goes to the first
+      maximum of a window in row-major order, as XLA's own pooling gives it, and is built from
+      strided slices: no select-and-scatter, which is slow on CPUs and not deterministic on GPUs.
+    """
+    return _max_pool_forward(x, window, stride)[0]
+
+
+def mean_pool(x: Array, window: int, stride: int) -> Array:
+    """Mean over windows of the pixels that lie inside the map; shapes and dtype as `max_pool`.
+
+    Source: cuda-convnet, which divides by the pixels a window has, also where it overhangs.
+    """
+    totals = _window_sums(_window_sums(x, window, stride, 1), window, stride, 2)
+    ones = jnp.ones((1, *x.shape[1:3], 1), x.dtype)
+    return totals / _window_sums(_window_sums(ones, window, stride, 1), window, stride, 2)
+
+
+def _window_sums(x: Array, window: int, stride: int, axis: int) -> Array:
+    """Sums over windows along one axis; nothing lies outside."""
+    size = x.shape[axis]
+    count = pooled_size(size, window, stride)
+    reach = (count - 1) * stride
+    edges = [(0, 0, 0)] * x.ndim
+    edges[axis] = (0, reach + window - size, 0)
+    padded = lax.pad(x, jnp.zeros((), x.dtype), edges)
+    parts = [
+        lax.slice_in_dim(padded, first, first + reach + 1, stride, axis) for first in range(window)
+    ]
+    return functools.reduce(jnp.add, parts)
+
+
+def _window_slices(x: Array, window: int, stride: int) -> list[Array]:
+    """Entry [i * window + j] holds, for every output, the pixel (i, j) of its window."""
+    b, h, w, c = x.shape
+    rows, columns = pooled_size(h, window, stride), pooled_size(w, window, stride)
+    tall, wide = (rows - 1) * stride + window, (columns - 1) * stride + window
+    padded = _fit(x, tall, wide, -jnp.inf)
+    return [
+        lax.slice(
+            padded,
+            (0, i, j, 0),
+            (b, i + (rows - 1) * stride + 1, j + (columns - 1) * stride + 1, c),
+            (1, stride, stride, 1),
+        )
+        for i in range(window)
+        for j in range(window)
+    ]
+
+
+def _fit(x: Array, tall: int, wide: int, value: float) -> Array:
+    """Cut or pad x with `value` on the bottom and right to (b, tall, wide, c)."""
+    edges = [(0, 0, 0), (0, tall - x.shape[1], 0), (0, wide - x.shape[2], 0), (0, 0, 0)]
+    return lax.pad(x, jnp.array(value, x.dtype), edges)
+
+
+def _max_pool_forward(x, window, stride):
+    slices = _window_slices(x, window, stride)
+    y = functools.reduce(jnp.maximum, slices)
+    # Of each window the place of its first maximum; where none is a number, no place.
+    place = jnp.full(y.shape, window * window, jnp.uint8 if window < 16 else jnp.uint32)
+    for index, pixels in reversed([*enumerate(slices)]):
+        place = jnp.where(pixels == y, jnp.asarray(index, place.dtype), place)
+    return y, (place, jnp.empty((x.shape[1], x.shape[2], 0)))
+
+
+def _max_pool_backward(window, stride, residuals, dy):
+    """Every pixel gathers from the windows it lies in.
+
+    Pixels at the same place in their square of `stride` pixels lie at the same places of as many
+    windows, so they are summed together, and the squares put together in the end.
+    """
+    place, size = residuals
+    h, w, _ = size.shape
+    reach = (window - 1) // stride  # windows behind the square's own that hold a pixel of it
+    rows, columns = -(-h // stride), -(-w // stride)
+
+    def around(array: Array, value: int) -> Array:
+        """With the windows before the first, and cut or filled to as many as there are squares."""
+        ends = [(reach, count - side, 0) for count, side in zip((rows, columns), array.shape[1:3])]
+        return lax.pad(array, jnp.asarray(value, array.dtype), [(0, 0, 0), *ends, (0, 0, 0)])
+
+    place, dy = around(place, window * window), around(dy, 0)
+
+    def gathered(u: int, v: int) -> Array:
+        """The gradient of the pixels (u, v) of all squares: (b, rows, columns, c)."""
+        total = jnp.zeros((dy.shape[0], rows, columns, dy.shape[3]), dy.dtype)
+        for i in range(u, window, stride):
+            for j in range(v, window, stride):
+                top, left = reach - i // stride, reach - j // stride
+                own = (slice(None), slice(top, top + rows), slice(left, left + columns))
+                total += jnp.where(place[own] == i * window + j, dy[own], 0)
+        return total
+
+    squares = [jnp.stack([gathered(u, v) for v in range(stride)], 3) for u in range(stride)]
+    dx = jnp.stack(squares, 2).reshape(dy.shape[0], rows * stride, columns * stride, -1)
+    return (dx[:, :h, :w],)
+
+
+max_pool.defvjp(_max_pool_forward, _max_pool_backward)
