@@ -1,11 +1,13 @@
 """What the package's commands share: their log, their flags, their exit status."""
 
 import logging
+import pathlib
 import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -36,6 +38,16 @@ def status(work: Callable[[], int], failures: tuple[type[Exception], ...]) -> in
     except KeyboardInterrupt as stop:
         print("stopped; the same command goes on from what was saved", file=sys.stderr)
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+
+
+def keep_compiled(cache_dir: str) -> None:
+    """Programs that took long to compile are kept in `cache_dir`, for the next start.
+
+    Unless JAX_COMPILATION_CACHE_DIR says where. A folder that cannot be written is warned of.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = pathlib.Path(cache_dir).expanduser() / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def define_config(values: flags.FlagValues, argv: Sequence[str]) -> None:

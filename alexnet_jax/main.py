@@ -74,6 +74,7 @@ def run(options: flags.FlagValues, paths: list[str]) -> int:
         found = inspection.inspect(config)
         print(json.dumps(found) if options.json else inspection.table(found))
         return 0
+    command.keep_compiled(config.data.cache_dir)
     mesh.start_cpu_devices(config.mesh.cpu_devices)
     if options.mode == "bench":
         found = bench.bench(config)

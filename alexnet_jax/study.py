@@ -85,7 +85,9 @@ def run(values: flags.FlagValues) -> int:
     """The study that the flags ask for."""
     study, directory = STUDIES[values.study], pathlib.Path(values.workdir)
     names = values.variants or list(study.variants)
-    seeds = [int(seed) for seed in values.seeds] or [configs.resolve(values.config).seed]
+    config = configs.resolve(values.config)
+    seeds = [int(seed) for seed in values.seeds] or [config.seed]
+    command.keep_compiled(config.data.cache_dir)
     check(study, values.config, seeds)
     claim(directory, values.study, _config(values.config, next(iter(study.variants.values()))))
     failed = []

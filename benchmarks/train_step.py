@@ -11,6 +11,7 @@ TF32 products.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import pathlib
@@ -18,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 FORMS = ("eager", "channels_last", "compile", "compile+channels_last")
 OURS = "this package"
@@ -48,16 +49,15 @@ def main() -> None:
         options.json.write_text(json.dumps(found, indent=1))
 
 
+def contenders(forms: Sequence[str]) -> list[str]:
+    """This package, and PyTorch's `forms` where it is installed."""
+    return [OURS, *(forms if importlib.util.find_spec("torch") else [])]
+
+
 def measured(options: argparse.Namespace, what: str, batch: int) -> dict[str, list[float]]:
     """Images a second of every contender, one entry a round."""
-    try:
-        import torch  # noqa: F401
-
-        forms = list(options.forms)
-    except ImportError:
-        forms = []
     processes = {}
-    for name in [OURS, *forms]:
+    for name in contenders(options.forms):
         arguments = [f"--worker={name}", f"--what={what}", f"--batch={batch}"]
         arguments += [f"--dtype={options.dtype}", f"--seconds={options.seconds}"]
         processes[name] = subprocess.Popen(
@@ -90,7 +90,7 @@ def work(name: str, what: str, batch: int, dtype: str, seconds: float) -> None:
     """A contender: at each line it is sent, the seconds a step takes, median of some."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed is not an answer
-    step = ours(batch, dtype, what) if name == OURS else torchs(name, batch, dtype, what)
+    step = make(name, batch, dtype, what)
     for _ in range(3):
         step()
     print("ready", file=out, flush=True)
@@ -101,6 +101,11 @@ def work(name: str, what: str, batch: int, dtype: str, seconds: float) -> None:
             step()
             times.append(time.perf_counter() - begun)
         print(statistics.median(times), file=out, flush=True)
+
+
+def make(name: str, batch: int, dtype: str, what: str) -> Callable[[], None]:
+    """What makes one step and waits for the end of it."""
+    return ours(batch, dtype, what) if name == OURS else torchs(name, batch, dtype, what)
 
 
 def ours(batch: int, dtype: str, what: str) -> Callable[[], None]:
