@@ -45,7 +45,8 @@ def keep_compiled(cache_dir: str) -> None:
 
     Unless JAX_COMPILATION_CACHE_DIR says where. A folder that cannot be written is warned of.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    told = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    if told is None:
         folder = pathlib.Path(cache_dir).expanduser() / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(folder))
 

@@ -9,6 +9,7 @@ import signal
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from alexnet_jax import config as configs
 from alexnet_jax import main as command
@@ -116,6 +117,26 @@ def test_records_after_the_restored_step_are_taken_out(run, tmp_path):
     assert run(tmp_path, "--config.train.num_steps=3") == 0
     assert [record["step"] for record in records(tmp_path, "train")] == [1, 2, 3]
     assert records(tmp_path, "train")[-1]["loss"] < 9
+
+
+def test_compiled_programs_are_kept_in_the_cache_unless_jax_was_told_another_place(
+    trained, run, tmp_path
+):
+    told = jax.config.jax_compilation_cache_dir
+    place = f"--config.data.cache_dir={tmp_path}"
+    assert run(trained, "--mode=eval", place) == 0
+    assert jax.config.jax_compilation_cache_dir == told
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        compilation_cache.reset_cache()  # JAX opens it once
+        jax.clear_caches()
+        assert run(trained, "--mode=eval", place) == 0
+    finally:
+        jax.config.update("jax_compilation_cache_dir", told)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        compilation_cache.reset_cache()
+    assert list((tmp_path / "compiled").glob("*eval*"))
 
 
 @pytest.mark.parametrize(
