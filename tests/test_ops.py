@@ -108,7 +108,7 @@ def test_the_compiled_max_pool_gradient_has_no_select_and_scatter():
 # ---------------------------------------------------------------------------------- convolution
 
 
-@pytest.mark.parametrize("batch", [1, 2, 5, 8])  # in blocks of 1, 2, 1 and 4 images
+@pytest.mark.parametrize("batch", [1, 6, 11, 16])  # in blocks of 1, 6, 1 and 8 images
 @pytest.mark.parametrize(
     ("sides", "maps", "window", "stride", "padding", "groups"),
     [
