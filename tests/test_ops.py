@@ -87,6 +87,18 @@ def test_a_map_smaller_than_the_window_is_pooled_to_its_maximum():
     np.testing.assert_array_equal(ops.max_pool(x, 3, 2), x.max((1, 2), keepdims=True))
 
 
+@pytest.mark.parametrize("size", range(3, 12))
+@pytest.mark.parametrize(("window", "stride"), [(1, 3), (2, 3), (1, 4), (2, 5)])
+def test_windows_that_lie_apart_all_begin_inside_the_map(size, window, stride):
+    expected = [min(start + window, size) - 1 for start in range(0, size, stride)]
+    x = jnp.arange(size, dtype=jnp.float32).reshape(1, 1, size, 1)
+    y, (dx,) = with_gradient(
+        lambda x: ops.max_pool(x, window, stride).ravel(), x, dy=jnp.ones(len(expected))
+    )
+    assert y.tolist() == expected
+    assert np.flatnonzero(dx).tolist() == expected
+
+
 def test_the_compiled_max_pool_gradient_has_no_select_and_scatter():
     def total(pool):
         return jax.jit(jax.grad(lambda x: jnp.sum(pool(x) ** 2)))

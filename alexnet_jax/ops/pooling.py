@@ -8,8 +8,11 @@ from jax import Array, lax
 
 
 def pooled_size(size: int, window: int, stride: int) -> int:
-    """Ceil((size - window) / stride) + 1, the original's rule: the last window may overhang."""
-    return -((window - size) // stride) + 1
+    """Ceil((size - window) / stride) + 1, the original's rule: the last window may overhang.
+
+    But it begins inside: where windows lie apart, none is left with nothing in it.
+    """
+    return min(-((window - size) // stride) + 1, -(-size // stride))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
