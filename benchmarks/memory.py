@@ -2,7 +2,7 @@
 
   python benchmarks/memory.py [--batch 32 128] [--dtype float32]
 
-Every figure is a process of its own that makes three steps: on a CPU its peak resident memory, all
+Every figure is a process of its own that makes a few steps: on a CPU its peak resident memory, all
 of the libraries included; on a GPU the peak of what the framework allocated there.
 """
 
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def peak(name: str, batch: int, dtype: str) -> int:
-    """Bytes, after three steps."""
+    """Bytes, after a few steps."""
     step = train_step.make(name, batch, dtype, "train")
     for _ in range(3):
         step()

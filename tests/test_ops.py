@@ -158,7 +158,7 @@ def test_convolution_and_its_gradients_are_the_oracles(
 def test_gradients_of_a_bfloat16_convolution_are_those_of_the_numbers_it_holds(
     maps, window, stride
 ):
-    """Exact sums over a batch of small whole numbers, rounded once: 2**-9 of the largest."""
+    """Sums of small whole numbers are exact; what is left is one rounding to 8 bits."""
     rng = np.random.default_rng(5)
     padding = ((1, 1), (1, 1))
     x = rng.integers(-3, 4, (6, 9, 9, maps)).astype(float)
@@ -194,7 +194,7 @@ def test_gradients_are_the_slopes_of_what_they_belong_to():
         check_grads(function, arguments, order=1, modes=["rev"], atol=1e-2, rtol=1e-2, eps=1e-2)
 
 
-def test_a_convolution_of_few_maps_has_the_same_gradients_on_four_devices():
+def test_a_convolution_has_the_same_gradients_on_four_devices():
     """Rows split over `data`, output maps over `model`."""
     padding = ((2, 2), (2, 2))
     x, kernel = (normal(n, *shape).astype(np.float32) for n, shape in enumerate(SHAPES))

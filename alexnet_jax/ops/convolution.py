@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-# A block of images has at most so many places and images; twice or half is about as fast, all
-# images at once take up to six times as long.
+# A block has at most so many places and images, but one image at least. Twice or half is about as
+# fast, all images at once take up to six times as long; blocks are equal, so that a prime number
+# of images is taken one by one.
 BLOCK_PLACES, BLOCK_IMAGES = 8192, 8
 
 Padding = tuple[tuple[int, int], tuple[int, int]]  # (top, bottom), (left, right), pixels
@@ -85,7 +86,7 @@ def _space_to_depth(
     """What a convolution in steps of 1, without padding, reads for the same output.
 
     Squares of `stride` pixels become maps: conv1's 11x11 kernel in steps of 4 over 3 maps is a
-    3x3 kernel over 48, its last row and column zero.
+    3x3 kernel over 48, of whose pixels the twelfth row and column count for nothing.
 
     Returns:
       x's squares, and what takes a kernel over them to the original shape `kernel`.

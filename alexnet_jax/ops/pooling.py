@@ -86,7 +86,7 @@ def _max_pool_forward(x, window, stride):
     place = jnp.full(y.shape, window * window, jnp.uint8 if window < 16 else jnp.uint32)
     for index, pixels in reversed([*enumerate(slices)]):
         place = jnp.where(pixels == y, jnp.asarray(index, place.dtype), place)
-    return y, (place, jnp.empty((x.shape[1], x.shape[2], 0)))
+    return y, (place, jnp.empty((*x.shape[1:3], 0)))  # which holds nothing but x's sides
 
 
 def _max_pool_backward(window, stride, residuals, dy):
@@ -101,7 +101,7 @@ def _max_pool_backward(window, stride, residuals, dy):
     rows, columns = -(-h // stride), -(-w // stride)
 
     def around(array: Array, value: int) -> Array:
-        """With the windows before the first, and cut or filled to as many as there are squares."""
+        """With windows before the first, and as many as there are squares, for whom none is."""
         ends = [(reach, count - side, 0) for count, side in zip((rows, columns), array.shape[1:3])]
         return lax.pad(array, jnp.asarray(value, array.dtype), [(0, 0, 0), *ends, (0, 0, 0)])
 

@@ -31,7 +31,10 @@ DeviceBatch = dict[str, Array]
 
 
 class Squares(NamedTuple):
-    """Squared norms of one layer: float32, one entry a `model` shard; entries add up."""
+    """Squared norms of one layer: float32, one entry a `model` shard; entries add up.
+
+    Where the loss or a gradient is not finite, nothing is updated: update and weight are 0.
+    """
 
     gradient: Array  # of the mean loss, kernel and bias
     update: Array  # what was added to the kernel
@@ -111,8 +114,8 @@ def make_train_step(
             layer: _square(leaves["kernel"]) + _square(leaves["bias"])
             for layer, leaves in cast(Params, gradients).items()
         }
-        # A bad update is never applied. Besides, nothing reads the parameters once this is
-        # known, so that they are updated where they are.
+        # A bad update is not applied, each tower judging by its own gradients. When this is known,
+        # forward and backward are done with the parameters: they are updated where they are.
         good = jnp.all(jnp.isfinite(jnp.stack([sums.loss, *norms.values()])))
 
         def updated(params: Params, opt_state: Any, gradients: Params) -> Any:
@@ -128,11 +131,14 @@ def make_train_step(
             return optax.apply_updates(params, updates), opt_state, squares
 
         def as_it_was(params: Params, opt_state: Any, gradients: Params) -> Any:
+            # Zeros that differ from shard to shard, as what they stand beside does.
             nothing = {layer: jnp.where(good, norm, 0) for layer, norm in norms.items()}
             squares = {layer: Squares(norms[layer], zero, zero) for layer, zero in nothing.items()}
             return params, opt_state, squares
 
-        params, opt_state, squares = lax.cond(
+        # A GPU would have to wait for the host to branch.
+        choose = lax.cond if jax.default_backend() == "cpu" else _selected
+        params, opt_state, squares = choose(
             good, updated, as_it_was, state.params, state.opt_state, gradients
         )
         results = jax.tree.map(lambda value: jnp.reshape(value, (1,)), StepResults(sums, squares))
@@ -152,6 +158,12 @@ def make_train_step(
 
 def _square(leaf: Array) -> Array:
     return jnp.sum(leaf * leaf)
+
+
+def _selected(condition: Array, true: Callable, false: Callable, *operands: Any) -> Any:
+    """`lax.cond`, by computing both."""
+    both = true(*operands), false(*operands)
+    return jax.tree.map(lambda yes, no: jnp.where(condition, yes, no), *both)
 
 
 def _accumulated(
