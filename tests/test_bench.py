@@ -64,7 +64,7 @@ def test_a_slow_input_is_what_the_devices_wait_for(config, short, monkeypatch):
 
 
 def test_a_slow_step_waits_for_nothing(config, short, monkeypatch):
-    make = bench._make_advance
+    make = bench.make_advance
 
     def slow(*arguments):
         advance = make(*arguments)
@@ -75,7 +75,7 @@ def test_a_slow_step_waits_for_nothing(config, short, monkeypatch):
 
         return step
 
-    monkeypatch.setattr(bench, "_make_advance", slow)
+    monkeypatch.setattr(bench, "make_advance", slow)
     found = bench.bench(config)
     assert found["step"]["seconds"] >= 5 * NAP
     assert found["both"]["waited"] < 0.2
