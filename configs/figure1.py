@@ -4,7 +4,8 @@
 
 trains it with ReLU and with tanh, each at the best of five learning rates. ReLU reached 25 %
 training error after 8.21 epochs, tanh after 49.69, 6.05 times as many; an epoch takes 45 seconds on
-two CPU cores. ReLU needs no more than `--variants=relu --config.train.num_epochs=10`. One net alone:
+two CPU cores. ReLU needs no more than `--variants=relu --config.train.num_epochs=10`. One net
+alone:
 
     python -m alexnet_jax.main --config=configs/figure1.py --workdir=runs/figure1
 """
