@@ -324,6 +324,21 @@ def test_an_update_that_is_not_finite_is_not_applied(data, model, problem):
     jax.tree.map(np.testing.assert_array_equal, after.opt_state, before.opt_state)
 
 
+@pytest.mark.parametrize("good", [True, False])
+def test_computing_both_chooses_as_branching_does_whatever_the_other_holds(good):
+    branches = (
+        (lambda x: {"x": x + 1}, lambda x: {"x": x})
+        if good
+        else (
+            lambda x: {"x": x * np.nan},
+            lambda x: {"x": x},
+        )
+    )
+    x = jnp.arange(3.0)
+    found = step._selected(jnp.asarray(good), *branches, x)
+    assert found["x"].tolist() == ([1, 2, 3] if good else [0, 1, 2])
+
+
 def test_the_state_given_is_deleted(run):
     assert all(run(2, 2, 1, 7).deleted)
 
