@@ -86,8 +86,6 @@ class Checkpoints:
         self.pending: tuple[int, concurrent.futures.Future] | None = None
 
     def __enter__(self) -> "Checkpoints":
-        for leftover in self.directory.glob(UNFINISHED):  # of a run that was killed
-            leftover.rmtree()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -96,6 +94,11 @@ class Checkpoints:
         finally:
             self.finishing.shutdown()
             self.checkpointer.close()
+
+    def clean(self) -> None:
+        """Remove what a run that was killed left unfinished; for who has the folder's lock."""
+        for leftover in self.directory.glob(UNFINISHED):
+            leftover.rmtree()
 
     def steps(self) -> list[int]:
         """In ascending order."""
@@ -146,7 +149,11 @@ class Checkpoints:
             aside.rmtree(missing_ok=True)
             (self.directory / str(number)).rename(aside)
         if later:
-            self.checkpointer.reload()
+            self.reload()
+
+    def reload(self) -> None:
+        """See what another process did to the folder."""
+        self.checkpointer.reload()
 
     def chosen_step(self, wanted: int) -> int:
         """The step `wanted`, or the newest that is whole for -1.
@@ -201,10 +208,11 @@ class Checkpoints:
     def _finish(self, step: int, response: Any) -> None:
         """What is left of a save, while training goes on: writing, then the seal."""
         response.result()
+        if jax.process_index() != 0:
+            return
         if not ocp.is_orbax_checkpoint(self.directory / str(step)):
             raise SaveError(f"step {step} is not on disk after its save")
-        if jax.process_index() == 0:
-            seals.seal(pathlib.Path(self.directory / str(step)))
+        seals.seal(pathlib.Path(self.directory / str(step)))
 
     def wait(self) -> None:
         """Until the save under way is on disk.

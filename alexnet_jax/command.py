@@ -3,7 +3,6 @@
 import logging
 import pathlib
 import re
-import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -11,6 +10,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
+from alexnet_jax import cluster
 from alexnet_jax import config as configs
 from alexnet_jax.config import UserError
 
@@ -29,15 +29,12 @@ def status(work: Callable[[], int], failures: tuple[type[Exception], ...]) -> in
     logger.propagate = False
     try:
         return work()
-    except UserError as error:
+    except (UserError, *failures) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except failures as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return cluster.exit_status(error)
     except KeyboardInterrupt as stop:
         print("stopped; the same command goes on from what was saved", file=sys.stderr)
-        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+        return cluster.exit_status(stop)
 
 
 def keep_compiled(cache_dir: str) -> None:

@@ -156,7 +156,10 @@ class Mesh:
     model: int = _setting(1, _one_of(1, 2))  # devices the two towers are split over
     # Devices the batch is split over; -1: what is left.
     data: int = _setting(-1, Rule("-1 or at least 1", lambda value: value == -1 or value >= 1))
-    cpu_devices: int = _setting(0, _at_least(0))  # virtual ones, where the platform is the CPU
+    # Virtual ones of all processes together, where the platform is the CPU.
+    cpu_devices: int = _setting(0, _at_least(0))
+    # Seconds without progress after which a run is taken for stuck and ends; 0: never.
+    step_timeout: float = _setting(600.0, _at_least(0))
 
 
 @dataclasses.dataclass(frozen=True)

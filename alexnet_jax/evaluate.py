@@ -1,7 +1,8 @@
 """Errors of a net on a whole split while it trains: centre or ten crops, every example once."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -23,17 +24,23 @@ def evaluate(
     data: Data,
     batch_size: int,
     mesh: Mesh,
+    at: Callable[[str], None] = lambda place: None,
 ) -> metrics.Sums:
     """Sums over every example of `source`, float64 on the host.
 
     Args:
       statistics: of the split the net was trained on.
       batch_size: global; need not divide the number of examples.
+      at: told of each batch, in words.
     """
     rows = stream.Rows(batch_size, local_rows(mesh, batch_size))
     stored = statistics.mean_image.shape[0]
     batches = stream.evaluation_batches(source, data, stored=stored, rows=rows)
-    parts = [eval_step(params, put_batch(batch, mesh), statistics) for batch in batches]
+    parts: list[metrics.Sums] = []
+    for batch in batches:
+        at(f"validation batch {len(parts) + 1}")
+        parts.append(eval_step(params, put_batch(batch, mesh), statistics))
+        jax.block_until_ready(parts[-3:][0])  # no more than this many batches on the devices
     return total(parts)
 
 

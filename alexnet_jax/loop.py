@@ -13,19 +13,19 @@ from collections.abc import Generator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from alexnet_jax import evaluate, metrics, setup, workdir
 from alexnet_jax.checkpoint import Meta
+from alexnet_jax.cluster import Job
 from alexnet_jax.config import Config
 from alexnet_jax.data import stream
 from alexnet_jax.data.augment import Statistics
 from alexnet_jax.data.examples import Source
-from alexnet_jax.mesh import local_rows, put_batch
+from alexnet_jax.mesh import local_rows, over_model, put_batch
 from alexnet_jax.models.nets import layers
-from alexnet_jax.report import Report
+from alexnet_jax.report import Report, Silent
 from alexnet_jax.train import optim
 from alexnet_jax.train.state import (
     TrainState,
@@ -43,8 +43,8 @@ class TrainingError(Exception):
 class StopSignal:
     """Ctrl-C and SIGTERM ask for an orderly end after the running step; a second one is at once."""
 
-    def __init__(self) -> None:
-        self.number = 0  # the signal's, 0 while there was none
+    def __init__(self, job: Job) -> None:
+        self.job = job
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -57,17 +57,17 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _received(self, number: int, frame: object) -> None:
-        if self.number:
+        if self.job.signal:
             raise KeyboardInterrupt(number)
-        self.number = number
+        self.job.stop(number)
         print("stopping after this step; once more stops at once", file=sys.stderr)
 
 
 class Interval:
     """The steps since the last log: their results, still on the devices, and the time."""
 
-    def __init__(self, batch_size: int):
-        self.batch_size = batch_size
+    def __init__(self, batch_size: int, mesh: Mesh):
+        self.batch_size, self.mesh = batch_size, mesh
         self.restart()
 
     def restart(self) -> None:
@@ -86,9 +86,9 @@ class Interval:
           TrainingError: a loss or a gradient is not finite.
         """
         gradients, ratios = [], []  # (layers,) of each step
-        for step, results in self.results:
-            loss = np.asarray(results.sums.loss)[0]
-            squares = np.sum(np.array([*results.squares.values()], np.float64), axis=-1)
+        every = over_model([[*results.squares.values()] for _, results in self.results], self.mesh)
+        for (step, results), squares in zip(self.results, every):
+            loss = np.asarray(results.sums.loss.addressable_data(0))[0]
             gradients.append(squares[:, 0])
             if not (np.isfinite(loss) and np.isfinite(gradients[-1]).all()):
                 bad = [
@@ -111,8 +111,10 @@ class Interval:
         return values
 
 
-def train(config: Config, directory: pathlib.Path, allow_config_change: bool = False) -> int:
-    """Train, or go on training, in a workdir.
+def train(
+    config: Config, directory: pathlib.Path, job: Job, allow_config_change: bool = False
+) -> int:
+    """Train, or go on training, in a workdir, together with the other processes of the job.
 
     Returns:
       0, or the number of the signal that ended it early, after saving.
@@ -122,13 +124,15 @@ def train(config: Config, directory: pathlib.Path, allow_config_change: bool = F
       TrainingError: a loss or a gradient was not finite.
     """
     workdir.make(directory)
-    with workdir.locked(directory):
-        run = setup.open_run(config, directory, allow_config_change)
+    with workdir.locked(directory) if job.leads else contextlib.nullcontext():
+        workdir.check_shared(directory, job)
+        run = setup.open_run(config, directory, allow_config_change, job)
         first, last = int(run.state.step), run.calendar.num_steps
-        with StopSignal() as stop, run.checkpoints, Report(directory, first, last) as report:
+        reports = Report(directory, first, last) if job.leads else Silent()
+        with StopSignal(job), run.checkpoints, reports as report:
             _introduce(run, first, report)
             if first < last:
-                return _steps(run, first, report, stop)
+                return _steps(run, first, report, job)
             report.say(
                 f"nothing to do: {first} of {last} steps are done; more by "
                 "--config.train.num_epochs=... or --config.train.num_steps=..."
@@ -136,21 +140,23 @@ def train(config: Config, directory: pathlib.Path, allow_config_change: bool = F
     return 0
 
 
-def _steps(run: setup.Run, first: int, report: Report, stop: StopSignal) -> int:
+def _steps(run: setup.Run, first: int, report: Silent, job: Job) -> int:
     """The steps after `first`; the number of the signal that ended them early, or 0."""
     config, calendar, meta, state = run.config, run.calendar, run.meta, run.state
-    scale = jnp.float32(optim.plateau_scale(meta.plateau, config.optim))
+    scale = np.float32(optim.plateau_scale(meta.plateau, config.optim))
     batches = device_batches(
         run.source, meta.statistics, config, run.mesh, first, calendar.num_steps
     )
     ready = next(batches)
     train_step = _compiled(run.train_step, (state, ready, meta.statistics, scale), report)
     report.start_clock(first)
-    interval = Interval(calendar.batch_size)
+    interval = Interval(calendar.batch_size, run.mesh)
     for step, batch in enumerate(itertools.chain([ready], batches), first + 1):
         state, results = train_step(state, batch, meta.statistics, scale)
         interval.add(step, results)
-        stopping = stop.number  # read once: a signal that comes later waits for the next step
+        if step > first + 1:
+            job.at(f"step {step}")
+        stopping = job.stops_after(step)  # once: a signal that comes later waits for the next step
         passes = calendar.epoch_ends(step, config.eval.every_epochs)
         saves = passes or stopping or calendar.is_due(step, config.checkpoint.every_steps)
         if saves or step == first + 1 or calendar.is_due(step, config.train.log_every_steps):
@@ -160,9 +166,10 @@ def _steps(run: setup.Run, first: int, report: Report, stop: StopSignal) -> int:
             if step == 1:
                 _say_initial_loss(values["loss"], len(meta.labels), report)
         if passes:
-            meta = _validated(run, meta, state, step, report)
-            scale = jnp.float32(optim.plateau_scale(meta.plateau, config.optim))
+            meta = _validated(run, meta, state, step, report, job)
+            scale = np.float32(optim.plateau_scale(meta.plateau, config.optim))
         if saves:
+            job.at(f"the saving of step {step}")
             error = meta.top1_error if passes else None
             saved = dataclasses.replace(meta, top1_error=error)
             run.checkpoints.save(step, natural_state(state, len(meta.labels)), saved)
@@ -172,10 +179,13 @@ def _steps(run: setup.Run, first: int, report: Report, stop: StopSignal) -> int:
             name = signal.Signals(stopping).name
             report.say(f"{name}: saved step {step}; the same command goes on from there")
             return stopping
-    return stop.number  # a signal may have come while the last step was validated and saved
+        job.at(f"the batch of step {step + 1}")
+    return job.signal  # one may have come while the last step was validated and saved
 
 
-def _validated(run: setup.Run, meta: Meta, state: TrainState, step: int, report: Report) -> Meta:
+def _validated(
+    run: setup.Run, meta: Meta, state: TrainState, step: int, report: Silent, job: Job
+) -> Meta:
     """A validation pass: its record, and the plateau and best error after it."""
     started = time.perf_counter()
     sums = evaluate.evaluate(
@@ -186,6 +196,7 @@ def _validated(run: setup.Run, meta: Meta, state: TrainState, step: int, report:
         run.config.data,
         evaluate.batch_size(run.config, run.mesh),
         run.mesh,
+        job.at,
     )
     values = metrics.errors(sums)
     if not math.isfinite(values["loss"]):
@@ -225,7 +236,7 @@ def device_batches(
         yield ahead
 
 
-def _compiled(step: TrainStep, arguments: tuple, report: Report) -> TrainStep:
+def _compiled(step: TrainStep, arguments: tuple, report: Silent) -> TrainStep:
     """The step ready to run, so that no compiling hides in the first step's time."""
     started = time.perf_counter()
     compiled = step.lower(*arguments).compile()  # pyright: ignore[reportFunctionMemberAccess]
@@ -233,13 +244,13 @@ def _compiled(step: TrainStep, arguments: tuple, report: Report) -> TrainStep:
     return compiled
 
 
-def _say_initial_loss(loss: float, num_classes: int, report: Report) -> None:
+def _say_initial_loss(loss: float, num_classes: int, report: Silent) -> None:
     report.say(
         f"loss at initialisation {loss:.4f}; ln({num_classes}) = {math.log(num_classes):.4f}"
     )
 
 
-def _introduce(run: setup.Run, first: int, report: Report) -> None:
+def _introduce(run: setup.Run, first: int, report: Silent) -> None:
     model, calendar = run.config.model, run.calendar
     count = sum(layer.parameters for layer in layers(model, len(run.meta.labels)))
     shape = " x ".join(f"{name}={size}" for name, size in run.mesh.shape.items())

@@ -3,6 +3,9 @@
   python -m alexnet_jax.main --config=configs/NAME.py --workdir=DIR [--mode=MODE]
       [--config.SECTION.FIELD=VALUE ...] [IMAGE ...]
 
+Several processes train one net: under Slurm and Open MPI they find each other, elsewhere each gets
+--coordinator=HOST:PORT --num_processes=N --process_id=0..N-1, or --coordinator=auto on a TPU pod.
+
 Exit status: 0 the whole job is done; 1 training or internal failure; 2 a mistake of the user's,
 in one line; 130 Ctrl-C and 143 SIGTERM, after saving.
 """
@@ -13,7 +16,7 @@ import sys
 
 from absl import flags
 
-from alexnet_jax import bench, command, figures, gallery, inspection, loop, mesh, predict
+from alexnet_jax import bench, cluster, command, figures, gallery, inspection, loop, mesh, predict
 from alexnet_jax import config as configs
 from alexnet_jax.checkpoint import SaveError
 from alexnet_jax.config import UserError
@@ -21,6 +24,7 @@ from alexnet_jax.data.images import ImageError
 
 MODES = ("train", "eval", "predict", "features", "figures", "inspect", "bench")
 WITHOUT_WORKDIR = ("inspect", "bench")
+BY_SEVERAL = ("train", "eval")
 
 
 def main(argv: list[str]) -> int:
@@ -49,6 +53,9 @@ def parse(argv: list[str]) -> tuple[flags.FlagValues | None, list[str]]:
     flags.DEFINE_string("layer", "fc7", "features: whose output", flag_values=values)
     flags.DEFINE_string("figure", None, "predict: .png or .svg to draw", flag_values=values)
     flags.DEFINE_bool("json", False, "inspect: print JSON, not a table", flag_values=values)
+    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, or auto", flag_values=values)
+    flags.DEFINE_integer("num_processes", 0, "of one training", flag_values=values)
+    flags.DEFINE_integer("process_id", -1, "which of them this is", flag_values=values)
     flags.DEFINE_bool(
         "allow_config_change", False, "go on in a workdir with changed settings", flag_values=values
     )
@@ -75,7 +82,21 @@ def run(options: flags.FlagValues, paths: list[str]) -> int:
         print(json.dumps(found) if options.json else inspection.table(found))
         return 0
     command.keep_compiled(config.data.cache_dir)
-    mesh.start_cpu_devices(config.mesh.cpu_devices)
+    count = cluster.join(options.coordinator, options.num_processes, options.process_id)
+    with cluster.Job(config.mesh.step_timeout if options.mode == "train" else 0) as job:
+        if count > 1 and options.mode not in BY_SEVERAL:
+            raise UserError(
+                f"--mode={options.mode} by {count} processes: only {' and '.join(BY_SEVERAL)} are "
+                "done together; start one"
+            )
+        mesh.start_cpu_devices(-(-config.mesh.cpu_devices // count))
+        return run_mode(options, paths, config, job)
+
+
+def run_mode(
+    options: flags.FlagValues, paths: list[str], config: configs.Config, job: cluster.Job
+) -> int:
+    """A mode that needs devices."""
     if options.mode == "bench":
         found = bench.bench(config)
         print(bench.table(found))
@@ -84,9 +105,12 @@ def run(options: flags.FlagValues, paths: list[str]) -> int:
     directories = [pathlib.Path(part) for part in options.workdir.split(",")]
     if options.mode == "eval":
         output = pathlib.Path(options.output) if options.output else None
-        found, classes = predict.evaluate_workdirs(config, directories, output)
-        print(classes)
-        print(json.dumps(found))
+        found, classes = predict.evaluate_workdirs(
+            config, directories, output if job.leads else None
+        )
+        if job.leads:
+            print(classes)
+            print(json.dumps(found))
         return 0
     if options.mode == "predict":
         if options.figure and not options.figure.endswith((".png", ".svg")):
@@ -110,9 +134,9 @@ def run(options: flags.FlagValues, paths: list[str]) -> int:
         found = predict.write_features(config, directories[0], options.layer, output)
         print(json.dumps(found))
         return 0
-    number = loop.train(config, directories[0], options.allow_config_change)
+    number = loop.train(config, directories[0], job, options.allow_config_change)
     return 128 + number if number else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    cluster.leave(main(sys.argv))

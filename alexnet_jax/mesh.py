@@ -1,9 +1,11 @@
 """Devices -> mesh; where a batch and a parameter live."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -46,7 +48,14 @@ def make_mesh(mesh: configs.Mesh, model: configs.Model) -> jax.sharding.Mesh:
             f"are {available} ({jax.default_backend()}); {way_out}, or set --config.mesh.model=1 "
             "and --config.mesh.data=-1"
         )
-    devices = np.asarray(jax.devices()[: data * mesh.model]).reshape(data, mesh.model)
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    devices = np.asarray(devices[: data * mesh.model]).reshape(data, mesh.model)
+    idle = jax.process_count() - len({device.process_index for device in devices.flat})
+    if idle:
+        raise UserError(
+            f"mesh.model={mesh.model} x mesh.data={data} leaves {idle} of {jax.process_count()} "
+            "processes without a device; start fewer, or set --config.mesh.data=-1"
+        )
     return jax.sharding.Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
 
@@ -79,6 +88,25 @@ def local_rows(mesh: jax.sharding.Mesh, batch_size: int) -> range:
         if any(device.process_index == process for device in towers)
     ]
     return range(places[0] * share, (places[-1] + 1) * share)
+
+
+def over_model(arrays: Any, mesh: jax.sharding.Mesh) -> np.ndarray:
+    """The sums over shards of nested sequences of (shards,) arrays, one entry a `model` shard.
+
+    Float64, with the axes of the nesting. Where the shards lie in several processes, all of these
+    must call this at the same time.
+    """
+    local = np.array(jax.tree.map(_local_entries, arrays), np.float64)
+    if local.shape[-1] < mesh.shape["model"]:
+        every = multihost_utils.process_allgather(local)  # (processes, ..., 1)
+        local = np.concatenate([every[owner.process_index] for owner in mesh.devices[0]], axis=-1)
+    return local.sum(axis=-1)
+
+
+def _local_entries(array: jax.Array) -> np.ndarray:
+    """Of an array split over `model`, what this process has, once."""
+    entries = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(entries[start]) for start in sorted(entries)])
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:

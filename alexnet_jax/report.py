@@ -18,7 +18,26 @@ METRICS_FILE = "metrics.jsonl"
 AVERAGED = ("steps", "loss", "top1_error")
 
 
-class Report:
+class Silent:
+    """The report of a rank that is not the first."""
+
+    def __enter__(self) -> "Silent":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def start_clock(self, step: int) -> None:
+        pass
+
+    def record(self, split: str, step: int, epoch: float, values: Mapping[str, Any]) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+
+class Report(Silent):
     """Writes each record to all three places; use as a context manager.
 
     On a terminal there is a progress bar; elsewhere a plain line a record.

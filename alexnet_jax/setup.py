@@ -1,6 +1,7 @@
 """Before the first step: the data opened, the state drawn or restored, the steps built."""
 
 import dataclasses
+import json
 import logging
 import pathlib
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from jax.sharding import Mesh
 from alexnet_jax import config as configs
 from alexnet_jax import evaluate, workdir
 from alexnet_jax.checkpoint import Checkpoints, Meta, take_over
+from alexnet_jax.cluster import Job
 from alexnet_jax.config import Config, UserError
 from alexnet_jax.data import sources, survey
 from alexnet_jax.data.examples import Source
@@ -68,23 +70,27 @@ class Run(NamedTuple):
     schedule: optim.Schedule
 
 
-def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool) -> Run:
-    """Open the data, restore or begin, and build the steps."""
+def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool, job: Job) -> Run:
+    """Open the data, restore or begin, and build the steps; the same on every rank of the job."""
     layers(config.model, num_classes=1)  # an input that is too small is told before all else
     mesh = make_mesh(config.mesh, config.model)
     check_batch("train.batch_size", config.train.batch_size, mesh, config.train.accumulation_steps)
-    source = sources.open_source(config.data, "train")
-    validation = sources.open_source(config.data, config.eval.split)
+    with job.one_first():  # what it draws, or learns by looking at all images, is kept
+        source = sources.open_source(config.data, "train")
+        validation = sources.open_source(config.data, config.eval.split)
+    for source_of in (source, validation):
+        job.check_same(f"the data of {config.data.source}", source_of.fingerprint)
     config = with_classes(config, source.labels)
     check_parameters(config)
     checkpoints = Checkpoints(directory / workdir.CHECKPOINTS)
-    latest = checkpoints.newest_whole()
+    latest = json.loads(job.told(lambda: json.dumps(checkpoints.newest_whole())))
     if latest is not None:
         meta = checkpoints.read_meta(latest)
         changed = workdir.check_resume(meta.config, config, allow_config_change)
         evaluate.check_labels(meta.labels, source.labels, config.data.source)
-    source, statistics = survey.surveyed(source, config.data, config.model)
-    validation, _ = survey.surveyed(validation, config.data, config.model)
+    with job.one_first():
+        source, statistics = survey.surveyed(source, config.data, config.model)
+        validation, _ = survey.surveyed(validation, config.data, config.model)
     num_examples, num_classes = len(source), len(source.labels)
     calendar = Calendar(num_examples, config.train.batch_size, num_steps(config, num_examples))
     optimizer = optim.make_optimizer(config.optim)
@@ -105,8 +111,13 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool)
             meta = dataclasses.replace(meta, statistics=statistics)
         shapes = state_shapes(config.model, num_classes, optimizer)
         state = checkpoints.read_state(latest, shapes)
-        checkpoints.set_aside_after(latest)
-    workdir.write(directory, config, source.labels)
+    with job.one_first():
+        if job.leads:
+            checkpoints.clean()
+            checkpoints.set_aside_after(latest)
+            workdir.write(directory, config, source.labels)
+        else:
+            checkpoints.reload()
     apply = make_apply(config.model, num_classes, mesh.shape["model"])
     return Run(
         config=config,

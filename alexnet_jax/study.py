@@ -23,6 +23,7 @@ from absl import flags
 from alexnet_jax import command, figures, loop, mesh, predict, report, setup, tables
 from alexnet_jax import config as configs
 from alexnet_jax.checkpoint import SaveError
+from alexnet_jax.cluster import Job
 from alexnet_jax.config import Config, UserError
 from alexnet_jax.data import sources
 from alexnet_jax.data.images import ImageError
@@ -205,7 +206,7 @@ def _run(config: Config, directory: pathlib.Path) -> int:
     if _is_done(config, directory):
         return 0
     jax.clear_caches()  # of the runs before
-    number = loop.train(config, directory)
+    number = loop.train(config, directory, Job())
     if number:
         return 128 + number
     errors = {}
@@ -240,7 +241,7 @@ def _best_rate(study: Study, user: Any, name: str, directory: pathlib.Path) -> S
         place = directory / name / f"rate_{rate:g}"
         print(f"{name}: trying learning rate {rate:g} in {place}", flush=True)
         try:
-            number = loop.train(config, place)
+            number = loop.train(config, place, Job())
             if number:
                 raise KeyboardInterrupt(number)
             found[rate] = report.training_by_epoch(place)[study.search_epochs]

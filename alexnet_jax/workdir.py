@@ -8,9 +8,12 @@ import logging
 import os
 import pathlib
 import socket
+import threading
+import time
 from collections.abc import Iterator
 
 from alexnet_jax import config as configs
+from alexnet_jax.cluster import Job
 from alexnet_jax.config import Config, UserError
 from alexnet_jax.files import write_text
 
@@ -18,6 +21,7 @@ log = logging.getLogger(__name__)
 
 CONFIG_FILE, LABELS_FILE, CHECKPOINTS = "config.json", "labels.txt", "checkpoints"
 LOCK = "lock"
+LOCK_BEAT, LOST_BEATS = 5.0, 3  # seconds; how many missing ones show that a run is dead
 
 
 def make(workdir: pathlib.Path) -> None:
@@ -29,7 +33,7 @@ def make(workdir: pathlib.Path) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / CHECKPOINTS).mkdir(exist_ok=True)
-        probe = workdir / ".writable"
+        probe = workdir / f".writable.{socket.gethostname()}.{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -42,26 +46,87 @@ def make(workdir: pathlib.Path) -> None:
 def locked(workdir: pathlib.Path) -> Iterator[None]:
     """Keep a workdir for one run; the lock of a run that is dead, however it died, is void.
 
+    The operating system knows whether a run on this host lives. One on another host, or where the
+    file system has no locks, shows by a count in the file, which grows every few seconds.
+
     Raises:
       UserError: another run has it.
     """
-    with open(workdir / LOCK, "a+", encoding="utf-8") as file:
+    path = workdir / LOCK
+    with open(path, "a+b") as file:
+        known = True
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read().strip() or "another run"
-            raise UserError(
-                f"--workdir={workdir} is in use by {holder}; wait for it, stop it, or choose "
-                "another"
-            ) from error
-        except OSError as error:  # a file system without locks
-            log.warning("%s cannot be locked (%s); start no other run there", workdir, error)
-        file.truncate(0)
+            raise _in_use(workdir) from error
+        except OSError:  # a file system without locks
+            known = False
+        holder = holder_of(workdir)
+        if holder and not (known and f" on {socket.gethostname()} " in holder):
+            log.warning("%s was left by %s; seeing whether that lives", path, holder)
+            before = path.read_bytes()
+            for _ in range(LOST_BEATS):
+                time.sleep(LOCK_BEAT)
+                if path.read_bytes() != before:
+                    raise _in_use(workdir)
         started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {started}\n")
-        file.flush()
-        yield
+        over = threading.Event()
+        name = f"process {os.getpid()} on {socket.gethostname()} since {started}"
+        beating = threading.Thread(target=_beat, args=(path, name, over), daemon=True)
+        path.write_bytes(_record(name, 0))
+        if not known:
+            time.sleep(1)  # another may have found the file empty at the same time
+            if holder_of(workdir) != name:
+                raise _in_use(workdir)
+        beating.start()
+        try:
+            yield
+        finally:
+            over.set()
+            beating.join()
+            file.truncate(0)
+
+
+def holder_of(workdir: pathlib.Path) -> str:
+    """The run that holds a workdir, or held it when it was killed; "" where none does."""
+    try:
+        record = (workdir / LOCK).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
+    return record.partition(", beat ")[0]
+
+
+def check_shared(workdir: pathlib.Path, job: Job) -> None:
+    """Raises UserError where the workdir of this rank is not the one that rank 0 has locked."""
+    holder = job.told(lambda: holder_of(workdir))
+    for _ in range(20):  # a network's folders may be seconds behind
+        if holder_of(workdir) == holder:
+            return
+        time.sleep(0.5)
+    raise UserError(
+        f"--workdir={workdir} of rank {job.rank}, {job.name}, is not the folder that rank 0 has "
+        "under that name; choose one on a file system that all processes share"
+    )
+
+
+def _in_use(workdir: pathlib.Path) -> UserError:
+    return UserError(
+        f"--workdir={workdir} is in use by {holder_of(workdir) or 'another run'}; wait for it, "
+        "stop it, or choose another"
+    )
+
+
+def _record(name: str, beat: int) -> bytes:
+    return f"{name}, beat {beat:09d}\n".encode()
+
+
+def _beat(path: pathlib.Path, name: str, over: threading.Event) -> None:
+    beat = 0
+    while not over.wait(LOCK_BEAT):
+        beat += 1
+        # In place, in one write: the file is never seen empty.
+        with contextlib.suppress(OSError), open(path, "r+b", buffering=0) as file:
+            file.write(_record(name, beat))
 
 
 def check_resume(old: Config, new: Config, allow_config_change: bool) -> set[str]:

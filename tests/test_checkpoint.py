@@ -126,13 +126,17 @@ def test_only_the_newest_and_the_best_stay_on_disk(state, meta, tmp_path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["2", "4"]
 
 
-def test_what_a_killed_save_left_is_no_checkpoint_and_is_cleaned(state, meta, tmp_path):
+def test_what_a_killed_save_left_is_no_checkpoint_and_for_its_run_to_clean(state, meta, tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, put(state, make_mesh(1, 1)), meta)
     leftover = tmp_path / "2.orbax-checkpoint-tmp"
     leftover.mkdir()
     (leftover / "half").touch()
     with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == [1]
+    assert leftover.exists()  # a reader cannot know that no save is under way
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.clean()
         assert checkpoints.steps() == [1]
     assert not leftover.exists()
 

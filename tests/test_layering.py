@@ -13,6 +13,7 @@ ROOMS = (
     "config",
     "files",
     "seals",
+    "cluster",
     "command",
     "ops.convolution",
     "ops.pooling",

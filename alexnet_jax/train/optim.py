@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.typing import ArrayLike
 
 from alexnet_jax.config import LAYERS, SHARES_ENTRY, Optim
 
 Rates = dict[str, Array]  # "kernel", "bias"; "conv1_kernel", "conv1_bias" where they differ
-Schedule = Callable[[Array, Array], Rates]  # (step, plateau scale) -> rates
+Schedule = Callable[[Array, ArrayLike], Rates]  # (step, plateau scale) -> rates
 
 # The automatic schedule of the original's net #170: the weights' rate falls to .004 of its start
 # in three equal steps of training, the biases' once, by ten, halfway.
@@ -103,7 +104,7 @@ def make_schedule(optim: Optim, num_examples: int, batch_size: int, num_steps: i
             return drop, drop
         return 1.0, 1.0
 
-    def schedule(step: Array, scale: Array) -> Rates:
+    def schedule(step: Array, scale: ArrayLike) -> Rates:
         weights, biases = factors(step)
         rates = {
             "kernel": scale * optim.learning_rate * weights,

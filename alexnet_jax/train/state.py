@@ -92,7 +92,8 @@ def put(tree: Any, mesh: Mesh) -> Any:
 
     def padded(leaf: np.ndarray, place: jax.ShapeDtypeStruct) -> Array:
         ends = [(0, wide - narrow) for wide, narrow in zip(place.shape, leaf.shape)]
-        return jax.device_put(np.pad(leaf, ends) if any(map(sum, ends)) else leaf, place.sharding)
+        whole = np.pad(leaf, ends) if any(map(sum, ends)) else leaf
+        return jax.make_array_from_callback(whole.shape, place.sharding, whole.__getitem__)
 
     return jax.tree.map(padded, tree, placed_shapes(tree, mesh))
 

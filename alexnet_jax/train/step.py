@@ -15,6 +15,7 @@ import optax
 from jax import Array, lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 
 from alexnet_jax import metrics
 from alexnet_jax.data import augment
@@ -48,7 +49,9 @@ class StepResults(NamedTuple):
     squares: dict[str, Squares]  # by layer
 
 
-TrainStep = Callable[[TrainState, DeviceBatch, Statistics, Array], tuple[TrainState, StepResults]]
+TrainStep = Callable[
+    [TrainState, DeviceBatch, Statistics, ArrayLike], tuple[TrainState, StepResults]
+]
 EvalStep = Callable[[Params, DeviceBatch, Statistics], metrics.Sums]
 PredictStep = Callable[[Params, DeviceBatch, Statistics], Array]
 
