@@ -79,6 +79,10 @@ def join(coordinator: str, num_processes: int, process_id: int) -> int:
     return distributed.global_state.num_processes
 
 
+def this_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
 def exit_status(error: BaseException) -> int:
     """Of a command that `error` ends: 2 the user's mistake, 128 and the signal, 1 all else."""
     if isinstance(error, KeyboardInterrupt):
@@ -116,15 +120,15 @@ class Job:
 
     Args:
       step_timeout: seconds without progress after which the job is stuck; 0: never.
+      joined: rank, count and store, where they are not JAX's.
     """
 
-    def __init__(self, step_timeout: float = 0.0):
-        joined = distributed.global_state
+    def __init__(self, step_timeout: float = 0.0, joined: Any = distributed.global_state):
         self.rank, self.count = joined.process_id, joined.num_processes
         self.store: Any = joined.client
         self.leads = self.rank == 0  # writes what is written once
         self.step_timeout = step_timeout
-        self.name = f"process {os.getpid()} on {socket.gethostname()}"
+        self.name = this_process()
         self.beat, self.turn, self.place, self.signal = 0, 0, "starting", 0
         self.step = 0
         self.held: int | None = None
@@ -190,6 +194,7 @@ class Job:
         while True:  # as long as it takes; a failure ends this process
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 return self.store.blocking_key_value_get(key, 10_000)
+            time.sleep(BEAT)
 
     @contextlib.contextmanager
     def one_first(self) -> Iterator[None]:
@@ -211,11 +216,9 @@ class Job:
 
     def _start_clocks(self) -> None:
         """Nothing that this rank slept through counts against anybody."""
-        now = time.monotonic()
-        self.exchanged = now
-        self.heard, self.moved = dict.fromkeys(range(self.count), now), dict.fromkeys(
-            range(self.count), now
-        )  # fmt: skip
+        self.exchanged = time.monotonic()
+        self.heard = dict.fromkeys(range(self.count), self.exchanged)
+        self.moved = dict(self.heard)
 
     def _signal(self) -> int:
         return max((note.signal for note in self.notes.values()), default=self.signal)
@@ -329,7 +332,5 @@ class Job:
     def _await_all(self) -> None:
         with self.changed:
             self.held = ENDED
-        while any(self.notes.get(r, self).held != ENDED for r in range(self.count)) or (
-            len(self.notes) < self.count
-        ):
+        while [note.held for note in self.notes.values()] != [ENDED] * self.count:
             time.sleep(BEAT / 10)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 
 from alexnet_jax import config as configs
-from alexnet_jax.cluster import Job
+from alexnet_jax.cluster import Job, this_process
 from alexnet_jax.config import Config, UserError
 from alexnet_jax.files import write_text
 
@@ -71,7 +71,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
                     raise _in_use(workdir)
         started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         over = threading.Event()
-        name = f"process {os.getpid()} on {socket.gethostname()} since {started}"
+        name = f"{this_process()} since {started}"
         beating = threading.Thread(target=_beat, args=(path, name, over), daemon=True)
         path.write_bytes(_record(name, 0))
         if not known:

@@ -1,11 +1,17 @@
 """One workdir, one run."""
 
+import contextlib
+import errno
+import itertools
 import os
 import pathlib
 import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -58,3 +64,77 @@ def test_a_workdir_is_free_again_when_its_run_is_over(tmp_path):
     for _ in range(2):
         with workdir.locked(tmp_path):
             pass
+
+
+@pytest.fixture
+def quick(monkeypatch) -> None:
+    monkeypatch.setattr(workdir, "LOCK_BEAT", 0.05)
+
+
+@pytest.fixture
+def lockless(monkeypatch) -> None:
+    """A file system without locks."""
+
+    def refuse(file: object, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(workdir.fcntl, "flock", refuse)
+
+
+@contextlib.contextmanager
+def elsewhere(path: pathlib.Path, lives: bool) -> Iterator[None]:
+    """The lock of a run on another host, which goes on counting if it lives."""
+    over = threading.Event()
+
+    def count() -> None:
+        for beat in itertools.count():
+            path.write_text(f"process 7 on elsewhere since 2012, beat {beat:09d}\n")
+            if over.wait(0.05) or not lives:
+                return
+
+    counting = threading.Thread(target=count)
+    counting.start()
+    time.sleep(0.1)
+    yield
+    over.set()
+    counting.join()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_that_lives_on_another_host_is_not_disturbed(tmp_path):
+    with (
+        elsewhere(tmp_path / "lock", lives=True),
+        pytest.raises(UserError, match="in use by process 7 on elsewhere since 2012;"),
+        workdir.locked(tmp_path),
+    ):
+        pass
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_lock_of_a_run_that_died_on_another_host_is_void(tmp_path):
+    with elsewhere(tmp_path / "lock", lives=False), workdir.locked(tmp_path):
+        assert workdir.holder_of(tmp_path).startswith(f"process {os.getpid()} on ")
+    assert workdir.holder_of(tmp_path) == ""
+
+
+@pytest.mark.usefixtures("quick", "lockless")
+def test_without_locks_a_live_run_is_known_by_its_count(tmp_path):
+    with (
+        workdir.locked(tmp_path),
+        pytest.raises(UserError, match="in use by process"),
+        workdir.locked(tmp_path),
+    ):
+        pass
+    with workdir.locked(tmp_path):  # it is over, and the next begins at once
+        pass
+
+
+@pytest.mark.usefixtures("lockless")
+def test_without_locks_of_two_at_the_same_time_one_is_refused(tmp_path, monkeypatch):
+    def another_comes(seconds: float) -> None:
+        (tmp_path / "lock").write_text("process 7 on elsewhere since 2012, beat 000000000\n")
+
+    monkeypatch.setattr(workdir.time, "sleep", another_comes)
+    with pytest.raises(UserError, match="in use by process 7"), workdir.locked(tmp_path):
+        pass
+    assert "process 7" in (tmp_path / "lock").read_text()

@@ -1,0 +1,430 @@
+"""Processes that train one net, real ones over loopback; and what they say to each other."""
+
+import contextlib
+import json
+import os
+import pathlib
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator
+
+import conftest
+import jax
+import numpy as np
+import pytest
+
+from alexnet_jax import cluster
+from alexnet_jax.checkpoint import Checkpoints
+from alexnet_jax.config import UserError
+
+# As `python -m alexnet_jax.main`, but sooner to take a rank for dead.
+COMMAND = (
+    "import sys; from alexnet_jax import cluster, main; cluster.SILENCE = 6.0; "
+    "cluster.leave(main.main(sys.argv))"
+)
+SPLIT = ("--config.mesh.model=2", "--config.mesh.data=-1")
+
+
+class Ranks:
+    """The processes of one job, each with one CPU device, and what they said."""
+
+    def __init__(self, count: int, flags: Callable[[int], list[str]]):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        environment = os.environ | {
+            "JAX_NUM_CPU_DEVICES": "1",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "JAX_COMPILATION_CACHE_DIR": str(conftest.CACHE),
+            "JAX_COORDINATOR_BIND_ADDRESS": address,
+        }
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", COMMAND, f"--coordinator={address}",
+                 f"--num_processes={count}", f"--process_id={rank}", *flags(rank)],
+                env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+            for rank in range(count)
+        ]  # fmt: skip
+        self.out: list[str] = []
+        self.reader = threading.Thread(target=self._read)
+        self.reader.start()
+
+    def _read(self) -> None:
+        for line in self.processes[0].stdout:
+            self.out.append(line)
+
+    def await_line(self, words: str) -> None:
+        """Until rank 0 says so."""
+        deadline = time.monotonic() + 120
+        while not any(words in line for line in self.out):
+            assert self.processes[0].poll() is None, self.processes[0].stderr.read()
+            assert time.monotonic() < deadline, self.out
+            time.sleep(0.05)
+
+    def ends(self, *but: int) -> tuple[list[int], list[str]]:
+        """Every rank's exit status and errors; those of ranks `but` are not waited for."""
+        pairs = [(None, "")] * len(self.processes)
+        for rank, process in enumerate(self.processes):
+            if rank not in but:
+                _, errors = process.communicate(timeout=120) if rank else (None, "")
+                errors = errors if rank else process.stderr.read()
+                pairs[rank] = (process.wait(120), errors)
+        return [status for status, _ in pairs], [errors for _, errors in pairs]
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+            process.stderr.close()
+        self.reader.join()
+
+
+@pytest.fixture
+def start(config_file) -> Iterator[Callable[..., Ranks]]:
+    """(count, workdir, flags, another rank's own flags) -> a job that ends with the test."""
+    jobs: list[Ranks] = []
+
+    def begin(count: int, workdir: pathlib.Path, *flags: str, **own: list[str]) -> Ranks:
+        common = [f"--config={config_file}", f"--workdir={workdir}", *SPLIT, *flags]
+        jobs.append(Ranks(count, lambda rank: common + own.get(f"rank_{rank}", [])))
+        return jobs[-1]
+
+    yield begin
+    for job in jobs:
+        job.kill()
+
+
+def losses(workdir: pathlib.Path) -> dict[tuple[str, int], float]:
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return {(r["split"], r["step"]): r["loss"] for r in map(json.loads, lines)}
+
+
+def parameters(workdir: pathlib.Path) -> dict[str, np.ndarray]:
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        params = checkpoints.read_params(checkpoints.steps()[-1])
+    return {f"{name}_{kind}": a for name, kinds in params.items() for kind, a in kinds.items()}
+
+
+@pytest.fixture(scope="module")
+def alone(run, tmp_path_factory) -> pathlib.Path:
+    """The workdir of one process that held both towers."""
+    workdir = tmp_path_factory.mktemp("alone")
+    assert run(workdir) == 0
+    return workdir
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_train_as_one_does(start, alone, tmp_path, count):
+    """Two hold a tower each, four share the batch too."""
+    job = start(count, tmp_path)
+    assert job.ends()[0] == [0] * count
+    found, expected = losses(tmp_path), losses(alone)
+    assert found.keys() == expected.keys()
+    for key, loss in expected.items():
+        assert found[key] == pytest.approx(loss, rel=1e-4)
+    assert found["train", 1] == pytest.approx(expected["train", 1], rel=1e-5)
+    here, there = parameters(tmp_path), parameters(alone)
+    assert here.keys() == there.keys()
+    for name, array in there.items():
+        np.testing.assert_allclose(here[name], array, rtol=1e-3, atol=1e-5)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == len(expected)
+
+
+def test_a_signal_to_one_rank_stops_all_at_one_step_and_another_number_goes_on(
+    start, run, tmp_path, capsys
+):
+    job = start(2, tmp_path, "--config.train.num_steps=100000")
+    job.await_line("step 3/")
+    job.processes[1].send_signal(signal.SIGTERM)
+    statuses, errors = job.ends()
+    assert statuses == [143, 143], errors
+    (said,) = [line for line in job.out if "SIGTERM: saved step" in line]
+    step = int(said.split("saved step")[1].split(";")[0])
+    assert max(number for _, number in losses(tmp_path)) == step
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.steps()[-1] == step
+        assert checkpoints.newest_whole() == step
+    assert run(tmp_path, f"--config.train.num_steps={step + 3}") == 0  # one process, one device
+    assert f"going on from step {step}" in capsys.readouterr().out
+    through = tmp_path / "through"
+    assert run(through, f"--config.train.num_steps={step + 3}") == 0
+    found, expected = losses(tmp_path), losses(through)
+    for number in range(step + 1, step + 4):
+        assert found["train", number] == pytest.approx(expected["train", number], rel=1e-3)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_is_dead_or_stopped_is_named_and_ends_the_job(start, tmp_path, number):
+    job = start(2, tmp_path, "--config.train.num_steps=100000")
+    job.await_line("step 3/")
+    job.processes[1].send_signal(number)
+    sent = time.monotonic()
+    statuses, errors = job.ends(1)
+    assert time.monotonic() - sent < 30
+    assert statuses[0] == 1
+    line = next(line for line in errors[0].splitlines() if line.startswith("error:"))
+    assert f"rank 1 (process {job.processes[1].pid} on {socket.gethostname()}; " in line
+
+
+def test_a_stopped_first_rank_is_named_by_the_others(start, tmp_path):
+    job = start(2, tmp_path, "--config.train.num_steps=100000")
+    job.await_line("step 3/")
+    job.processes[0].send_signal(signal.SIGSTOP)
+    _, errors = job.processes[1].communicate(timeout=60)
+    assert job.processes[1].returncode == 1
+    assert f"error: rank 0 (process {job.processes[0].pid} on " in errors
+
+
+def test_processes_evaluate_together_and_count_every_example_once(start, alone, run, capsys):
+    capsys.readouterr()
+    assert run(alone, "--mode=eval") == 0
+    expected = json.loads(capsys.readouterr().out.splitlines()[-1])
+    job = start(2, alone, "--mode=eval")
+    assert job.ends()[0] == [0, 0]
+    job.reader.join()
+    found = json.loads(job.out[-1])
+    assert found["num_examples"] == expected["num_examples"] == 15
+    assert found["top1_error"] == expected["top1_error"]
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+def test_a_mistake_of_one_rank_ends_all(start, draw_folder, tmp_path):
+    """Other images in a folder of the same name would train a net of nothing anybody knows."""
+    other = draw_folder(conftest.ANIMALS, 15, 5, "jpg")
+    job = start(2, tmp_path / "run", rank_1=[f"--config.data.source=folder:{other}"])
+    statuses, errors = job.ends()
+    assert statuses == [2, 2]
+    for text in errors:
+        assert "the data of folder:" in text
+        assert "of rank 1" in text
+
+
+def test_a_workdir_that_is_another_folder_elsewhere_is_refused(start, tmp_path):
+    job = start(2, tmp_path / "run", rank_1=[f"--workdir={tmp_path / 'elsewhere'}"])
+    statuses, errors = job.ends()
+    assert statuses == [2, 2]
+    assert all("is not the folder that rank 0 has" in text for text in errors)
+
+
+def test_what_is_not_done_together_is_refused(start, tmp_path):
+    statuses, errors = start(2, tmp_path, "--mode=features", "--output=x.npz").ends()
+    assert statuses == [2, 2]
+    assert sum("only train and eval are done together" in text for text in errors) >= 1
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--coordinator=localhost"],
+        ["--coordinator=localhost:1", "--num_processes=2"],
+        ["--coordinator=localhost:1", "--num_processes=2", "--process_id=2"],
+        ["--num_processes=2", "--process_id=0"],
+    ],
+)
+def test_half_an_address_is_refused(run, tmp_path, flags, capsys):
+    assert run(tmp_path, *flags) == 2
+    assert "--coordinator=" in capsys.readouterr().err
+
+
+STUCK = """
+import sys, time
+from alexnet_jax import cluster
+with cluster.Job(step_timeout=float(sys.argv[1])) as job:
+    job.at("step 7")
+    print("at it", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+def test_a_process_that_gets_no_further_is_ended_and_says_where():
+    ended = subprocess.run(
+        [sys.executable, "-c", STUCK, "1", "60"], capture_output=True, text=True, timeout=50
+    )
+    assert ended.returncode == 1
+    assert "no progress for mesh.step_timeout=1 s at 'step 7'" in ended.stderr
+
+
+def test_sleep_of_the_whole_process_is_no_standstill():
+    with subprocess.Popen(
+        [sys.executable, "-c", STUCK, "5", "9"], stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout.readline() == b"at it\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(7)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(60) == 0
+
+
+class Store:
+    """The service's store, for ranks that are threads."""
+
+    def __init__(self) -> None:
+        self.lock, self.values = threading.Lock(), {}
+
+    def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None:
+        with self.lock:
+            assert allow_overwrite or key not in self.values
+            self.values[key] = value
+
+    def key_value_dir_get(self, prefix: str) -> list[tuple[str, str]]:
+        with self.lock:
+            return [(k, v) for k, v in self.values.items() if k.startswith(f"{prefix}/")]
+
+    def blocking_key_value_get(self, key: str, timeout_in_ms: int) -> str:
+        deadline = time.monotonic() + timeout_in_ms / 1000
+        while time.monotonic() < deadline:
+            with self.lock:
+                if key in self.values:
+                    return self.values[key]
+            time.sleep(0.001)
+        raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
+
+
+@pytest.fixture
+def job_of(monkeypatch) -> Iterator[Callable[..., list[cluster.Job]]]:
+    """(count, step_timeout) -> the jobs of ranks that live in threads, and beat a hundredfold."""
+    monkeypatch.setattr(cluster, "BEAT", 0.01)
+    monkeypatch.setattr(cluster, "SILENCE", 0.5)
+    begun: list[cluster.Job] = []
+
+    def begin(count: int, step_timeout: float = 0.0) -> list[cluster.Job]:
+        store = Store()
+        for rank in range(count):
+            joined = types.SimpleNamespace(process_id=rank, num_processes=count, client=store)
+            begun.append(cluster.Job(step_timeout, joined))
+        return begun
+
+    yield begin
+    for job in begun:
+        job.over.set()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_all_ranks_stop_after_the_same_step(job_of, seed):
+    """Whoever is told, whenever: each waits for the others' steps, but may run two ahead."""
+    chance = random.Random(seed)
+    jobs, told = job_of(4), chance.randrange(4)
+    begun, moved, ended = [0] * 4, threading.Condition(), [0] * 4
+    paces = [chance.uniform(0, 0.01) for _ in jobs]
+
+    def work(rank: int) -> None:
+        while not ended[rank]:
+            with moved:
+                moved.wait_for(lambda: min(begun) > begun[rank] - 2, timeout=20)
+                begun[rank] += 1
+                moved.notify_all()
+            time.sleep(chance.random() * paces[rank])
+            if jobs[rank].stops_after(begun[rank]):
+                ended[rank] = begun[rank]
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(4)]
+    for thread in (*[threading.Thread(target=job._talk, daemon=True) for job in jobs], *threads):
+        thread.start()
+    time.sleep(chance.uniform(0.05, 0.2))
+    jobs[told].stop(signal.SIGTERM)
+    for thread in threads:
+        thread.join(20)
+    assert ended[0] > 0
+    assert ended == ended[:1] * 4
+
+
+def test_a_rank_that_has_ended_does_not_hold_up_the_others(job_of):
+    first, second = job_of(2)
+    for job in (first, second):
+        threading.Thread(target=job._talk, daemon=True).start()
+    leaving = threading.Thread(target=first._await_all, daemon=True)
+    leaving.start()
+    second.stop(signal.SIGTERM)
+    time.sleep(0.2)
+    assert second.stops_after(9) == 0  # it goes on to the end, as the first did
+    assert leaving.is_alive()
+    second._await_all()
+    leaving.join(5)
+    assert not leaving.is_alive()
+
+
+def test_what_the_first_rank_says_reaches_all_in_order(job_of):
+    jobs, heard = job_of(3), [[], [], []]
+
+    def listen(rank: int) -> None:
+        for number in range(20):
+            heard[rank].append(jobs[rank].told(lambda: f"{rank} says {number}"))  # noqa: B023
+
+    threads = [threading.Thread(target=listen, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert heard == [[f"0 says {number}" for number in range(20)]] * 3
+
+
+def test_a_value_that_another_rank_does_not_have_is_a_mistake(job_of):
+    first, second = job_of(2)
+    first.check_same("the data", "a")
+    with pytest.raises(UserError, match=r"the data of rank 1, process .*'b', 'a'"):
+        second.check_same("the data", "b")
+
+
+def verdict(job: cluster.Job, seconds: float) -> str | None:
+    """What the rank comes to think of the others in that time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        job._exchange()
+        found = job._dead() or job._stuck()
+        if found:
+            return found
+        time.sleep(0.01)
+    return None
+
+
+def test_the_rank_that_is_behind_is_named_and_nobody_while_one_moves(job_of):
+    first, second, third = job_of(3, step_timeout=0.6)
+    over = threading.Event()
+
+    def live() -> None:
+        while not over.wait(0.01):
+            second._exchange()
+            third._exchange()
+
+    alive = threading.Thread(target=live)
+    alive.start()
+    with contextlib.closing(types.SimpleNamespace(close=over.set)):
+        assert verdict(first, 1.0) is None  # nobody has done a first step, which may take long
+        for job in (first, second, third):
+            job.at("step 4")
+        for turn in range(10):
+            first.at(f"step {5 + turn}")
+            assert verdict(first, 0.1) is None
+        third.at("step 5")
+        found = verdict(first, 5)
+    alive.join()
+    assert found is not None
+    assert "rank 1 (process" in found
+    assert "step 4) is behind" in found
+
+
+def test_a_rank_that_says_nothing_is_named_and_the_others_not(job_of):
+    first, second, third = job_of(3)
+    for job in (second, third):
+        job.at("step 8")
+        job._exchange()
+    assert verdict(first, 0.3) is None
+    over = threading.Event()
+
+    def live() -> None:
+        while not over.wait(0.01):
+            third._exchange()
+
+    alive = threading.Thread(target=live)
+    alive.start()
+    found = verdict(first, 5)
+    over.set()
+    alive.join()
+    assert found is not None
+    assert found.startswith("rank 1 (process")
