@@ -1,6 +1,7 @@
 """What the package's commands share: their log, their flags, their exit status."""
 
 import logging
+import os
 import pathlib
 import re
 import sys
@@ -13,6 +14,8 @@ from ml_collections import config_flags
 from alexnet_jax import cluster
 from alexnet_jax import config as configs
 from alexnet_jax.config import UserError
+
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
 def status(work: Callable[[], int], failures: tuple[type[Exception], ...]) -> int:
@@ -35,6 +38,13 @@ def status(work: Callable[[], int], failures: tuple[type[Exception], ...]) -> in
     except KeyboardInterrupt as stop:
         print("stopped; the same command goes on from what was saved", file=sys.stderr)
         return cluster.exit_status(stop)
+
+
+def be_deterministic() -> None:
+    """Have a GPU compute the same bits each time; to be called before JAX is first used."""
+    given = os.environ.get("XLA_FLAGS", "")
+    if DETERMINISTIC.split("=")[0] not in given:
+        os.environ["XLA_FLAGS"] = f"{given} {DETERMINISTIC}".strip()
 
 
 def keep_compiled(cache_dir: str) -> None:

@@ -145,6 +145,7 @@ class Data:
     workers: int = _setting(0, _at_least(0))  # that read and decode; 0: one a core
     worker_kind: str = _setting("auto", _one_of("auto", "threads", "processes"))
     prefetch: int = _setting(4, _at_least(1))  # batches ready ahead of the step
+    on_device: bool = False  # the training split stays on the devices, and is cropped there
     cache_dir: str = "~/.cache/alexnet_jax"  # drawn shapes, statistics, compiled programs
     tfds_dir: str = ""  # where TFDS looks; "": TFDS_DATA_DIR or ~/tensorflow_datasets
 
@@ -200,6 +201,7 @@ class Train:
     init_from: str = ""  # a workdir to begin with the weights of; fc8 is new for other classes
     max_parameters: int = _setting(500_000_000, _at_least(1))  # a larger net is refused
     log_every_steps: int = _setting(20, _at_least(1))
+    deterministic: bool = False  # on a GPU, the same bits each time, at some cost; a CPU always is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,7 +317,8 @@ SECTIONS = tuple(f.name for f in dataclasses.fields(Config) if dataclasses.is_da
 # A run goes on in its workdir whatever happens to these; `model` may not change at all; a change
 # of anything else needs --allow_config_change.
 FREE_ON_RESUME = frozenset({
-    "data.workers", "data.worker_kind", "data.prefetch", "data.cache_dir", "data.tfds_dir",
+    "data.workers", "data.worker_kind", "data.prefetch", "data.on_device", "data.cache_dir",
+    "data.tfds_dir", "train.deterministic",
     "train.num_epochs", "train.num_steps", "train.accumulation_steps", "train.log_every_steps",
     "train.init_from", "train.max_parameters",
 })  # fmt: skip

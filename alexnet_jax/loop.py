@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from alexnet_jax import evaluate, metrics, setup, workdir
+from alexnet_jax import evaluate, metrics, resident, setup, workdir
 from alexnet_jax.checkpoint import Meta
 from alexnet_jax.cluster import Job
 from alexnet_jax.config import Config
@@ -217,21 +217,31 @@ def device_batches(
     source: Source, statistics: Statistics, config: Config, mesh: Mesh, first: int, last: int
 ) -> Generator[DeviceBatch, None, None]:
     """Training batches first .. last - 1, each on its way while the step before it runs."""
-    batch_size = config.train.batch_size
-    batches = stream.train_batches(
-        source,
-        statistics,
-        config.data,
-        seed=config.seed,
-        size=config.model.input_size,
-        rows=stream.Rows(batch_size, local_rows(mesh, batch_size)),
-        start_step=first,
-        num_steps=last,
-    )
+    size, batch_size = config.model.input_size, config.train.batch_size
+    position = {
+        "seed": config.seed,
+        "size": size,
+        "rows": stream.Rows(batch_size, local_rows(mesh, batch_size)),
+        "start_step": first,
+        "num_steps": last,
+    }
+
+    finish: resident.Finish | None = None
+    if config.data.on_device:
+        finish = resident.load(source, config.data, statistics.mean_image.shape[0], size, mesh)
+        targets = source.targets
+        batches = stream.batches_without_pixels(targets, statistics, config.data, **position)
+    else:
+        batches = stream.train_batches(source, statistics, config.data, **position)
+
+    def place(batch: stream.Batch) -> DeviceBatch:
+        placed = put_batch(batch, mesh)
+        return finish(placed) if finish else placed
+
     with contextlib.closing(batches):
-        ahead = put_batch(next(batches), mesh)
+        ahead = place(next(batches))
         for batch in batches:
-            now, ahead = ahead, put_batch(batch, mesh)
+            now, ahead = ahead, place(batch)
             yield now
         yield ahead
 

@@ -52,6 +52,7 @@ ROOMS = (
     "predict",
     "figures",
     "gallery",
+    "resident",
     "setup",
     "loop",
     "bench",

@@ -1,0 +1,84 @@
+"""A training split that stays on the devices, where it is cropped and mirrored too.
+
+For data that fits: nothing is read or sent during training but who is next and where to cut.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from alexnet_jax.config import Data, UserError
+from alexnet_jax.data import stream
+from alexnet_jax.data.examples import Source
+
+READ_AT_ONCE = 256  # images
+SHARE = 0.6  # of a device's memory, at most; the rest is for the net
+
+Finish = Callable[[dict[str, Array]], dict[str, Array]]
+
+
+def load(source: Source, data: Data, stored: int, size: int, mesh: Mesh) -> Finish:
+    """Put every image's stored square, uint8, on every device.
+
+    Args:
+      stored, size: pixels a side of a square, and of a crop.
+
+    Returns:
+      What gives a batch of `stream.batches_without_pixels`, split over the mesh's axis `data`,
+      its image (b, size, size, 3) uint8 in the place of its index.
+
+    Raises:
+      UserError: they do not fit.
+    """
+    shape = (len(source), stored, stored, 3)
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in mesh.local_devices]
+    check_fits(shape, min((limit for limit in limits if limit), default=None))
+    squares = np.empty(shape, np.uint8)
+    rows = stream.Rows(READ_AT_ONCE, range(READ_AT_ONCE))
+    batches = stream.evaluation_batches(source, data, stored=stored, rows=rows)
+    for first, batch in zip(range(0, len(source), READ_AT_ONCE), batches):
+        part = squares[first : first + READ_AT_ONCE]
+        part[:] = batch["image"][: len(part)]
+    everywhere = NamedSharding(mesh, P())
+    placed = jax.make_array_from_callback(shape, everywhere, squares.__getitem__)
+    cut = make_cut(mesh, size)
+
+    def finish(batch: dict[str, Array]) -> dict[str, Array]:
+        rest = {name: values for name, values in batch.items() if name != "index"}
+        return {"image": cut(placed, batch["index"], batch["offset"], batch["mirror"]), **rest}
+
+    return finish
+
+
+def check_fits(shape: tuple[int, ...], limit: int | None) -> None:
+    """Raises UserError where uint8 squares of `shape` leave a device of `limit` bytes no room."""
+    needed = np.prod(shape, dtype=np.int64)
+    if limit is not None and needed > SHARE * limit:
+        raise UserError(
+            f"data.on_device: {shape[0]:,} squares of {shape[1]} pixels a side take "
+            f"{needed / 1e9:.1f} GB, more than {SHARE:.0%} of a device's {limit / 1e9:.1f}; "
+            "set --config.data.on_device=False"
+        )
+
+
+def make_cut(mesh: Mesh, size: int) -> Callable[[Array, Array, Array, Array], Array]:
+    """(squares on every device; index, offset, mirror split over `data`) -> crops split likewise.
+
+    (n, stored, stored, 3), (b,), (b, 2), (b,) -> (b, size, size, 3).
+    """
+
+    def local_cut(squares: Array, index: Array, offset: Array, mirror: Array) -> Array:
+        def one(index: Array, offset: Array, mirror: Array) -> Array:
+            start = (index, offset[0], offset[1], 0)
+            window = lax.dynamic_slice(squares, start, (1, size, size, 3))[0]
+            return jnp.where(mirror, window[:, ::-1], window)  # (s, s, 3)
+
+        return jax.vmap(one)(index, offset, mirror)  # (b, s, s, 3)
+
+    specs = (P(), P("data"), P("data"), P("data"))
+    return jax.jit(jax.shard_map(local_cut, mesh=mesh, in_specs=specs, out_specs=P("data")))

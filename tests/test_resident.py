@@ -1,0 +1,74 @@
+"""Images that stay on the devices: the same batches as those that are streamed."""
+
+import os
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from alexnet_jax import command, loop, mesh, resident
+from alexnet_jax.config import UserError
+from alexnet_jax.data import sources, survey
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("preset", ["paper", "source2012"])
+def test_batches_are_those_of_the_stream_byte_for_byte(
+    configured, images, tmp_path, shards, preset
+):
+    """Over the end of an epoch, of 48 images, and split over four devices."""
+    batches = {}
+    for on_device in (False, True):
+        config = configured(preset, {
+            "data.source": f"folder:{images}", "data.cache_dir": str(tmp_path),
+            "data.on_device": on_device, "model.input_size": 36, "train.batch_size": 20,
+            "mesh.model": shards,
+        })  # fmt: skip
+        source = sources.open_source(config.data, "train")
+        source, statistics = survey.surveyed(source, config.data, config.model)
+        devices = mesh.make_mesh(config.mesh, config.model)
+        found = list(loop.device_batches(source, statistics, config, devices, 1, 5))
+        batches[on_device] = jax.device_get(found)
+        assert found[0]["image"].sharding.is_equivalent_to(NamedSharding(devices, P("data")), 4)
+    assert len(batches[True]) == 4
+    for here, streamed in zip(batches[True], batches[False], strict=True):
+        assert here.keys() == streamed.keys()
+        for name, values in streamed.items():
+            assert here[name].dtype == values.dtype
+            np.testing.assert_array_equal(here[name], values)
+    assert any(batch["mirror"].any() and not batch["mirror"].all() for batch in batches[True])
+
+
+def test_a_crop_is_numpys(configured):
+    rng = np.random.default_rng(0)
+    squares = rng.integers(0, 256, (5, 9, 9, 3), np.uint8)
+    index, offset = np.array([4, 0, 4, 2]), rng.integers(0, 4, (4, 2))
+    mirror = np.array([True, False, False, True])
+    devices = mesh.make_mesh(configured().mesh, configured().model)
+    found = resident.make_cut(devices, 6)(squares, index, offset, mirror)
+    for row, (which, (top, left), flip) in enumerate(zip(index, offset, mirror)):
+        window = squares[which, top : top + 6, left : left + 6]
+        np.testing.assert_array_equal(found[row], window[:, ::-1] if flip else window)
+
+
+def test_squares_that_do_not_fit_are_refused_with_their_size():
+    resident.check_fits((1000, 100, 100, 3), 50_000_001)
+    resident.check_fits((10**9, 256, 256, 3), None)  # a device that does not say
+    with pytest.raises(UserError, match=r"1,281,167 squares of 256 .* 251\.9 GB, .* 85\.0; set"):
+        resident.check_fits((1_281_167, 256, 256, 3), 85_000_000_000)
+
+
+@pytest.mark.parametrize(
+    ("given", "then"),
+    [
+        ("", command.DETERMINISTIC),
+        ("--xla_dump_to=x", f"--xla_dump_to=x {command.DETERMINISTIC}"),
+        ("--xla_gpu_deterministic_ops=false", "--xla_gpu_deterministic_ops=false"),
+    ],
+)
+def test_what_the_user_says_to_xla_stays(monkeypatch, given, then):
+    monkeypatch.setenv("XLA_FLAGS", given)
+    command.be_deterministic()
+    assert os.environ["XLA_FLAGS"] == then
