@@ -11,6 +11,7 @@ in one line; 130 Ctrl-C and 143 SIGTERM, after saving.
 """
 
 import json
+import logging
 import pathlib
 import sys
 
@@ -91,6 +92,8 @@ def run(options: flags.FlagValues, paths: list[str]) -> int:
                 f"--mode={options.mode} by {count} processes: only {' and '.join(BY_SEVERAL)} are "
                 "done together; start one"
             )
+        if not job.leads:
+            logging.getLogger("alexnet_jax").setLevel(logging.ERROR)  # rank 0 says the same
         mesh.start_cpu_devices(-(-config.mesh.cpu_devices // count))
         return run_mode(options, paths, config, job)
 

@@ -398,3 +398,29 @@ def test_the_error_of_the_newest_pass_is_saved_only_where_a_pass_was_made(run, t
     assert set(passes) == {6, 8}
     best = min(passes, key=lambda step: (passes[step], step))
     assert kept == {step: {"top1_error": passes[step]} for step in {best, 8}}
+
+
+def test_nothing_is_compiled_once_every_kind_of_work_was_done(run, tmp_path, monkeypatch):
+    """Steps, validation and saves of three epochs; what the second and third compile: nothing."""
+    compiled, after = [], {}
+
+    def listen(event: str, seconds: float, **about: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(about)
+
+    recorded = Report.record
+
+    def record(self: Report, split: str, step: int, *rest: object) -> None:
+        after[split, step] = len(compiled)
+        recorded(self, split, step, *rest)
+
+    monkeypatch.setattr(Report, "record", record)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        settings = ("--config.train.num_steps=18", "--config.checkpoint.every_steps=2")
+        assert run(tmp_path, *settings) == 0
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert after["train", 1] > 0  # it does listen
+    assert after["validation", 6] > after["train", 6]
+    assert after["validation", 18] == after["train", 7]
