@@ -9,10 +9,11 @@ The newest is kept, and the one with the lowest validation top-1 error, of equal
 import concurrent.futures
 import contextlib
 import dataclasses
+import json
 import logging
 import math
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -50,6 +51,13 @@ class Meta:
 
 class SaveError(Exception):
     """A checkpoint could not be written. Exit status 1; older ones are whole."""
+
+
+Told = Callable[[Callable[[], str]], str]
+
+
+def _own(say: Callable[[], str]) -> str:
+    return say()
 
 
 class NewestAndBest:
@@ -104,19 +112,22 @@ class Checkpoints:
         """In ascending order."""
         return [checkpoint.step for checkpoint in self.checkpointer.checkpoints]
 
-    def newest_whole(self) -> int | None:
+    def newest_whole(self, told: Told = _own) -> int | None:
         """The newest step whose files are as they were saved; None where there is no checkpoint.
 
         One that was not sealed, as when a run is killed at that moment, counts if all of it can
         be read.
 
+        Args:
+          told: `Job.told`, where all ranks of a job ask; rank 0 alone then sums the files.
+
         Raises:
           UserError: there are checkpoints, and all of them are damaged.
         """
-        steps = self.steps()
+        steps = json.loads(told(lambda: json.dumps(self.steps())))
         for step in reversed(steps):
-            problem = self._damaged(step)
-            if problem is None:
+            problem = self._damage_of(step, told)
+            if not problem:
                 return step
             log.warning(
                 "CHECKPOINT %s IS DAMAGED (%s); trying an older one", self.directory / str(step),
@@ -129,17 +140,19 @@ class Checkpoints:
             )
         return None
 
-    def _damaged(self, step: int) -> str | None:
+    def _damage_of(self, step: int, told: Told = _own) -> str:
+        """What is wrong with a checkpoint, in words; "" where it is whole."""
         folder = pathlib.Path(self.directory / str(step))
-        if seals.is_sealed(folder):
-            return seals.damage(folder)
-        try:
+        if told(lambda: "sealed" if seals.is_sealed(folder) else ""):
+            return told(lambda: seals.damage(folder) or "")
+        problem = ""
+        try:  # Orbax reads with all processes
             self.read_meta(step)
             self._read_all(step, "params")
             self._read_all(step, "training")
         except UserError as error:
-            return f"it was not sealed, and its reading ends in {type(error.__cause__).__name__}"
-        return None
+            problem = f"it was not sealed, and its reading ends in {type(error.__cause__).__name__}"
+        return told(lambda: problem)
 
     def set_aside_after(self, step: int | None) -> None:
         """Move the checkpoints after a step out of the way of those that will take their place."""
@@ -170,7 +183,7 @@ class Checkpoints:
                 f"checkpoint.step={wanted}: {self.directory} holds steps "
                 f"{', '.join(map(str, steps))}; set --config.checkpoint.step to one of them"
             )
-        problem = self._damaged(wanted) if wanted != -1 else None
+        problem = self._damage_of(wanted) if wanted != -1 else ""
         if problem:
             raise UserError(
                 f"checkpoint {self.directory / str(wanted)} is damaged ({problem}); "

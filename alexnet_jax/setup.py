@@ -1,7 +1,6 @@
 """Before the first step: the data opened, the state drawn or restored, the steps built."""
 
 import dataclasses
-import json
 import logging
 import pathlib
 from typing import NamedTuple
@@ -83,7 +82,7 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
     config = with_classes(config, source.labels)
     check_parameters(config)
     checkpoints = Checkpoints(directory / workdir.CHECKPOINTS)
-    latest = json.loads(job.told(lambda: json.dumps(checkpoints.newest_whole())))
+    latest = checkpoints.newest_whole(job.told)
     if latest is not None:
         meta = checkpoints.read_meta(latest)
         changed = workdir.check_resume(meta.config, config, allow_config_change)

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -428,3 +429,25 @@ def test_a_rank_that_says_nothing_is_named_and_the_others_not(job_of):
     alive.join()
     assert found is not None
     assert found.startswith("rank 1 (process")
+
+
+def test_processes_go_on_from_a_checkpoint_that_was_not_sealed_and_past_a_damaged_one(
+    start, alone, tmp_path
+):
+    """The newest has a byte changed; the one before was being sealed when the run was killed."""
+    job = start(2, tmp_path, "--config.train.num_steps=3", "--config.checkpoint.every_steps=2")
+    assert job.ends()[0] == [0, 0]
+    steps = {number: tmp_path / "checkpoints" / str(number) for number in (3, 4)}
+    shutil.copytree(steps[3], steps[4])
+    (steps[3] / "sha256.json").unlink()
+    largest = max((path for path in steps[4].rglob("*") if path.is_file()), key=os.path.getsize)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    again = start(2, tmp_path)
+    statuses, errors = again.ends()
+    assert statuses == [0, 0], errors
+    again.reader.join()
+    assert "going on from step 3\n" in again.out
+    assert "IS DAMAGED" in errors[0]
+    assert losses(tmp_path)["train", 6] == pytest.approx(losses(alone)["train", 6], rel=1e-3)
