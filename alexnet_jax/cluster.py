@@ -25,6 +25,7 @@ from alexnet_jax.config import UserError
 LAUNCHERS = {"SLURM_STEP_NODELIST": "SLURM_NTASKS", "OMPI_MCA_orte_hnp_uri": "OMPI_COMM_WORLD_SIZE"}
 BEAT = 1.0  # seconds between a rank's notes
 SILENCE = 20.0  # seconds without one, after which a rank is taken for dead
+JOINING = 300  # seconds for all to come
 PATIENCE = 60  # seconds in which JAX ends a rank that hears nothing, should this module not
 ENDED = sys.maxsize  # the step of a rank that has no more to do
 NOTES, TOLD = "alexnet_jax/notes", "alexnet_jax/told"
@@ -42,8 +43,10 @@ def join(coordinator: str, num_processes: int, process_id: int) -> int:
     Returns:
       How many there are, this one counted.
 
+    Where the others do not come in time this process ends, with status 1: they may come later.
+
     Raises:
-      UserError: the three do not fit, or the others do not come within five minutes.
+      UserError: the three do not fit, or JAX finds no cluster.
     """
     explicit = coordinator not in ("", "auto")
     if explicit and not (":" in coordinator and 0 <= process_id < num_processes):
@@ -68,15 +71,34 @@ def join(coordinator: str, num_processes: int, process_id: int) -> int:
                 "process_id": process_id,
                 "cluster_detection_method": "deactivate",
             }
+        giving_up = threading.Timer(JOINING, _nobody_came, (coordinator or "the launcher's",))
+        giving_up.daemon = True
+        giving_up.start()  # JAX would abort
         try:
-            jax.distributed.initialize(**told, heartbeat_timeout_seconds=PATIENCE)
+            jax.distributed.initialize(
+                **told,
+                initialization_timeout=JOINING + PATIENCE,
+                heartbeat_timeout_seconds=PATIENCE,
+            )
         except (RuntimeError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"the other processes are not reached ({reason}); start all of them, with one "
-                "--coordinator that every one can reach"
+                f"no other processes are found ({reason}); give each of them "
+                "--coordinator=HOST:PORT --num_processes=N --process_id=0, 1, ..."
             ) from error
+        finally:
+            giving_up.cancel()
     return distributed.global_state.num_processes
+
+
+def _nobody_came(coordinator: str) -> NoReturn:
+    print(
+        f"error: not all processes came within {JOINING} s; start all of them, with a coordinator "
+        f"(here {coordinator}) that every one can reach",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
 
 
 def this_process() -> str:

@@ -219,6 +219,38 @@ def test_what_is_not_done_together_is_refused(start, tmp_path):
     assert sum("only train and eval are done together" in text for text in errors) >= 1
 
 
+ALONE = """
+import sys
+from alexnet_jax import cluster
+cluster.JOINING = 3
+cluster.join(sys.argv[1], 2, int(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_whose_others_never_come_ends_with_a_line(rank):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    ended = subprocess.run(
+        [sys.executable, "-c", ALONE, address, str(rank)], capture_output=True, text=True,
+        env=os.environ | {"JAX_COORDINATOR_BIND_ADDRESS": address}, timeout=50,
+    )  # fmt: skip
+    assert ended.returncode == 1
+    assert "error: not all processes came within 3 s; start all of them" in ended.stderr
+    assert address in ended.stderr
+
+
+def test_a_cluster_that_is_none_is_a_mistake(tmp_path):
+    code = "import sys; from alexnet_jax import main; sys.exit(main.main(sys.argv))"
+    configs = pathlib.Path(__file__).parents[1] / "configs"
+    ended = subprocess.run(
+        [sys.executable, "-c", code, f"--config={configs / 'quickstart.py'}",
+         f"--workdir={tmp_path}", "--coordinator=auto"], capture_output=True, text=True, timeout=50,
+    )  # fmt: skip
+    assert ended.returncode == 2
+    assert "error: no other processes are found" in ended.stderr
+
+
 @pytest.mark.parametrize(
     "flags",
     [
