@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# One job of N processes on this machine, which talk over loopback.
+#
+#   launch/local.sh N --config=configs/NAME.py --workdir=DIR [more flags]
+#
+# Each process takes one GPU, or on a machine without GPUs one CPU device (JAX_NUM_CPU_DEVICES sets
+# another number). Rank 0 prints as if it were alone; what the others say on stderr has their rank
+# before it. Ctrl-C and SIGTERM reach each process once: all save at the same step, and the same
+# command goes on from there; a second one ends them at once. The exit status is the program's.
+# PYTHON names another interpreter than `python`.
+set -uo pipefail
+
+mistake() { echo "error: $*" >&2 && exit 2; }
+
+size=${1-}
+[[ $size =~ ^[1-9][0-9]*$ ]] || mistake "'$size' is no count of processes; launch/local.sh N FLAGS"
+shift
+
+gpus=()
+if [[ ${JAX_PLATFORMS-} != cpu ]]; then
+  found=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd,)
+  IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES-$found}"
+  ((${#gpus[@]} == 0 || ${#gpus[@]} >= size)) ||
+    mistake "$size processes and ${#gpus[@]} GPUs: start fewer, or on the CPU by JAX_PLATFORMS=cpu"
+fi
+export JAX_NUM_CPU_DEVICES=${JAX_NUM_CPU_DEVICES:-1}
+
+python=${PYTHON:-python}
+free_port='import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])'
+address=127.0.0.1:$("$python" -c "$free_port") || mistake "PYTHON=$python does not run"
+export JAX_COORDINATOR_BIND_ADDRESS=$address # else rank 0 listens on every network
+
+start() { # start RANK FLAGS...: does not return
+  if ((${#gpus[@]})); then export CUDA_VISIBLE_DEVICES=${gpus[$1]}; fi
+  exec "$python" -m alexnet_jax.main \
+    --coordinator="$address" --num_processes="$size" --process_id="$1" "${@:2}" </dev/null
+}
+
+prefix() { # prefix RANK: stdin to stderr, to its end whatever the signals
+  trap '' INT TERM HUP
+  exec sed -u "s/^/[$1] /" >&2
+}
+
+ranks=() prefixes=()
+end_leftovers() { for rank in "${ranks[@]}"; do kill -KILL -- "-$rank"; done 2>/dev/null; }
+trap end_leftovers EXIT
+set -m # each rank in a process group of its own, so that Ctrl-C reaches this script alone
+start 0 "$@" &
+ranks+=($!)
+for ((rank = 1; rank < size; rank++)); do
+  exec {log}> >(prefix "$rank")
+  prefixes+=($!)
+  start "$rank" "$@" >/dev/null 2>&"$log" &
+  ranks+=($!)
+  exec {log}>&-
+done
+set +m # with it, `wait` would not sleep while a rank is halted
+trap 'kill -INT "${ranks[@]}" 2>/dev/null' INT
+trap 'kill -TERM "${ranks[@]}" 2>/dev/null' TERM HUP
+
+# A rank that is halted cannot end by itself, as the others do.
+alive() { for rank in "${ranks[@]}"; do kill -0 "$rank" 2>&- && echo; done | wc -l; }
+since=$SECONDS
+while left=$(alive || true) && ((left)); do
+  ((left < size)) || since=$SECONDS
+  ((SECONDS - since < 30)) || end_leftovers
+  sleep 0.2
+done
+
+status=0
+for rank in "${ranks[@]}"; do
+  wait "$rank"
+  ended=$?
+  case $status:$ended in *:0) ;; 0:* | 1:2 | 1:130 | 1:143) status=$ended ;; esac
+done
+end_leftovers
+wait "${prefixes[@]}"
+exit "$status"
