@@ -87,6 +87,7 @@ class Checkpoints:
         registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")
         context.checkpointables.registry = registry
         context.async_options.create_directories_asynchronously = False  # its failure would hang
+        _set_aside_unreadable(pathlib.Path(self.directory))
         self.checkpointer = ocp.training.Checkpointer(
             self.directory, context=context, preservation_policy=NewestAndBest()
         )
@@ -300,6 +301,32 @@ class Checkpoints:
                 f"checkpoint {self.directory / str(step)} is damaged ({type(error).__name__}); "
                 f"take that folder away to go on without it: {older}"
             ) from error
+
+
+def _set_aside_unreadable(directory: pathlib.Path) -> None:
+    """Rename what would keep Orbax, which reads the metrics of all steps first, from the others.
+
+    Raises:
+      UserError: there are no others.
+    """
+    steps = [path for path in directory.glob("*") if path.name.isdecimal()]
+    unreadable = []
+    for folder in steps:
+        try:
+            json.loads((folder / "metrics" / "metrics").read_bytes())
+        except FileNotFoundError:
+            pass  # the step was not validated
+        except ValueError:
+            unreadable.append(folder)
+    if unreadable == steps != []:
+        raise UserError(
+            f"all checkpoints of {directory} are damaged (their metrics); bring a copy back, or "
+            "begin anew in another --workdir"
+        )
+    for folder in unreadable:
+        log.warning("CHECKPOINT %s IS DAMAGED (its metrics); trying the others", folder)
+        with contextlib.suppress(FileNotFoundError):  # another process did
+            folder.rename(folder.with_suffix(".damaged"))
 
 
 def take_over(

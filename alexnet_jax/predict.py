@@ -273,7 +273,7 @@ def predict_files(
     whole, broken = [], []
     for path in _files(paths):
         try:
-            images.decode(pathlib.Path(path).read_bytes(), path)
+            images.decode(sources.read_file(path), path)
             whole.append(path)
         except images.ImageError as error:
             broken.append({"file": path, "error": str(error)})

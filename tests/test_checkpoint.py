@@ -1,6 +1,7 @@
 """Checkpoints: whole, portable between meshes, the newest and the best kept."""
 
 import dataclasses
+import shutil
 from typing import Any
 
 import jax
@@ -173,3 +174,21 @@ def test_the_step_to_read_is_the_newest_or_the_one_named(state, meta, tmp_path):
         assert checkpoints.chosen_step(3) == 3
         with pytest.raises(UserError, match="holds steps 3, 7"):
             checkpoints.chosen_step(5)
+
+
+def test_unreadable_metrics_of_one_checkpoint_do_not_cost_the_others(state, meta, tmp_path, caplog):
+    placed = put(state, make_mesh(1, 1))
+    with Checkpoints(tmp_path) as checkpoints:
+        for step, error in ((1, 0.1), (2, 0.2)):
+            checkpoints.save(step, placed, dataclasses.replace(meta, top1_error=error))
+    (tmp_path / "2" / "metrics" / "metrics").write_bytes(b"\xff{")
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.newest_whole() == 1
+        checkpoints.save(2, placed, meta)
+        checkpoints.wait()
+        assert checkpoints.newest_whole() == 2
+    assert f"CHECKPOINT {tmp_path / '2'} IS DAMAGED" in caplog.text
+    shutil.rmtree(tmp_path / "1")
+    with Checkpoints(tmp_path) as checkpoints:  # what was set aside is no more than that
+        assert checkpoints.newest_whole() == 2
+    assert (tmp_path / "2.damaged").is_dir()

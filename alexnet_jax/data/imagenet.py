@@ -1,13 +1,14 @@
 """ILSVRC2012 from its tars as downloaded: nothing is unpacked, images are read where they lie."""
 
-import gzip
 import hashlib
 import importlib.util
 import io
 import os
 import pathlib
 import re
+import struct
 import tarfile
+import zlib
 from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
@@ -19,6 +20,8 @@ from alexnet_jax.data.tars import AGAIN, Members, basename, files, opened, readi
 
 BLOCK_BYTES = 2**22  # read at a time
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
+MAX_DEVKIT_BYTES = 2**26  # unpacked; packed, the official one has 2.5 MB
+MATLAB_COMPRESSED = 15  # source: MAT-file format, version 5, table 1-1
 SYNSETS = "data/meta.mat"
 GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
 
@@ -159,9 +162,11 @@ def read_classes(tars: Tars) -> Classes:
 
 def _synsets(devkit: pathlib.Path) -> dict[str, tuple[int, str]]:
     """WNID -> ILSVRC2012_ID and words of the classes; other synsets have classes below them."""
-    data = io.BytesIO(_devkit_file(devkit, SYNSETS))
+    data = _devkit_file(devkit, SYNSETS)
     try:
-        table: Any = np.atleast_1d(scipy.io.loadmat(data, squeeze_me=True)["synsets"])
+        _check_unpacked(data)
+        mat = io.BytesIO(data)
+        table: Any = np.atleast_1d(scipy.io.loadmat(mat, squeeze_me=True)["synsets"])
         leaves = [row for row in table if int(row["num_children"]) == 0]
         found = {str(s["WNID"]): (int(s["ILSVRC2012_ID"]), str(s["words"])) for s in leaves}
     except Exception as error:  # at damaged bytes scipy and numpy raise whatever they stumble over
@@ -170,6 +175,20 @@ def _synsets(devkit: pathlib.Path) -> dict[str, tuple[int, str]]:
     if not len(leaves) == len(found) == len({number for number, _ in found.values()}):
         raise UserError(f"{devkit}, {SYNSETS} has a class or a number twice; {AGAIN}")
     return found
+
+
+def _check_unpacked(data: bytes) -> None:
+    """Raises ValueError where the packed variables of a MATLAB file would fill the memory."""
+    place, order = 128, "<" if data[126:128] == b"IM" else ">"
+    room = MAX_DEVKIT_BYTES
+    while place + 8 <= len(data):
+        kind, size = struct.unpack_from(f"{order}II", data, place)
+        place += 8 + size
+        if kind == MATLAB_COMPRESSED:
+            packed = data[place - size : place]
+            room -= len(zlib.decompressobj().decompress(packed, room + 1))
+        if room < 0:
+            raise ValueError(f"over {MAX_DEVKIT_BYTES:,} bytes unpacked")
 
 
 def validation_targets(tars: Tars, classes: Classes) -> np.ndarray:
@@ -208,10 +227,15 @@ def validation_targets(tars: Tars, classes: Classes) -> np.ndarray:
 
 def _devkit_file(devkit: pathlib.Path, name: str) -> bytes:
     """The content of the devkit's file whose path ends in `name`."""
-    with reading(devkit):
-        data = devkit.read_bytes()  # 2.5 MB; whole, so that gzip's checksum vouches for every byte
-        if data.startswith(b"\x1f\x8b"):
-            data = gzip.decompress(data)
+    with reading(devkit), open(devkit, "rb") as file:
+        data = file.read(MAX_DEVKIT_BYTES + 1)
+        if data.startswith(b"\x1f\x8b") and len(data) <= MAX_DEVKIT_BYTES:
+            unpacker = zlib.decompressobj(wbits=31)
+            data = unpacker.decompress(data, MAX_DEVKIT_BYTES + 1)
+            if not unpacker.eof and len(data) <= MAX_DEVKIT_BYTES:
+                raise EOFError("it ends too early")  # and no checksum vouches for its bytes
+        if len(data) > MAX_DEVKIT_BYTES:
+            raise ValueError(f"over {MAX_DEVKIT_BYTES:,} bytes unpacked")
     with opened(devkit, io.BytesIO(data)) as tar:
         for member in files(tar, devkit, len(data)):
             if f"/{member.name}".endswith(f"/{name}"):

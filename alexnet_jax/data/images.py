@@ -3,7 +3,7 @@
 import functools
 import io
 import math
-import struct
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,25 +14,35 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from alexnet_jax.data.examples import Example
 
+MAX_BYTES = 2**28  # a larger file is no picture and would fill the memory
 MAX_PIXELS = 100_000_000  # a larger claim is taken for an attack or a broken header
 MAX_ASPECT = 100  # the longer side over the shorter; more is no picture and would fill the memory
+MAX_SCANS = 100  # of a JPEG: each may be a few bytes and take as long as a picture
+# Pillow would try others: some have no signature, and EPS is a program that Ghostscript runs.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 # What libjpeg warns of though every pixel is there; its other warnings are of lost data.
 HARMLESS = ("extraneous bytes before marker 0xd9", "unknown JFIF revision")
-_UNREADABLE = (
-    ValueError, OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError
-)  # fmt: skip
+_SCAN = re.compile(rb"\xff\xda\0")
 
 
 class ImageError(Exception):
-    """An image that cannot be read: its name and why."""
+    """An image that cannot be read: its name and why, in one line."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """Text of files and archives, fit for a line on a terminal."""
+    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def decode(data: bytes | np.ndarray, name: str, mirrored: int = 0) -> np.ndarray:
     """The RGB pixels of an image file's bytes; pixels pass as they are.
 
     JPEGs are decoded whole or not at all; greyscale, CMYK, palette and other modes become RGB;
-    a JPEG's EXIF orientation is applied. Other formats are those Pillow reads; of several frames
-    the first.
+    the EXIF orientation is applied. Other formats are those of FORMATS that Pillow was built with;
+    of several frames the first.
 
     Args:
       data, name: of an `Example`.
@@ -43,7 +53,7 @@ def decode(data: bytes | np.ndarray, name: str, mirrored: int = 0) -> np.ndarray
       (h, w, 3) uint8; where `mirrored` applies, a view of memory in the order BGR.
 
     Raises:
-      ImageError: not an image, truncated, over MAX_PIXELS or MAX_ASPECT.
+      ImageError: not an image, truncated, over MAX_PIXELS, MAX_ASPECT or MAX_SCANS.
     """
     if isinstance(data, np.ndarray):
         return data
@@ -52,15 +62,20 @@ def decode(data: bytes | np.ndarray, name: str, mirrored: int = 0) -> np.ndarray
             pixels = _strictly_decoded(data, name, mirrored)
             if pixels is not None:
                 return pixels
-        with Image.open(io.BytesIO(data)) as image:
+        with _opened(data) as image:
             _check_size(*image.size, name)
             if image.mode.startswith(("I", "F")):
                 raise ImageError(f"{name}: has {image.mode} pixels; only 8 bits a channel are read")
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except _UNREADABLE as error:
-        detail = "empty file" if not data else " ".join(str(error).split())[:120]
-        if data and isinstance(error, UnidentifiedImageError):
-            detail = "of no known format"
+            if image.format == "PNG":  # decoding, Pillow does not come to every checksum
+                _opened(data).verify()
+            ImageOps.exif_transpose(image, in_place=True)
+            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    except ImageError:
+        raise
+    except Exception as error:  # at damaged bytes Pillow raises whatever it stumbles over
+        detail = " ".join(str(error).split())[:120] or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            detail = "of no known format" if data else "empty file"
         raise ImageError(f"{name}: not a whole image ({detail})") from error
 
 
@@ -72,18 +87,22 @@ def oddities(example: Example) -> tuple[str, ...]:
     if isinstance(example.data, np.ndarray):
         return ()
     try:
-        image = Image.open(io.BytesIO(example.data))
-    except _UNREADABLE:  # by Pillow, though whole
+        with _opened(example.data) as image:
+            called_jpeg = example.name.lower().endswith((".jpg", ".jpeg"))
+            signs = {
+                "greyscale": image.mode in ("1", "L", "LA"),
+                "cmyk": image.mode == "CMYK",
+                "misnamed": called_jpeg and image.format not in ("JPEG", "MPO"),
+                "rotated": image.getexif().get(ExifTags.Base.Orientation, 1) != 1,
+            }
+    except Exception:  # by Pillow, though whole
         return ()
-    with image:
-        called_jpeg = example.name.lower().endswith((".jpg", ".jpeg"))
-        signs = {
-            "greyscale": image.mode in ("1", "L", "LA"),
-            "cmyk": image.mode == "CMYK",
-            "misnamed": called_jpeg and image.format not in ("JPEG", "MPO"),
-            "rotated": image.getexif().get(ExifTags.Base.Orientation, 1) != 1,
-        }
     return tuple(name for name, shown in signs.items() if shown)
+
+
+def _opened(data: bytes) -> Image.Image:
+    Image.init()
+    return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
 
 
 def _strictly_decoded(data: bytes, name: str, mirrored: int) -> np.ndarray | None:
@@ -91,6 +110,9 @@ def _strictly_decoded(data: bytes, name: str, mirrored: int) -> np.ndarray | Non
 
     Raises ValueError where data is lost, which Pillow would fill in.
     """
+    scans = len(_SCAN.findall(data))
+    if scans > MAX_SCANS:
+        raise ImageError(f"{name}: has {scans} scans; at most {MAX_SCANS} are read")
     try:
         height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
         _check_size(width, height, name)
@@ -109,7 +131,7 @@ def _upright(pixels: np.ndarray, data: bytes) -> np.ndarray:
     """A JPEG's pixels turned as its EXIF orientation says."""
     if data.find(b"Exif\0\0", 0, 1 << 16) < 0:
         return pixels
-    with Image.open(io.BytesIO(data)) as header:
+    with _opened(data) as header:
         orientation = header.getexif().get(ExifTags.Base.Orientation, 1)
     photo = Image.fromarray(pixels)
     photo.getexif()[ExifTags.Base.Orientation] = orientation

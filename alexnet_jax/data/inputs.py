@@ -74,7 +74,7 @@ class SourceInput:
     def _same(self, one: str, other: str) -> bool:
         found = [self.sources[split] for split in (one, other) if split in self.sources]
         # Copies have one fingerprint, but not one place.
-        known = {(source.fingerprint, source.read(0).name) for source in found}
+        known = {(source.fingerprint, getattr(source, "paths", ())) for source in found}
         return len(found) == 2 and len(known) == 1
 
     def describe(self) -> dict[str, Any]:

@@ -219,13 +219,19 @@ def _encoded(square: np.ndarray, settings: Settings) -> tuple[bytes, np.ndarray]
 
 
 def _journal(entry: pathlib.Path) -> _Entry:
-    with np.load(entry, allow_pickle=False) as arrays:
-        facts = json.loads(str(arrays["facts"]))
-        sums = Sums(0)
+    sums = Sums(0)
+    try:
+        arrays: dict[str, Any] = records.read_arrays(
+            entry, ("facts", "pixels", "products", "offset", "length", "label")
+        )
+        facts = json.loads(str(arrays.pop("facts")))
         sums.count = facts.pop("count")
-        sums.pixels, sums.products = arrays["pixels"], arrays["products"]
-        columns = {name: arrays[name] for name in ("offset", "length", "label")}
-    return _Entry(**facts, **columns, sums=sums)
+        sums.pixels, sums.products = arrays.pop("pixels"), arrays.pop("products")
+        return _Entry(**facts, **arrays, sums=sums)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{entry} is damaged ({error}); remove {entry.parent} to begin again"
+        ) from error
 
 
 def _finish(
@@ -367,7 +373,13 @@ def _check_plan(path: pathlib.Path, given: Input, settings: Settings) -> None:
     if not path.exists():
         write_text(path, json.dumps(plan), sync=True)
         return
-    old = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        old = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{path} is damaged ({' '.join(str(error).split())[:100]}); remove {path.parent} to "
+            "begin again"
+        ) from error
     changes = _changes(old, plan)
     if changes:
         raise UserError(

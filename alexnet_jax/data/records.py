@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import struct
+import zipfile
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -28,6 +29,12 @@ _HEAD = struct.Struct("<iH")
 # ArrayRecord lies in Riegeli files: chunks, interrupted by a header at the start of each block.
 _BLOCK, _BLOCK_HEADER = 1 << 16, 24
 _CHUNK = struct.Struct("<8xQ8xQQ")  # size of the data; kind and number of records; decoded size
+# What a manifest, what it says of a split, and of a file, have at least.
+_MANIFEST = {"sha256": str, "format": str, "quality": int, "size": int, "shard_size": int,
+             "input": dict, "splits": dict, "files": dict}  # fmt: skip
+_FILE = {"file": str, "bytes": int, "sha256": str}
+_SPLIT = {"num_examples": int, "oddities": dict, "broken": list,
+          "shards": [_FILE | {"num_examples": int}]}  # fmt: skip
 
 
 class Index(NamedTuple):
@@ -59,10 +66,23 @@ class Records:
         return self.index.label.astype(np.int64)
 
     def read(self, index: int) -> Example:
-        shard, offset, length, _ = (int(column[index]) for column in self.index)
-        label, name, image = unpack(read_record(self.shards[shard], offset, length))
-        if self.raw:
-            return Example(image.reshape(self.size, self.size, 3), label, name)
+        """One image as it is stored.
+
+        Raises:
+          OSError: the shard is not what was written, or the disk refuses.
+        """
+        shard, offset, length, target = (int(column[index]) for column in self.index)
+        try:
+            label, name, image = unpack(read_record(self.shards[shard], offset, length))
+            if label != target:
+                raise ValueError(f"label {label} in the record, {target} in the index")
+            if self.raw:
+                return Example(image.reshape(self.size, self.size, 3), label, name)
+        except (OSError, ValueError, struct.error) as error:
+            raise OSError(
+                f"{self.shards.paths[shard]} is damaged at byte {offset} ({error}); see what else "
+                "is by `python -m alexnet_jax.prepare --verify=DIR`"
+            ) from error
         return Example(image.tobytes(), label, name)
 
     def take(self, indices: np.ndarray) -> "Records":
@@ -203,12 +223,17 @@ def open_records(directory: pathlib.Path, split: str) -> Records:
             raise UserError(f"records:{directory}: {problem}; prepare it again")
     small = {name: _whole(directory, entry) for name, entry in manifest["files"].items()}
     fingerprint = hashlib.sha256(f"{chosen} ".encode() + text).hexdigest()
-    with np.load(small[STATISTICS], allow_pickle=False) as arrays:
-        statistics = Statistics(*(arrays[name] for name in Statistics._fields))
-    with np.load(small[index_file(chosen)], allow_pickle=False) as arrays:
-        index = Index(*(arrays[name] for name in Index._fields))
-    # Not splitlines, which takes a dozen characters for the end of a line.
-    labels = tuple(small[LABELS].read_bytes().decode("utf-8").split("\n")[:-1])
+    name = STATISTICS
+    try:
+        statistics = read_statistics(small[name], manifest["size"])
+        name = LABELS
+        # Not splitlines, which takes a dozen characters for the end of a line.
+        labels = tuple(small[name].read_bytes().decode("utf-8").split("\n")[:-1])
+        name = index_file(chosen)
+        index = Index(**read_arrays(small[name], Index._fields))
+        _check_index(index, splits[chosen], len(labels))
+    except ValueError as error:
+        raise UserError(f"records:{directory}: {name}: {error}; prepare it again") from error
     shards = _Files(tuple(str(directory / entry["file"]) for entry in entries))
     raw = manifest["format"] == "raw"
     return Records(labels, fingerprint, manifest["size"], raw, statistics, index, shards)
@@ -222,6 +247,53 @@ def index_file(split: str) -> str:
     return f"{split}.index.npz"
 
 
+def read_arrays(path: pathlib.Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file that `files.write_arrays` wrote.
+
+    Nothing in it is unpickled, nor unpacked: what is read lies on the disk at its full size.
+
+    Raises:
+      ValueError: it is no such file.
+    """
+    try:
+        with zipfile.ZipFile(path) as members:
+            if any(m.compress_type != zipfile.ZIP_STORED for m in members.infolist()):
+                raise ValueError("its arrays are compressed")
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: np.asarray(arrays[name]) for name in names}
+    except Exception as error:  # at damaged bytes numpy and zipfile raise what they stumble over
+        raise ValueError(" ".join(str(error).split())[:160] or type(error).__name__) from error
+
+
+def read_statistics(path: pathlib.Path, size: int) -> Statistics:
+    """The statistics of an .npz file, for squares of `size` pixels a side.
+
+    Raises:
+      ValueError: it has none of that size.
+    """
+    found = Statistics(**read_arrays(path, Statistics._fields))
+    shapes = ((size, size, 3), (3,), (3,), (3, 3))
+    for name, array, shape in zip(Statistics._fields, found, shapes):
+        if array.dtype != np.float32 or array.shape != shape or not np.isfinite(array).all():
+            raise ValueError(f"{name} is not {shape} finite float32")
+    return found
+
+
+def _check_index(index: Index, split: dict[str, Any], num_classes: int) -> None:
+    """Raises ValueError where a record would lie outside its shard, or a label be of no class."""
+    count, sizes = split["num_examples"], np.array([s["bytes"] for s in split["shards"]], np.int64)
+    if any(column.shape != (count,) or column.dtype.kind != "i" for column in index):
+        raise ValueError(f"it is not of {count} examples")
+    bounds = {"shard": len(sizes), "label": num_classes}
+    for name, bound in bounds.items():
+        column = getattr(index, name)
+        if count and not 0 <= column.min() <= column.max() < bound:
+            raise ValueError(f"it names a {name} that is none of {bound}")
+    inside = (index.offset >= 0) & (index.length >= _HEAD.size)
+    if not np.all(inside & (index.offset <= sizes[index.shard] - index.length)):
+        raise ValueError("a record lies outside its shard")
+
+
 def read_manifest(directory: pathlib.Path) -> tuple[dict[str, Any], bytes]:
     """The manifest of a prepared directory, and its bytes.
 
@@ -231,7 +303,7 @@ def read_manifest(directory: pathlib.Path) -> tuple[dict[str, Any], bytes]:
     try:
         text = (directory / MANIFEST).read_bytes()
         manifest = json.loads(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"records:{directory} holds no readable {MANIFEST} ({error}); "
             f"make it by `python -m alexnet_jax.prepare --input=... --output={directory}`"
@@ -239,11 +311,39 @@ def read_manifest(directory: pathlib.Path) -> tuple[dict[str, Any], bytes]:
     version = manifest.get("version") if isinstance(manifest, dict) else None
     if version != VERSION:
         raise UserError(
-            f"records:{directory} is of version {version}, read is {VERSION}; prepare it again"
+            f"records:{directory} is of version {version!r}, read is {VERSION}; prepare it again"
         )
-    if manifest.get("sha256") != _seal(manifest):
+    if not _is_whole(manifest):
         raise UserError(f"records:{directory}: {MANIFEST} was changed; prepare it again")
     return manifest, text
+
+
+def _is_whole(manifest: dict[str, Any]) -> bool:
+    """Whether it is as it was written, has all that is read of it, and names no file elsewhere."""
+    if not _fits(manifest, _MANIFEST):
+        return False
+    splits, files = manifest["splits"], manifest["files"]
+    if not all(_fits(split, _SPLIT) for split in splits.values()):
+        return False
+    entries = [*files.values(), *(shard for split in splits.values() for shard in split["shards"])]
+    return (
+        {STATISTICS, LABELS, *map(index_file, splits)} <= files.keys()
+        and all(_fits(entry, _FILE) for entry in entries)
+        and all(entry["file"] == os.path.basename(entry["file"]) for entry in entries)
+        and all(text.isprintable() for text in (*splits, *(entry["file"] for entry in entries)))
+        and manifest["sha256"] == _seal(manifest)
+    )
+
+
+def _fits(value: Any, form: Any) -> bool:
+    """Whether a value of JSON has the fields of `form`, each of its type; more of them may be."""
+    if isinstance(form, dict):
+        return isinstance(value, dict) and all(
+            name in value and _fits(value[name], part) for name, part in form.items()
+        )
+    if isinstance(form, list):
+        return isinstance(value, list) and all(_fits(item, form[0]) for item in value)
+    return isinstance(value, form)
 
 
 def sealed(manifest: dict[str, Any]) -> dict[str, Any]:

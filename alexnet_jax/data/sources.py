@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from alexnet_jax.config import Data, UserError
-from alexnet_jax.data import records, shapes
+from alexnet_jax.data import images, records, shapes
 from alexnet_jax.data.examples import Example, Source, taken
 
 log = logging.getLogger(__name__)
@@ -41,8 +41,7 @@ class Folder:
 
     def read(self, index: int) -> Example:
         path = self.paths[index]
-        with open(path, "rb") as file:
-            return Example(file.read(), int(self.targets[index]), path)
+        return Example(read_file(path), int(self.targets[index]), path)
 
     def take(self, indices: np.ndarray) -> "Folder":
         paths = tuple(self.paths[index] for index in indices)
@@ -74,6 +73,26 @@ class Tfds:
     def take(self, indices: np.ndarray) -> "Tfds":
         fingerprint = taken(self, indices)
         return dataclasses.replace(self, indices=self.indices[indices], fingerprint=fingerprint)
+
+
+def read_file(path: str) -> bytes:
+    """An image file's bytes.
+
+    Raises:
+      ImageError: over MAX_BYTES.
+      OSError: the disk refuses; its message names the file.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > images.MAX_BYTES:
+                raise images.ImageError(
+                    f"{path}: has {size} bytes; at most {images.MAX_BYTES} are read"
+                )
+            return file.read()
+    except OSError as error:
+        message = f"{images.printable(path)} cannot be read ({error.strerror})"
+        raise OSError(message) from error
 
 
 def open_source(data: Data, split: str) -> Source:
@@ -172,8 +191,15 @@ def _class_folders(root: pathlib.Path, labels: tuple[str, ...]) -> Folder:
             entries = sorted((e for e in scan if e.name[0] != "."), key=lambda entry: entry.name)
         folders = [entry.path for entry in entries if entry.is_dir()]
         if folders:
-            log.warning("%d folders inside classes are not read: %s", len(folders), folders[0])
+            first = images.printable(folders[0])
+            log.warning("%d folders inside classes are not read: %s", len(folders), first)
         files = [entry for entry in entries if entry.is_file()]
+        others = [entry.path for entry in entries if not (entry.is_file() or entry.is_dir())]
+        if others:
+            log.warning(
+                "%d links to nothing, pipes or devices are not read: %s",
+                len(others), ", ".join(map(images.printable, others[:20])),
+            )  # fmt: skip
         if not files:
             raise UserError(f"{root / label} has no images; add some or remove the class folder")
         for entry in files:

@@ -10,8 +10,6 @@ import logging
 import os
 import pathlib
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -21,17 +19,13 @@ from alexnet_jax.config import Data, Model, UserError, stored_size
 from alexnet_jax.data import images, workers
 from alexnet_jax.data.augment import Statistics
 from alexnet_jax.data.examples import Source
-from alexnet_jax.data.records import Records
+from alexnet_jax.data.records import Records, read_arrays, read_statistics
 from alexnet_jax.data.statistics import Sums
 
 log = logging.getLogger(__name__)
 
-VERSION = "1"  # raised when the same files would give another survey
+VERSION = "2"  # raised when the same files would give another survey
 CHUNK = 64  # images a worker takes at a time
-# What numpy and zipfile raise at a damaged file.
-_DAMAGED = (
-    OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error
-)  # fmt: skip
 
 
 def surveyed(source: Source, data: Data, model: Model) -> tuple[Source, Statistics]:
@@ -57,7 +51,7 @@ def survey(
     """
     key = hashlib.sha256(f"{VERSION} {stored_size} {source.fingerprint}".encode()).hexdigest()
     path = pathlib.Path(cache_dir).expanduser() / "surveys" / f"{key[:32]}.npz"
-    found = _kept(path)
+    found = _kept(path, stored_size, len(source))
     if found is None:
         with _writing(path.parent), tempfile.TemporaryFile(dir=path.parent):
             pass  # a refusal is better heard before the scan than after
@@ -84,8 +78,8 @@ def _scan(source: Source, size: int, num_workers: int) -> tuple[Sums, list[tuple
     def chunk(first: int) -> tuple[Sums, list[tuple[int, str]]]:
         sums, broken = Sums(size), []
         for index in range(first, min(first + CHUNK, len(source))):
-            example = source.read(index)
             try:
+                example = source.read(index)
                 sums.add(images.square(images.decode(example.data, example.name), size))
             except images.ImageError as error:
                 broken.append((index, str(error)))
@@ -112,14 +106,16 @@ def _found(sums: Sums, broken: list[tuple[int, str]]) -> dict[str, np.ndarray]:
     }
 
 
-def _kept(path: pathlib.Path) -> dict[str, np.ndarray] | None:
+def _kept(path: pathlib.Path, size: int, count: int) -> dict[str, np.ndarray] | None:
     """What an earlier survey found, if it is there and whole."""
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as kept:
-            return {name: kept[name] for name in (*Statistics._fields, "broken", "messages")}
-    except _DAMAGED as error:
+        found = read_statistics(path, size)._asdict() | read_arrays(path, ("broken", "messages"))
+        if not np.isin(found["broken"], np.arange(count)).all():
+            raise ValueError(f"it is not of {count} images")
+        return found
+    except ValueError as error:
         log.warning("%s is damaged (%s); surveying again", path, error)
         return None
 

@@ -12,10 +12,10 @@ from typing import IO, Any
 import numpy as np
 
 from alexnet_jax.config import UserError
-from alexnet_jax.data import images
 from alexnet_jax.data.examples import Example, taken
+from alexnet_jax.data.images import MAX_BYTES, ImageError, printable
 
-MAX_BYTES = 2**28  # a larger member is no picture and would fill the memory
+MAX_HEADER_BYTES = 2**14  # of names and attributes: tarfile would take any size, for any time
 AGAIN = "download it again"
 # What tarfile and gzip raise at damaged bytes.
 _DAMAGED = (
@@ -48,7 +48,7 @@ class Members:
         """
         name, size = self.names[index], int(self.sizes[index])
         if size > MAX_BYTES:
-            raise images.ImageError(f"{name}: has {size} bytes; at most {MAX_BYTES} are read")
+            raise ImageError(f"{name}: has {size} bytes; at most {MAX_BYTES} are read")
         with reading(self.path), open(self.path, "rb") as file:
             file.seek(int(self.offsets[index]))
             data = file.read(size)
@@ -89,8 +89,23 @@ def opened(
     what: str | os.PathLike[str], file: IO[bytes] | None = None
 ) -> Iterator[tarfile.TarFile]:
     """The tar in `file` or else of the path `what`, which is its name in messages."""
-    with reading(what), tarfile.open(None if file else what, "r:", file) as tar:
-        yield tar
+    with reading(what), contextlib.ExitStack() as stack:
+        if file is None:
+            file = stack.enter_context(open(what, "rb"))
+        headers: Any = _Headers(file)
+        yield stack.enter_context(tarfile.open(None, "r:", headers))
+
+
+class _Headers:
+    """The file of a tar, read by as little as the headers take."""
+
+    def __init__(self, file: IO[bytes]):
+        self.seek, self.tell, self._read = file.seek, file.tell, file.read
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes at byte {self.tell()}")
+        return self._read(size)
 
 
 def files(
@@ -116,5 +131,4 @@ def files(
 
 def basename(member: tarfile.TarInfo) -> str:
     """The last part of a member's name, fit for a line of text."""
-    name = posixpath.basename(member.name)
-    return name if name.isprintable() else ascii(name)[1:-1]
+    return printable(posixpath.basename(member.name))
