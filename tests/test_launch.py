@@ -226,7 +226,6 @@ def test_kubernetes_workers_are_counted_the_same_everywhere_and_meet_at_the_firs
     assert options.num_processes == job["completions"] == job["parallelism"]
     assert job["completionMode"] == "Indexed"
     assert options.coordinator.split(":")[0] == f"{name}-{workers}-0-0.{name}"
-    assert options.config.data.workers == container["resources"]["limits"]["cpu"]
     assert (ROOT / "configs/alexnet.py").samefile(ROOT / arguments[3].partition("=")[2])
 
 

@@ -2,8 +2,10 @@
 
 import concurrent.futures
 import contextlib
+import math
 import multiprocessing
 import os
+import pathlib
 import pickle
 import queue
 import signal
@@ -15,13 +17,21 @@ from typing import Any, Protocol
 
 from alexnet_jax.config import Data, UserError
 
+CPU_QUOTA = pathlib.Path("/sys/fs/cgroup/cpu.max")  # microseconds, of so many
 MOST_THREADS = 4  # beside each other
 
 
 def count(asked: int) -> int:
     """How many: those asked for, or, if 0, one for each core this process may use."""
-    allowed = getattr(os, "sched_getaffinity", None)  # Linux; containers give fewer than there are
-    return asked or (len(allowed(0)) if allowed else os.cpu_count() or 1)
+    if asked:
+        return asked
+    allowed = getattr(os, "sched_getaffinity", None)  # Linux
+    cores = len(allowed(0)) if allowed else os.cpu_count() or 1
+    try:  # a container shows all cores of its host, and may use the time of fewer
+        quota, period = CPU_QUOTA.read_text(encoding="ascii").split()
+        return min(cores, max(1, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # there is no limit
+        return cores
 
 
 def kind(data: Data) -> str:

@@ -421,5 +421,15 @@ def test_few_workers_are_threads_and_many_processes_unless_told(asked, kind):
     assert workers.kind(Data(workers=asked[0], worker_kind=asked[1])) == kind
 
 
+@pytest.mark.parametrize(
+    ("limit", "expected"), [("250000 100000", 3), ("50000 100000", 1), ("max 100000", 64), ("", 64)]
+)
+def test_workers_are_one_a_core_or_what_a_container_may_use(monkeypatch, tmp_path, limit, expected):
+    (tmp_path / "cpu.max").write_text(limit)
+    monkeypatch.setattr(workers, "CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(workers.os, "sched_getaffinity", lambda process: range(64), raising=False)
+    assert workers.count(0) == expected
+
+
 def test_workers_are_at_least_one_by_themselves():
     assert workers.count(0) >= 1
