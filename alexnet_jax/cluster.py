@@ -178,7 +178,8 @@ class Job:
         if self.count > 1 and error is None:
             for thread in self.threads:
                 thread.join()
-            jax.distributed.shutdown()
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # all is done, whoever fails now
+                jax.distributed.shutdown()
 
     def at(self, place: str) -> None:
         """To be called at every turn of the work, once the first step is done: this rank lives."""

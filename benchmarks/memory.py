@@ -1,23 +1,30 @@
 """Peak memory of a training step of the full paper net, this package and PyTorch.
 
-  python benchmarks/memory.py [--batch 32 128] [--dtype float32]
+  python benchmarks/memory.py [--batch 32 128] [--dtype float32] [--forms eager ...] [--json FILE]
 
 Every figure is a process of its own that makes a few steps: on a CPU its peak resident memory, all
 of the libraries included; on a GPU the peak of what the framework allocated there.
 """
 
 import argparse
+import json
+import os
+import pathlib
 import resource
 import subprocess
 import sys
 
+import timing
 import train_step
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, nargs="+", default=[32, 128])
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--dtype", choices=timing.DTYPES, default="float32")
+    forms = train_step.FORMS
+    parser.add_argument("--forms", nargs="*", default=forms[:4], choices=forms)
+    parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -25,25 +32,33 @@ def main() -> None:
         return
     columns = "".join(f" batch {batch} |" for batch in options.batch)
     print(f"MB, {options.dtype}\n\n| contender |{columns}\n|---|{'---|' * len(options.batch)}")
-    for name in train_step.contenders(train_step.FORMS):
-        row = f"| {name} |"
-        for batch in options.batch:
-            arguments = [f"--worker={name}", f"--batch={batch}", f"--dtype={options.dtype}"]
-            found = subprocess.run(
-                [sys.executable, __file__, *arguments],
-                stdout=subprocess.PIPE,
-                text=True,
-                check=True,
-            )
-            row += f" {float(found.stdout.split()[-1]) / 1e6:,.0f} |"
-        print(row, flush=True)
+    table: dict[str, list[float | None]] = {}
+    for name in train_step.contenders(options.forms):
+        table[name] = [measured(name, batch, options.dtype) for batch in options.batch]
+        cells = (f" {found / 1e6:,.0f} |" if found else " failed |" for found in table[name])
+        print(f"| {name} |{''.join(cells)}", flush=True)
+        if options.json:
+            text = {"dtype": options.dtype, "batch": options.batch, "bytes": table}
+            options.json.write_text(json.dumps(text, indent=1))
+
+
+def measured(name: str, batch: int, dtype: str) -> float | None:
+    """Bytes, in a process of its own; None where that failed."""
+    arguments = [f"--worker={name}", f"--batch={batch}", f"--dtype={dtype}"]
+    found = subprocess.run(
+        [sys.executable, __file__, *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+    )
+    return None if found.returncode else float(found.stdout.split()[-1])
 
 
 def peak(name: str, batch: int, dtype: str) -> int:
     """Bytes, after a few steps."""
-    step = train_step.make(name, batch, dtype, "train")
+    made, _ = train_step.make(name, batch, dtype, "train")
     for _ in range(3):
-        step()
+        made.wait(made.call())
     if name == train_step.OURS:
         import jax
 

@@ -1,30 +1,41 @@
 """Every operation of the paper net, forward and backward: this package, XLA's plain form, PyTorch.
 
-  python benchmarks/ops.py [--batch 32] [--dtype float32] [--rounds 5]
+  python benchmarks/ops.py [--batch 32] [--dtype float32] [--rounds 5] [--step] [--json FILE]
 
 The floor of a row is the larger of its multiply-adds at the rate of a large matrix product and of
 its bytes at the rate of a large array's, both measured in the same run, the best of eight (what
 caches hold moves faster: there it is an estimate and no bound); forward reads x and the kernel
-and writes y, backward reads x, the kernel and dy and writes the gradients. Medians of rounds in
-which every row runs in turn, milliseconds; PyTorch, where it is installed, in its own layout, and
-without torch.compile.
+and writes y, backward reads x, the kernel and dy and writes the gradients; the update reads
+weights, velocities and gradients in float32 and writes the first two. Medians of rounds in which
+every row runs in turn, milliseconds; PyTorch, where it is installed, without torch.compile, in its
+own layout, on a GPU in channels_last. --step sets the sum of all rows beside a whole training step.
+On a GPU short calls are timed many at once, each with the time it takes to be sent there, which is
+printed too.
 """
 
 import argparse
 import functools
+import json
+import os
+import pathlib
 import statistics
-import time
 from collections.abc import Callable
 from typing import NamedTuple
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch is here too
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import timing
+import train_step
 from jax import lax
 
 from alexnet_jax import config as configs
 from alexnet_jax import ops
 from alexnet_jax.models import alexnet
+from alexnet_jax.train import optim, state
 
 try:
     import torch
@@ -51,20 +62,49 @@ class Row(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--dtype", choices=timing.DTYPES, default="float32")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--step", action="store_true", help="the whole training step, too")
+    parser.add_argument("--json", type=pathlib.Path)
     options = parser.parse_args()
-    flops, bandwidth = machine(options.dtype)
-    print(f"a matrix product: {flops / 1e9:,.0f} GFLOP/s; a copy: {bandwidth / 1e9:,.1f} GB/s\n")
+    width = timing.set_precision(options.dtype)
+    flops, bandwidth, sent = machine(width)
+    print(
+        f"batch {options.batch}, {options.dtype}, on {jax.devices()[0].device_kind}; a matrix "
+        f"product: {flops / 1e9:,.0f} GFLOP/s; a copy: {bandwidth / 1e9:,.1f} GB/s; a call of "
+        f"nothing: {sent * 1e3:.3f} ms\n"
+    )
     print("| operation | pass | floor | this package | XLA's plain form | PyTorch |")
     print("|---|---|---|---|---|---|")
+    table = []
+
+    def add(name: str, way: str, found: dict[str, float]) -> None:
+        table.append({"operation": name, "pass": way, **found})
+        cells = [found.get(column) for column in ("floor", "ours", "plain", "torch")]
+        print(f"| {name} | {way} | {' | '.join(map(milliseconds, cells))} |", flush=True)
+
     for row in rows(options.batch):
         for backward in (False, True):
             found = measured(row, backward, options.dtype, options.rounds)
-            least = floor(row, backward, options.dtype, flops, bandwidth)
-            cells = [least, *(found.get(name) for name in ("ours", "plain", "torch"))]
-            text = " | ".join("" if cell is None else f"{cell * 1e3:,.1f}" for cell in cells)
-            print(f"| {row.name} | {'backward' if backward else 'forward'} | {text} |", flush=True)
+            least = floor(row, backward, width, flops, bandwidth)
+            add(row.name, "backward" if backward else "forward", {"floor": least, **found})
+    add("update", "", update(bandwidth, options.rounds))
+    whole = [name for name in ("floor", "ours", "torch") if all(name in row for row in table)]
+    add("all", "", {name: sum(row[name] for row in table) for name in whole})
+    if options.step:
+        made, _ = train_step.ours(options.batch, options.dtype, "train")
+        made.warm()
+        step = statistics.median(made.seconds() for _ in range(options.rounds))
+        add("training step", "", {"floor": table[-1]["floor"], "ours": step})
+        print(f"\nThe floors add up to {table[-1]['floor'] / step:.0%} of the step.")
+    if options.json:
+        about = {"batch": options.batch, "dtype": options.dtype, "flops_per_second": flops}
+        about |= {"bytes_per_second": bandwidth, "call_of_nothing": sent}
+        options.json.write_text(json.dumps(about | {"seconds": table}, indent=1))
+
+
+def milliseconds(seconds: float | None) -> str:
+    return "" if not seconds else f"{seconds * 1e3:,.{1 if seconds > 0.01 else 3}f}"
 
 
 def rows(batch: int) -> list[Row]:
@@ -120,34 +160,45 @@ def measured(row: Row, backward: bool, dtype: str, rounds: int) -> dict[str, flo
     }
     if torch is not None and row.torch is not None:
         calls["torch"] = torch_call(row.torch, given, wanted, backward, dtype)
+    return medians(calls, rounds)
+
+
+def medians(calls: dict[str, timing.Work], rounds: int) -> dict[str, float]:
     times = {name: [] for name in calls}
     for call in calls.values():
-        call()
+        call.warm()
+        call.count = max(call.count, 3)
     for _ in range(rounds):
         for name, call in calls.items():
-            started = time.perf_counter()
-            for _ in range(3):
-                call()
-            times[name].append((time.perf_counter() - started) / 3)
+            times[name].append(call.seconds())
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def jax_call(form, given, wanted, backward, dtype) -> Callable[[], None]:
-    given = [jnp.asarray(array, dtype) for array in given]
+def jax_work(call: Callable) -> timing.Work:
+    return timing.Work(call, jax.block_until_ready, alone=jax.default_backend() == "cpu")
+
+
+def jax_call(form, given, wanted, backward, dtype) -> timing.Work:
+    given = [jnp.asarray(array, timing.array_type(dtype)) for array in given]
     if not backward:
         forward = jax.jit(form)
-        return lambda: jax.block_until_ready(forward(*given))
+        return jax_work(lambda: forward(*given))
     y, back = jax.jit(lambda *given: jax.vjp(form, *given))(*given)  # what forward keeps
     gradients = jax.jit(lambda back, dy: [back(dy)[place] for place in wanted])
     dy = jnp.ones_like(y)
-    return lambda: jax.block_until_ready(gradients(back, dy))
+    return jax_work(lambda: gradients(back, dy))
 
 
-def torch_call(form, given, wanted, backward, dtype) -> Callable[[], None]:
-    device = torch_nets.configure()
-    orders = ((0, 3, 1, 2), (3, 2, 0, 1)) if given[0].ndim == 4 else ((0, 1), (0, 1))
+def torch_call(form, given, wanted, backward, dtype) -> timing.Work:
+    device = torch_nets.configure(dtype)
+    maps = given[0].ndim == 4
+    orders = ((0, 3, 1, 2), (3, 2, 0, 1)) if maps else ((0, 1), (0, 1))
     tensors = [
-        torch.tensor(array.transpose(order).copy()).to(device, getattr(torch, dtype))
+        torch.tensor(array.transpose(order).copy()).to(
+            device,
+            torch.bfloat16 if dtype == "bfloat16" else torch.float32,
+            memory_format=torch.channels_last if maps and device == "cuda" else None,
+        )
         for array, order in zip(given, orders)
     ]
     for place in wanted:
@@ -156,16 +207,46 @@ def torch_call(form, given, wanted, backward, dtype) -> Callable[[], None]:
     dy = torch.ones_like(y)
     asked = [tensors[place] for place in wanted]
 
-    def call() -> None:
-        if backward:
-            torch.autograd.grad(y, asked, dy, retain_graph=True)
-        else:
-            with torch.no_grad():
-                form(*tensors)
-        if device == "cuda":
-            torch.cuda.synchronize()
+    @torch.no_grad()
+    def forward():
+        return form(*tensors)
 
-    return call
+    def back():
+        return torch.autograd.grad(y, asked, dy, retain_graph=True)
+
+    return torch_nets.work(back if backward else forward, device)
+
+
+def update(bandwidth: float, rounds: int) -> dict[str, float]:
+    """The update of all weights: its floor, and seconds in this package and in PyTorch."""
+    config = configs.resolve(configs.blank())
+    optimizer = optim.make_optimizer(config.optim)
+    now = state.initial_state(config.model, 1000, optimizer, 0)
+    weights = jax.device_put((now.params, now.opt_state))
+    gradients = jax.device_put(now.params)
+    rates = dict.fromkeys(("kernel", "bias"), jnp.float32(0))
+    count = sum(leaf.size for leaf in jax.tree.leaves(now.params))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(weights, gradients):
+        params, moving = weights
+        steps, moving = optimizer.update(gradients, moving, params, rates=rates)
+        return optax.apply_updates(params, steps), moving
+
+    def ours():
+        nonlocal weights
+        weights = step(weights, gradients)
+        return weights
+
+    calls = {"ours": jax_work(ours)}
+    if torch is not None:
+        device = torch_nets.configure()
+        params = [torch.from_numpy(leaf).to(device) for leaf in jax.tree.leaves(now.params)]
+        for param in params:
+            param.grad = torch.ones_like(param)
+        sgd = torch.optim.SGD(params, lr=0.0, momentum=0.9, weight_decay=0.0005, fused=True)
+        calls["torch"] = torch_nets.work(sgd.step, device)
+    return {"floor": 20 * count / bandwidth, **medians(calls, rounds)}
 
 
 def plain_conv(x, kernel, *, stride, padding, groups):
@@ -216,20 +297,27 @@ def product(x, kernel):
     return x @ kernel
 
 
-def machine(dtype: str) -> tuple[float, float]:
-    """FLOP/s of a large matrix product, bytes/s of reading and writing a large array in place."""
+def machine(dtype: str) -> tuple[float, float, float]:
+    """FLOP/s of a large matrix product, bytes/s of reading and writing a large array in place,
+    seconds of a call that does nothing."""
     size = 2048 if jax.default_backend() == "cpu" else 8192
-    matrix, array = jnp.ones((size, size), dtype), jnp.ones(1 << 27, jnp.float32)
+    keys = jax.random.split(jax.random.key(0))
+    left, right = (jax.random.normal(key, (size, size)).astype(dtype) for key in keys)
+    array, small = jnp.ones(1 << 27, jnp.float32), jnp.zeros(1)
     multiply, add = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1, donate_argnums=0)
-    products, copies = [], []
-    for _ in range(8):
-        started = time.perf_counter()
-        jax.block_until_ready(multiply(matrix, matrix))
-        products.append(time.perf_counter() - started)
-        started = time.perf_counter()
-        array = jax.block_until_ready(add(array))
-        copies.append(time.perf_counter() - started)
-    return 2 * size**3 / min(products), 2 * array.nbytes / min(copies)
+    nothing = jax.jit(lambda x: x + 1)
+
+    def copy():
+        nonlocal array
+        array = add(array)
+        return array
+
+    best = []
+    for call in (lambda: multiply(left, right), copy, lambda: nothing(small)):
+        made = jax_work(call)
+        made.warm()
+        best.append(min(made.seconds() for _ in range(8)))
+    return 2 * size**3 / best[0], 2 * array.nbytes / best[1], best[2]
 
 
 if __name__ == "__main__":

@@ -5,8 +5,11 @@ rescaling, biases at twice the rate and without decay. Only for measuring; `agai
 compares values.
 """
 
-from collections.abc import Callable
+import platform
+from collections.abc import Sequence
+from typing import Any
 
+import timing
 import torch
 import torch.nn.functional as F  # noqa: N812  (so PyTorch calls it)
 from torch import Tensor, nn
@@ -14,38 +17,63 @@ from torch import Tensor, nn
 LEARNING_RATE = 0.0  # the same work, and the net stays as it is
 
 
-def configure() -> str:
-    """PyTorch's fast settings, and the device it will use."""
-    torch.set_float32_matmul_precision("high")
+def configure(dtype: str = "tf32") -> str:
+    """PyTorch's fast settings, and the device it will use; on a GPU `float32` forbids TF32."""
+    exact = dtype == "float32" and torch.cuda.is_available()
+    torch.set_float32_matmul_precision("highest" if exact else "high")
+    torch.backends.cudnn.allow_tf32 = not exact
     torch.backends.cudnn.benchmark = True
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def work(call: Any, device: str) -> timing.Work:
+    """A call to time."""
+    if device == "cpu":
+        return timing.Work(call, lambda _: None)
+    return timing.Work(call, lambda _: torch.cuda.synchronize(), rest=torch.cuda.empty_cache)
+
+
 class Paper(nn.Module):
-    """(b, 224, 224, 3) uint8 and colour shifts (b, 3) -> (b, classes) logits."""
+    """(b, size, size, 3) uint8 and colour shifts (b, 3) -> (b, classes) logits."""
 
     mean: Tensor
     band1: Tensor
     band2: Tensor
 
-    def __init__(self, memory_format: torch.memory_format, classes: int = 1000):
+    def __init__(
+        self,
+        memory_format: torch.memory_format,
+        classes: int = 1000,
+        size: int = 224,
+        widths: Sequence[int] = (96, 256, 384, 384, 256, 4096, 4096),
+    ):
         super().__init__()
         self.memory_format = memory_format
-        self.register_buffer("band1", band(48))
-        self.register_buffer("band2", band(128))
-        self.register_buffer("mean", torch.full((1, 3, 224, 224), 120.0))
-        self.conv1 = nn.Conv2d(3, 96, 11, 4)
-        self.conv2 = nn.Conv2d(96, 256, 5, padding=2, groups=2)
-        self.conv3 = nn.Conv2d(256, 384, 3, padding=1)
-        self.conv4 = nn.Conv2d(384, 384, 3, padding=1, groups=2)
-        self.conv5 = nn.Conv2d(384, 256, 3, padding=1, groups=2)
-        self.fc6 = nn.Linear(9216, 4096)
-        self.fc7 = nn.Linear(4096, 4096)
-        self.fc8 = nn.Linear(4096, classes)
+        c1, c2, c3, c4, c5, f6, f7 = widths
+        self.overhang = (11 - size) % 4
+        side = (size + self.overhang - 11) // 4 + 1
+        for _ in range(3):
+            assert side % 2, (
+                f"at {size} pixels a pool would overhang its map, which is not done here"
+            )
+            side = side // 2
+        self.register_buffer("band1", band(c1 // 2))
+        self.register_buffer("band2", band(c2 // 2))
+        self.register_buffer("mean", torch.full((1, 3, size, size), 120.0))
+        self.conv1 = nn.Conv2d(3, c1, 11, 4)
+        self.conv2 = nn.Conv2d(c1, c2, 5, padding=2, groups=2)
+        self.conv3 = nn.Conv2d(c2, c3, 3, padding=1)
+        self.conv4 = nn.Conv2d(c3, c4, 3, padding=1, groups=2)
+        self.conv5 = nn.Conv2d(c4, c5, 3, padding=1, groups=2)
+        self.fc6 = nn.Linear(side * side * c5, f6)
+        self.fc7 = nn.Linear(f6, f7)
+        self.fc8 = nn.Linear(f7, classes)
 
     def forward(self, images: Tensor, shift: Tensor) -> Tensor:
         x = images.permute(0, 3, 1, 2) + shift[:, :, None, None] - self.mean
-        x = F.pad(x, (0, 3, 0, 3)).contiguous(memory_format=self.memory_format)
+        x = F.pad(x, (0, self.overhang, 0, self.overhang)).contiguous(
+            memory_format=self.memory_format
+        )
         x = F.max_pool2d(response_norm(F.relu(self.conv1(x)), self.band1), 3, 2)
         x = F.max_pool2d(response_norm(F.relu(self.conv2(x)), self.band2), 3, 2)
         x = F.relu(self.conv3(x))
@@ -74,19 +102,29 @@ def response_norm(x: Tensor, band: Tensor) -> Tensor:
     return x * (total.rsqrt() * total.sqrt().rsqrt()).to(x.dtype)
 
 
-def make_step(
-    batch: int, device: str, form: str, autocast: bool, training: bool
-) -> Callable[[], None]:
-    """A training step or an evaluation of one batch, run again at each call, waited for.
+def memory_format(form: str) -> torch.memory_format:
+    last = "channels_last" in form or form == "graphs"
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def compiled(call: Any, form: str) -> Any:
+    """A function or a net as the form says: as it is, or compiled."""
+    if form == "graphs":
+        return torch.compile(call, mode="reduce-overhead")
+    return torch.compile(call) if "compile" in form else call
+
+
+def make_step(batch: int, form: str, dtype: str, training: bool) -> tuple[timing.Work, str]:
+    """A training step or an evaluation of one batch, over and over, and the device's name.
 
     Args:
-      form: of `eager`, `channels_last`, `compile`, `compile+channels_last`.
-      autocast: products in bfloat16, parameters in float32.
+      form: of `eager`, `channels_last`, `compile`, `compile+channels_last`, `graphs`.
+      dtype: of `timing.DTYPES`; parameters are always float32, and `bfloat16` is autocast.
     """
     torch.manual_seed(0)
-    last = "channels_last" in form
-    memory_format = torch.channels_last if last else torch.contiguous_format
-    net = Paper(memory_format).to(device, memory_format=memory_format).train(training)
+    device = configure(dtype)
+    layout = memory_format(form)
+    net = Paper(layout).to(device, memory_format=layout).train(training)
     images = torch.randint(0, 256, (batch, 224, 224, 3), dtype=torch.uint8, device=device)
     shift = torch.randn(batch, 3, device=device)
     labels = torch.randint(0, 1000, (batch,), device=device)
@@ -99,11 +137,11 @@ def make_step(
     optimizer = torch.optim.SGD(groups, lr=LEARNING_RATE, momentum=0.9, fused=True)
 
     def loss_of(images: Tensor, shift: Tensor) -> Tensor:
-        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
             logits = net(images, shift)
         return F.cross_entropy(logits.float(), labels)
 
-    run = torch.compile(loss_of) if "compile" in form else loss_of
+    run = compiled(loss_of, form)
 
     def train() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -114,9 +152,5 @@ def make_step(
     def evaluate() -> None:
         run(images, shift)
 
-    def step() -> None:
-        (train if training else evaluate)()
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    return step
+    name = platform.machine() if device == "cpu" else torch.cuda.get_device_name()
+    return work(train if training else evaluate, device), name

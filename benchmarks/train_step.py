@@ -1,17 +1,23 @@
 """A training step, or an evaluation, of the full paper net: this package and PyTorch in one run.
 
   python benchmarks/train_step.py [--batch 32 128] [--dtype float32] [--what train evaluate]
-      [--rounds 7] [--seconds 4] [--json FILE]
+      [--forms eager ...] [--xla=--xla_FLAG=VALUE ...] [--rounds 7] [--seconds 4] [--json FILE]
 
 Every contender is a process of its own, with one batch of uint8 images and colour shifts, taken
 again and again with the same normalisation, dropout and update at a rate of 0; in a round each runs
 in turn while the others wait. Evaluating, this package also cuts its crops and counts top-5 errors.
 Printed are medians of the rounds, their spread, and the median ratio to the fastest
-`torch.compile`, in its default mode, of the same round. PyTorch is left out where it is not
-installed; on a GPU both use it, in float32 with TF32 products.
+`torch.compile` of the same round. PyTorch is left out where it is not installed. Each --xla adds
+this package with one more of XLA's flags. A contender that fails is named, and the others go on.
+
+On a GPU both take the first one of CUDA_VISIBLE_DEVICES; dtype `float32` multiplies in full,
+`tf32` as TF32, and in `bfloat16` PyTorch uses autocast. The form `graphs` is channels_last compiled
+with mode="reduce-overhead".
 """
 
 import argparse
+import contextlib
+import importlib
 import importlib.util
 import json
 import os
@@ -20,34 +26,43 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-FORMS = ("eager", "channels_last", "compile", "compile+channels_last")
+import timing
+
+FORMS = ("eager", "channels_last", "compile", "compile+channels_last", "graphs")
 OURS = "this package"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, nargs="+", default=[32, 128])
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--dtype", choices=timing.DTYPES, default="float32")
     parser.add_argument("--what", nargs="+", default=["train", "evaluate"])
-    parser.add_argument("--forms", nargs="*", default=FORMS, choices=FORMS)
+    parser.add_argument("--forms", nargs="*", default=FORMS[:4], choices=FORMS)
+    parser.add_argument("--xla", action="append", default=[], help="a flag, or several with spaces")
+    parser.add_argument("--keep", type=int, help="of PyTorch's forms, after the first batch")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=4, help="at least, of each measurement")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds of the whole")
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         work(options.worker, options.what[0], options.batch[0], options.dtype, options.seconds)
         return
-    found = []
+    options.limit += time.perf_counter()
+    found, forms = [], options.forms
     for what in options.what:
         for batch in options.batch:
-            rates = measured(options, what, batch)
-            found.append({"what": what, "batch": batch, "dtype": options.dtype, "rates": rates})
-            print(table(what, batch, options.dtype, rates), flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
+            names = [*contenders(forms), *(f"{OURS}, {flag}" for flag in options.xla)]
+            one = measured(options, what, batch, names)
+            found.append({"what": what, "batch": batch, "dtype": options.dtype, **one})
+            print(table(found[-1]), flush=True)
+            if options.json:
+                options.json.write_text(json.dumps(found, indent=1))
+            if options.keep:
+                forms = fastest(one["rates"], options.keep) or forms
 
 
 def contenders(forms: Sequence[str]) -> list[str]:
@@ -55,72 +70,124 @@ def contenders(forms: Sequence[str]) -> list[str]:
     return [OURS, *(forms if importlib.util.find_spec("torch") else [])]
 
 
-def measured(options: argparse.Namespace, what: str, batch: int) -> dict[str, list[float]]:
-    """Images a second of every contender, one entry a round."""
-    processes = {}
-    for name in contenders(options.forms):
+def fastest(rates: dict[str, list[float]], count: int) -> list[str]:
+    """PyTorch's forms of the highest medians."""
+    medians = {name: statistics.median(rates[name]) for name in rates if name in FORMS}
+    return sorted(medians, key=medians.__getitem__, reverse=True)[:count]
+
+
+class Contender:
+    """A process that answers each line it is sent with one of its own."""
+
+    def __init__(self, name: str, what: str, batch: int, dtype: str, seconds: float):
         arguments = [f"--worker={name}", f"--what={what}", f"--batch={batch}"]
-        arguments += [f"--dtype={options.dtype}", f"--seconds={options.seconds}"]
-        processes[name] = subprocess.Popen(
+        arguments += [f"--dtype={dtype}", f"--seconds={seconds}"]
+        flags = [os.environ.get("XLA_FLAGS", ""), name.removeprefix(OURS).removeprefix(", ")]
+        own = {"XLA_FLAGS": " ".join(flags).strip()} if name.startswith(OURS) else {}
+        self.process = subprocess.Popen(
             [sys.executable, __file__, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+            env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | own,
         )
-        answer(processes[name])  # compiled and warm before the next one starts
-    rates = {name: [] for name in processes}
-    for _ in range(options.rounds):
-        for name, process in processes.items():
-            print("go", file=process.stdin, flush=True)
-            rates[name].append(batch / float(answer(process)))
-    for process in processes.values():
-        process.stdin.close()
-        process.wait()
-    return rates
+
+    def ask(self) -> str:
+        """Its answer.
+
+        Raises:
+          RuntimeError: it has ended.
+        """
+        with contextlib.suppress(BrokenPipeError):  # if it has ended already
+            print("go", file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"ended with status {self.process.wait()}")
+        return line
+
+    def end(self) -> None:
+        """It has nothing to do any more, and ends."""
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
 
-def answer(process: subprocess.Popen) -> str:
-    line = process.stdout.readline()
-    if not line:
-        raise SystemExit(f"a contender ended with status {process.wait()}")
-    return line
+def measured(
+    options: argparse.Namespace, what: str, batch: int, names: Sequence[str]
+) -> dict[str, dict]:
+    """`rates`, images a second of each contender, one entry a round; `devices`; `failed`, why."""
+    devices, failed = {}, {}
+    there = {name: Contender(name, what, batch, options.dtype, options.seconds) for name in names}
+
+    def ask(name: str) -> str | None:
+        try:
+            if time.perf_counter() > options.limit:
+                raise RuntimeError("left out: no time")
+            return there[name].ask().strip()
+        except RuntimeError as reason:
+            failed[name] = str(reason)
+            there.pop(name).end()
+
+    for name in names:  # compiled and warm before the next one begins
+        devices[name] = ask(name)
+    rates = {name: [] for name in there}
+    for turn in range(options.rounds):
+        if turn and time.perf_counter() > options.limit:
+            break
+        for name in list(there):
+            answer = ask(name)
+            if answer:
+                rates[name].append(batch / float(answer))
+    for contender in there.values():
+        contender.end()
+    return {
+        "rates": {name: values for name, values in rates.items() if values},
+        "devices": {name: device for name, device in devices.items() if device},
+        "failed": failed,
+    }
 
 
 def work(name: str, what: str, batch: int, dtype: str, seconds: float) -> None:
-    """A contender: at each line it is sent, the seconds a step takes, median of some."""
+    """A contender: the device it is ready on, then at each line the seconds a step takes."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed is not an answer
-    step = make(name, batch, dtype, what)
-    for _ in range(3):
-        step()
-    print("ready", file=out, flush=True)
+    ours = name.startswith(OURS)
+    importlib.import_module("alexnet_jax.setup" if ours else "torch_nets")  # while others do
+    if not sys.stdin.readline():
+        return
+    made, device = make(name, batch, dtype, what)
+    made.warm()
+    print(device, file=out, flush=True)
     for _ in sys.stdin:
-        times, started = [], time.perf_counter()
-        while len(times) < 3 or time.perf_counter() - started < seconds:
-            begun = time.perf_counter()
-            step()
-            times.append(time.perf_counter() - begun)
-        print(statistics.median(times), file=out, flush=True)
+        print(made.median(seconds), file=out, flush=True)
 
 
-def make(name: str, batch: int, dtype: str, what: str) -> Callable[[], None]:
-    """What makes one step and waits for the end of it."""
-    return ours(batch, dtype, what) if name == OURS else torchs(name, batch, dtype, what)
+def make(name: str, batch: int, dtype: str, what: str) -> tuple[timing.Work, str]:
+    """A step over and over, and the device it is made on."""
+    if name.startswith(OURS):
+        return ours(batch, dtype, what)
+    import torch_nets
+
+    return torch_nets.make_step(batch, name, dtype, what == "train")
 
 
-def ours(batch: int, dtype: str, what: str) -> Callable[[], None]:
+def ours(batch: int, dtype: str, what: str) -> tuple[timing.Work, str]:
     import jax
+    import jax.numpy as jnp
     import numpy as np
 
-    from alexnet_jax import bench, evaluate
     from alexnet_jax import config as configs
+    from alexnet_jax import evaluate, setup
     from alexnet_jax.data.augment import Statistics
     from alexnet_jax.mesh import make_mesh, put_batch
     from alexnet_jax.train import optim, state
 
     user = configs.blank()
-    user.model.dtype = dtype
+    user.model.dtype = timing.set_precision(dtype)
     user.model.num_classes = 1000
     user.train.batch_size = batch
     user.mesh.data = 1
@@ -135,6 +202,9 @@ def ours(batch: int, dtype: str, what: str) -> Callable[[], None]:
         "image": rng.integers(0, 256, (batch, size, size, 3), np.uint8),
         "label": rng.integers(0, 1000, batch, np.int32),
     }
+    apply = state.make_apply(config.model, 1_000, 1)
+    optimizer = optim.make_optimizer(config.optim)
+    now = state.put(state.initial_state(config.model, 1_000, optimizer, 0), mesh)
     if what == "train":
         numbers |= {
             "shift": rng.standard_normal((batch, 3), np.float32),
@@ -142,37 +212,42 @@ def ours(batch: int, dtype: str, what: str) -> Callable[[], None]:
             "mirror": np.zeros(batch, bool),
             "gain": np.ones(batch, np.float32),
         }
-        given = put_batch(numbers, mesh)
-        advance = bench.make_advance(config, mesh, pixels, 1_000, 1_000_000, given)
-        return lambda: advance(given)
-    numbers["valid"] = np.ones(batch, bool)
+        step = setup.make_step(apply, config, mesh, setup.Calendar(1_000_000, batch, 10**9))
+        scale = jnp.float32(0)  # the rate: weights stay as they are, whatever is shown
+    else:
+        numbers["valid"] = np.ones(batch, bool)
+        step = evaluate.make_step(apply, config, mesh)
     given = put_batch(numbers, mesh)
-    step = evaluate.make_step(state.make_apply(config.model, 1_000, 1), config, mesh)
-    optimizer = optim.make_optimizer(config.optim)
-    params = state.put(state.initial_state(config.model, 1_000, optimizer, 0), mesh).params
-    return lambda: jax.block_until_ready(step(params, given, pixels))
+
+    def train():
+        nonlocal now
+        now, results = step(now, given, pixels, scale)
+        return now, results
+
+    call = train if what == "train" else lambda: step(now.params, given, pixels)
+    alone = jax.default_backend() == "cpu"
+    return timing.Work(call, jax.block_until_ready, alone), jax.devices()[0].device_kind
 
 
-def torchs(form: str, batch: int, dtype: str, what: str) -> Callable[[], None]:
-    import torch_nets
-
-    device = torch_nets.configure()
-    return torch_nets.make_step(batch, device, form, dtype == "bfloat16", what == "train")
-
-
-def table(what: str, batch: int, dtype: str, rates: dict[str, list[float]]) -> str:
-    compiled = [rates[name] for name in rates if "compile" in name]
-    fastest = [max(pair) for pair in zip(*compiled)] or [float("nan")] * len(rates[OURS])
+def table(found: dict) -> str:
+    """What `measured` found, for people."""
+    rates = found["rates"]
+    compiled = [name for name in rates if name in FORMS[2:]]
+    others = compiled or [name for name in rates if name == OURS]
+    best = [max(turn) for turn in zip(*(rates[name] for name in others))]
+    against = "torch.compile" if compiled else OURS
     lines = [
-        f"\n{what}, batch {batch}, {dtype}\n",
-        "| contender | images/s | lowest | highest | to torch.compile |\n|---|---|---|---|---|",
+        f"\n{found['what']}, batch {found['batch']}, {found['dtype']}, "
+        f"on {' and '.join(sorted(set(found['devices'].values())))}\n",
+        f"| contender | images/s | lowest | highest | to {against} |\n|---|---|---|---|---|",
     ]
     for name, values in rates.items():
-        ratio = statistics.median(value / best for value, best in zip(values, fastest))
+        ratios = [value / other for value, other in zip(values, best)]
         lines.append(
             f"| {name} | {statistics.median(values):,.1f} | {min(values):,.1f} "
-            f"| {max(values):,.1f} | {ratio:.2f} |"
+            f"| {max(values):,.1f} | {f'{statistics.median(ratios):.2f}' if ratios else ''} |"
         )
+    lines += [f"| {name} | {reason} | | | |" for name, reason in found["failed"].items()]
     return "\n".join(lines)
 
 
