@@ -248,7 +248,7 @@ class Checkpoints:
         """After a failed save: drop Orbax's second report of it, its files, and its record."""
         with contextlib.suppress(Exception):
             self.checkpointer.wait()
-        with contextlib.suppress(OSError):  # a thread may still write there; `clean` comes next time
+        with contextlib.suppress(OSError):  # a thread may still write there; `clean` comes later
             (self.directory / f"{step}.orbax-checkpoint-tmp").rmtree(missing_ok=True)
         with contextlib.suppress(OSError):
             self.checkpointer.reload()
