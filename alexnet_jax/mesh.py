@@ -16,11 +16,11 @@ from alexnet_jax.config import UserError
 def start_cpu_devices(count: int, at_least: bool = False) -> None:
     """Have the CPU platform start `count` virtual devices, unless JAX_NUM_CPU_DEVICES says else.
 
-    With `at_least`, that many even then. Says nothing of other platforms; to be called before
+    0 leaves it as it is; with `at_least`, that many even then. Says nothing of other platforms; to be called before
     JAX is first used.
     """
     asked = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
-    if asked < (count if at_least else min(count, 1)):
+    if count and asked < (count if at_least else 1):
         jax.config.update("jax_num_cpu_devices", count)
 
 

@@ -76,12 +76,16 @@ def main() -> None:
     )
     print("| operation | pass | floor | this package | XLA's plain form | PyTorch |")
     print("|---|---|---|---|---|---|")
+    about = {"batch": options.batch, "dtype": options.dtype, "flops_per_second": flops}
+    about |= {"bytes_per_second": bandwidth, "call_of_nothing": sent}
     table = []
 
     def add(name: str, way: str, found: dict[str, float]) -> None:
         table.append({"operation": name, "pass": way, **found})
         cells = [found.get(column) for column in ("floor", "ours", "plain", "torch")]
         print(f"| {name} | {way} | {' | '.join(map(milliseconds, cells))} |", flush=True)
+        if options.json:
+            options.json.write_text(json.dumps(about | {"seconds": table}, indent=1))
 
     for row in rows(options.batch):
         for backward in (False, True):
@@ -90,17 +94,14 @@ def main() -> None:
             add(row.name, "backward" if backward else "forward", {"floor": least, **found})
     add("update", "", update(bandwidth, options.rounds))
     whole = [name for name in ("floor", "ours", "torch") if all(name in row for row in table)]
-    add("all", "", {name: sum(row[name] for row in table) for name in whole})
+    total = {name: sum(row[name] for row in table) for name in whole}
+    add("all", "", total)
     if options.step:
         made, _ = train_step.ours(options.batch, options.dtype, "train")
         made.warm()
         step = statistics.median(made.seconds() for _ in range(options.rounds))
-        add("training step", "", {"floor": table[-1]["floor"], "ours": step})
-        print(f"\nThe floors add up to {table[-1]['floor'] / step:.0%} of the step.")
-    if options.json:
-        about = {"batch": options.batch, "dtype": options.dtype, "flops_per_second": flops}
-        about |= {"bytes_per_second": bandwidth, "call_of_nothing": sent}
-        options.json.write_text(json.dumps(about | {"seconds": table}, indent=1))
+        add("training step", "", {"floor": total["floor"], "ours": step})
+        print(f"\nThe floors add up to {total['floor'] / step:.0%} of the step.")
 
 
 def milliseconds(seconds: float | None) -> str:
@@ -151,15 +152,13 @@ def arguments(row: Row) -> list[tuple[int, ...]]:
 
 def measured(row: Row, backward: bool, dtype: str, rounds: int) -> dict[str, float]:
     """Seconds a call takes, medians."""
-    rng = np.random.default_rng(0)
-    given = [rng.standard_normal(shape, np.float32) for shape in arguments(row)]
-    wanted = (1,) if row.name == "conv1" else tuple(range(len(given)))
+    wanted = (1,) if row.name == "conv1" else tuple(range(len(arguments(row))))
     calls = {
-        name: jax_call(form, given, wanted, backward, dtype)
+        name: jax_call(form, arguments(row), wanted, backward, dtype)
         for name, form in (("ours", row.ours), ("plain", row.plain))
     }
     if torch is not None and row.torch is not None:
-        calls["torch"] = torch_call(row.torch, given, wanted, backward, dtype)
+        calls["torch"] = torch_call(row.torch, arguments(row), wanted, backward, dtype)
     return medians(calls, rounds)
 
 
@@ -178,8 +177,10 @@ def jax_work(call: Callable) -> timing.Work:
     return timing.Work(call, jax.block_until_ready, alone=jax.default_backend() == "cpu")
 
 
-def jax_call(form, given, wanted, backward, dtype) -> timing.Work:
-    given = [jnp.asarray(array, timing.array_type(dtype)) for array in given]
+def jax_call(form, shapes, wanted, backward, dtype) -> timing.Work:
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    width = timing.array_type(dtype)
+    given = [jax.random.normal(key, shape, width) for key, shape in zip(keys, shapes)]
     if not backward:
         forward = jax.jit(form)
         return jax_work(lambda: forward(*given))
@@ -189,18 +190,17 @@ def jax_call(form, given, wanted, backward, dtype) -> timing.Work:
     return jax_work(lambda: gradients(back, dy))
 
 
-def torch_call(form, given, wanted, backward, dtype) -> timing.Work:
+def torch_call(form, shapes, wanted, backward, dtype) -> timing.Work:
     device = torch_nets.configure(dtype)
-    maps = given[0].ndim == 4
-    orders = ((0, 3, 1, 2), (3, 2, 0, 1)) if maps else ((0, 1), (0, 1))
-    tensors = [
-        torch.tensor(array.transpose(order).copy()).to(
-            device,
-            torch.bfloat16 if dtype == "bfloat16" else torch.float32,
-            memory_format=torch.channels_last if maps and device == "cuda" else None,
-        )
-        for array, order in zip(given, orders)
-    ]
+    width = getattr(torch, timing.array_type(dtype))
+    torch.manual_seed(0)
+    tensors = []
+    for shape, order in zip(shapes, ((0, 3, 1, 2), (3, 2, 0, 1))):
+        if len(shape) == 4:
+            shape = [shape[axis] for axis in order]
+        tensor = torch.randn(shape, device=device, dtype=width)
+        last = len(shape) == 4 and device == "cuda"
+        tensors.append(tensor.contiguous(memory_format=torch.channels_last) if last else tensor)
     for place in wanted:
         tensors[place].requires_grad_(backward)
     y = form(*tensors)

@@ -483,3 +483,21 @@ def test_processes_go_on_from_a_checkpoint_that_was_not_sealed_and_past_a_damage
     assert "going on from step 3\n" in again.out
     assert "IS DAMAGED" in errors[0]
     assert losses(tmp_path)["train", 6] == pytest.approx(losses(alone)["train", 6], rel=1e-3)
+
+
+DEVICES = "import jax; from alexnet_jax import mesh; mesh.start_cpu_devices({}); "
+DEVICES += "print(jax.device_count())"
+
+
+@pytest.mark.parametrize(
+    ("count", "told", "expected"),
+    [(0, None, 1), (0, "3", 3), (2, None, 2), (2, "3", 3), (2, "1", 1)],
+)
+def test_virtual_devices_are_as_many_as_asked_for_unless_jax_was_told(count, told, expected):
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}
+    environment |= {"JAX_NUM_CPU_DEVICES": told} if told else {}
+    found = subprocess.run(
+        [sys.executable, "-c", DEVICES.format(count)],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert int(found.stdout) == expected

@@ -1,0 +1,238 @@
+"""All there is to measure on a GPU, in parts, each a process of its own with a time limit.
+
+  benchmarks/gpu.sh OUT [PART ...] [--tiny] [--limit=SECONDS] [--work=FOLDER]
+  benchmarks/gpu.sh OUT train --caltech101=folder:PATH --cifar10=records:PATH
+
+Without a PART, all that are measured: eight minutes. `train` are the real runs, to convergence,
+and the same recipes in PyTorch. A part that fails or takes too long is told of, keeps what it has
+found, and the next one begins. OUT/results.json and OUT/results.md hold what all parts found that
+were ever run with this OUT; OUT/parts what each printed, its log and its trace. --limit is shared
+by the parts named, in proportion, and what one leaves goes to the others. Records, runs and
+checkpoints, some gigabytes, are written to --work, OUT/work by default. --tiny only shows that all
+of it works.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from typing import Any, NamedTuple
+
+HERE = pathlib.Path(__file__).resolve().parent
+ALL_FORMS = ["eager", "channels_last", "compile+channels_last", "compile", "graphs"]
+FLAGS = [  # the first ones matter most: time may be short
+    "--xla_gpu_deterministic_ops=true",
+    "--xla_gpu_enable_command_buffer=",  # none
+    "--xla_gpu_enable_latency_hiding_scheduler=true",
+    "--xla_gpu_autotune_level=0",
+    "--xla_gpu_enable_triton_gemm=false",
+    "--xla_gpu_force_conv_nhwc=true",
+    "--xla_gpu_force_conv_nchw=true",
+    "--xla_gpu_graph_min_graph_size=1",
+    "--xla_gpu_enable_cublaslt=true",
+    "--xla_gpu_autotune_level=2",
+]
+MACHINE = """
+import importlib.metadata as m, json, platform, jax
+names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "torch", "triton", "numpy")
+found = {"python": platform.python_version(), "backend": jax.default_backend()}
+found["device"] = jax.devices()[0].device_kind
+for name in names:
+    try: found[name] = m.version(name)
+    except m.PackageNotFoundError: pass
+print(json.dumps(found))
+"""
+
+
+class Part(NamedTuple):
+    """A command of this folder."""
+
+    about: str
+    seconds: float  # its share of the time
+    command: list[str]  # {limit}: its seconds, less some to come to an end in; none: not possible
+    measures: bool = True  # is run where no part is named
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=pathlib.Path)
+    parser.add_argument("parts", nargs="*")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--limit", type=float, help="seconds of all parts together")
+    parser.add_argument("--work", type=pathlib.Path)
+    parser.add_argument("--caltech101", default=os.environ.get("CALTECH101", ""))
+    parser.add_argument("--cifar10", default=os.environ.get("CIFAR10", ""))
+    options = parser.parse_intermixed_args()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    out = options.out.resolve()
+    work = (options.work or out / "work").resolve()
+    known = measuring(out, work, options.tiny) | training(out, work, options)
+    names = [name for name in known if known[name].measures]
+    if options.parts:
+        several = {"train": [name for name in known if name.startswith(("caltech", "cifar"))]}
+        names = [name for part in options.parts for name in several.get(part, [part])]
+    for name in names:
+        if name not in known:
+            parser.error(f"{name}: must be train or of {', '.join(known)}")
+    chosen = {name: known[name] for name in names}
+    for folder in (out / "parts", work):
+        folder.mkdir(parents=True, exist_ok=True)
+    results = out / "results.json"
+    found = json.loads(results.read_text()) if results.exists() else {"parts": {}}
+    found["machine"] = machine()
+    share = 10 if options.tiny else 1
+    left = options.limit or share * sum(part.seconds for part in chosen.values())
+    waiting = sum(part.seconds for part in chosen.values())
+    for name, part in chosen.items():
+        limit = max(0.0, left * part.seconds / waiting)
+        print(f"{name}: {part.about}; {limit:.0f} s at most", flush=True)
+        found["parts"][name] = one = run(name, part, out / "parts", limit)
+        print(f"{name}: {one['outcome']} after {one['seconds']:.0f} s", flush=True)
+        left, waiting = left - one["seconds"], waiting - part.seconds
+        results.write_text(json.dumps(found, indent=1))
+        (out / "results.md").write_text(page(found, known, out / "parts"))
+    print(out / "results.md")
+    return int(any(found["parts"][name]["outcome"] != "done" for name in chosen))
+
+
+def measuring(out: pathlib.Path, work: pathlib.Path, tiny: bool) -> dict[str, Part]:
+    """What takes eight minutes together, and more of the kind."""
+    step = ["train_step.py", "--what=train", "--limit={limit}"]
+    small = ["--config.model.width=0.0625", "--config.model.input_size=64"]
+    if tiny:
+        forms = [*step, "--batch", "2", "--rounds=1", "--seconds=0.1", "--forms", "eager"]
+        flags = [*step, "--batch", "2", "--rounds=1", "--seconds=0.1", "--forms"]
+        flags += ["--xla=--xla_gpu_autotune_level=0", "--xla=--xla_no_such_flag=1"]
+        checks, operations, trace = ["--batch=1"], ["--batch=2", "--rounds=1"], ["--batch=2"]
+        bits = ["--size=73", "--steps=12", "--batch=8", *small]
+        stream, memory = ["--size=73", "--batch", "8", *small], ["--batch", "2", "--forms", "eager"]
+    else:
+        forms = [*step, "--batch", "128", "1024", "256", "2048", "--rounds=5", "--seconds=0.5"]
+        forms += ["--keep=2", "--forms", *ALL_FORMS]
+        flags = [*step, "--batch", "128", "--rounds=5", "--seconds=0.5", "--forms"]
+        flags += [f"--xla={flag}" for flag in FLAGS]
+        checks, operations, trace = [], ["--batch=1024", "--rounds=5"], []
+        bits, stream = ["--at_once"], ["--batch", "128", "1024"]
+        memory = ["--batch", "128", "1024", "--forms", *ALL_FORMS[:3]]
+    at = [f"--work={work}"]
+    bf16, tf32 = ["--dtype=bfloat16"], ["--dtype=tf32"]
+    return {
+        "correctness": Part("every operation against the oracle", 45, ["check_ops.py", *checks]),
+        "step-bf16": Part("a training step beside PyTorch's", 110, [*forms, *bf16]),
+        "step-tf32": Part("the same in float32 with TF32 products", 65, [*forms, *tf32]),
+        "ops": Part("operations and their floors", 65, ["ops.py", *operations, *bf16, "--step"]),
+        "determinism": Part("the same bits each time", 50, ["determinism.py", *at, *bits]),
+        "flags": Part("XLA's flags, one at a time, each to a step", 75, [*flags, *bf16]),
+        "end-to-end": Part(
+            "the stream and the step", 55, ["end_to_end.py", "--limit={limit}", *at, *stream]
+        ),
+        "profile": Part(
+            "a trace of ten steps", 15, ["step_trace.py", f"--output={out}/parts/trace", *trace]
+        ),
+        "ops-tf32": Part(
+            "operations, TF32", 60, ["ops.py", *operations, *tf32, "--step"], measures=False
+        ),
+        "memory": Part("the peak of a step", 200, ["memory.py", *memory, *bf16], measures=False),
+    }
+
+
+def training(out: pathlib.Path, work: pathlib.Path, options: Any) -> dict[str, Part]:
+    """The real runs."""
+    small, form = [], []
+    if options.tiny:
+        small = ["--config.model.width=0.0625", "--config.model.input_size=64"]
+        small += ["--config.train.num_steps=6", "--config.train.batch_size=8"]
+        form = ["--form=eager"]
+    parts = {}
+    for name, seconds in (("caltech101", 600), ("cifar10", 1200)):
+        source, run = getattr(options, name), work / "runs" / name
+        ours = ["real_run.py", f"--recipe={name}", f"--source={source}", f"--workdir={run}"]
+        ours += [f"--figures={out}/parts/{name}", *small]
+        again = ["torch_train.py", f"--workdir={run}", *form]
+        told = f"the full net on {name}"
+        parts[name] = Part(told, seconds, ours if source else [], False)
+        parts[f"{name}-pytorch"] = Part(f"{told}, in PyTorch", seconds, again, False)
+    return parts
+
+
+def run(name: str, part: Part, folder: pathlib.Path, limit: float) -> dict[str, Any]:
+    """The part's outcome in words, its seconds, and what it found."""
+    if not part.command:
+        return {"outcome": f"left out: no data; name it by --{name}=folder:PATH", "seconds": 0.0}
+    answer = folder / f"{name}.json"
+    answer.unlink(missing_ok=True)
+    enough = str(round(0.85 * limit))
+    script, *flags = (word.replace("{limit}", enough) for word in part.command)
+    command = [sys.executable, str(HERE / script), *flags, f"--json={answer}"]
+    started = time.perf_counter()
+    with (folder / f"{name}.md").open("w") as page, (folder / f"{name}.log").open("w") as log:
+        process = subprocess.Popen(
+            command,
+            stdout=page,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            start_new_session=True,
+        )
+        try:
+            status = process.wait(limit)
+            outcome = f"failed, status {status}; see {name}.log" if status else "done"
+        except subprocess.TimeoutExpired:
+            outcome = f"stopped: it took more than {limit:.0f} s"
+        finally:
+            end(process)
+    found = json.loads(answer.read_text()) if answer.exists() else None
+    seconds = time.perf_counter() - started
+    return {"outcome": outcome, "seconds": seconds, "command": command, "found": found}
+
+
+def end(process: subprocess.Popen) -> None:
+    """The process and all it started: asked first, so that a training saves."""
+    with contextlib.suppress(ProcessLookupError):
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(20)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def machine() -> dict[str, str]:
+    """What this is measured on."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    found = {}
+    for command in ([sys.executable, "-c", MACHINE], query):
+        try:
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=120)
+            text = done.stdout.strip()
+        except (OSError, subprocess.TimeoutExpired):
+            text = ""
+        if text:
+            found |= json.loads(text.splitlines()[-1]) if command is not query else {"GPU": text}
+    return found
+
+
+def page(found: dict[str, Any], known: dict[str, Part], folder: pathlib.Path) -> str:
+    """Everything as one page of Markdown."""
+    machine, parts = found["machine"], found["parts"]
+    lines = ["# Measured by benchmarks/gpu.sh", ""]
+    if machine.get("backend") != "gpu":
+        lines += [f"**Not measured on a GPU: JAX has a {machine.get('backend', 'failure')}.**", ""]
+    lines += [", ".join(f"{name} {value}" for name, value in machine.items()), ""]
+    lines += ["| part | what | outcome | seconds |", "|---|---|---|---|"]
+    for name, one in parts.items():
+        lines.append(f"| {name} | {known[name].about} | {one['outcome']} | {one['seconds']:.0f} |")
+    for name in parts:
+        printed = folder / f"{name}.md"
+        if printed.exists():
+            lines += ["", f"## {name}", "", printed.read_text().strip()]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# All there is to measure on a GPU, on a machine that may have no network.
+#
+#   benchmarks/gpu.sh OUT [PART ...] [--tiny] [--limit=SECONDS] [--work=FOLDER]
+#   benchmarks/gpu.sh OUT train --caltech101=folder:PATH --cifar10=records:PATH
+#
+# Leaves OUT/results.json and OUT/results.md; benchmarks/gpu.py says what the parts are. JAX with
+# CUDA, Flax, Optax and Orbax must be there, and PyTorch where it is to be compared. Of the rest, what
+# is missing is installed from WHEELS (default: wheels/ in the repository) into a virtual environment
+# at VENV, which sees everything that PYTHON (default: python3) sees. Where a network is, for a
+# machine with Python 3.12:
+#
+#   pip download --no-deps --only-binary=:all: --python-version=3.12 --implementation=cp \
+#     --platform=manylinux_2_28_x86_64 --platform=manylinux_2_17_x86_64 -d wheels \
+#     grain array_record ml_collections simplejpeg tensorboardX portpicker importlib_resources
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-python3}
+wheels=${WHEELS:-$root/wheels}
+venv=${VENV:-${TMPDIR:-/tmp}/alexnet_jax_gpu}
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+
+whole() { "$1" -c 'import alexnet_jax.main, alexnet_jax.prepare' 2>/dev/null; }
+
+needs() { # the package's dependencies, one a line
+  "$python" -c 'import sys, tomllib
+for need in tomllib.load(open(sys.argv[1], "rb"))["project"]["dependencies"]: print(need)' \
+    "$root/pyproject.toml"
+}
+
+if ! whole "$python"; then
+  # --system-site-packages would pass over the packages of PYTHON where that is itself a venv's.
+  "$python" -m venv --without-pip --system-site-packages "$venv"
+  "$python" -c 'import site, sys
+for folder in site.getsitepackages(): print(f"import site; site.addsitedir({folder!r})")' \
+    >"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth"
+  python=$venv/bin/python
+  mapfile -t needed < <(needs)
+  if ! [[ -d $wheels ]]; then
+    echo "error: WHEELS=$wheels is no folder; needed are those of these that are not here yet:" >&2
+    printf '  %s\n' "${needed[@]}" >&2
+    exit 2
+  fi
+  install=("$python" -m pip install --quiet --no-index --only-binary=:all: --disable-pip-version-check)
+  "${install[@]}" --find-links="$wheels" "${needed[@]}" ||
+    "${install[@]}" --no-deps "$wheels"/*.whl # whatever pip misses may not be used
+  whole "$python" || { "$python" -c 'import alexnet_jax.main, alexnet_jax.prepare'; exit 2; }
+fi
+exec "$python" "$root/benchmarks/gpu.py" "$@"

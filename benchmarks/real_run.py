@@ -1,0 +1,90 @@
+"""The full paper net, both towers on one device, trained to the end on a small data set.
+
+  python benchmarks/real_run.py --recipe=caltech101 --source=folder:PATH --workdir=RUN
+      [--figures=FOLDER] [--json FILE] [--config.SECTION.FIELD=VALUE ...]
+
+Trains (or goes on: a run that was ended by a time limit loses nothing), evaluates ten crops, draws
+RUN/figures, and copies them to FOLDER. `torch_train.py --workdir=RUN` then trains PyTorch likewise.
+"""
+
+import argparse
+import json
+import pathlib
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SHARED = {
+    "model.width": 1.0,
+    "model.input_size": 224,
+    "model.dtype": "bfloat16",
+    "mesh.model": 1,
+    "mesh.data": 1,
+    "mesh.cpu_devices": 1,
+    "data.on_device": True,
+}
+# What is changed of configs/NAME.py; both have a cosine, so that the end is known beforehand.
+RECIPES = {
+    "caltech101": {"train.num_epochs": 200, "eval.every_epochs": 5},
+    "cifar10": {"train.num_epochs": 40, "eval.every_epochs": 2},
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recipe", choices=RECIPES, required=True)
+    parser.add_argument("--source", required=True, help="folder:PATH or records:PATH")
+    parser.add_argument("--workdir", type=pathlib.Path, required=True)
+    parser.add_argument("--figures", type=pathlib.Path)
+    parser.add_argument("--json", type=pathlib.Path)
+    options, more = parser.parse_known_args()
+    settings = SHARED | RECIPES[options.recipe] | {"data.source": options.source}
+    command = [sys.executable, "-m", "alexnet_jax.main"]
+    command += [f"--config={ROOT}/configs/{options.recipe}.py", f"--workdir={options.workdir}"]
+    command += [*(f"--config.{name}={value}" for name, value in settings.items()), *more]
+    started = time.perf_counter()
+    subprocess.run(command, stdout=sys.stderr, check=True)
+    found = {"seconds": time.perf_counter() - started, **levels(options.workdir)}
+    crops = [*command, "--mode=eval", "--config.eval.num_crops=10"]
+    done = subprocess.run(crops, stdout=subprocess.PIPE, text=True, check=True)
+    found["ten crops"] = json.loads(done.stdout.splitlines()[-1])
+    print(table(found), flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1))
+    done = subprocess.run([*command, "--mode=figures"], stdout=sys.stderr)
+    if done.returncode:
+        print("\nThe figures could not be drawn; the log says why.")
+    elif options.figures:
+        shutil.copytree(options.workdir / "figures", options.figures, dirs_exist_ok=True)
+    return done.returncode
+
+
+def levels(workdir: pathlib.Path) -> dict:
+    """What the run's log says: the last records, the lowest error, the median pace."""
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    training = [record for record in records if record["split"] == "train"]
+    validation = [record for record in records if record["split"] != "train"]
+    return {
+        "training": training[-1],
+        "validation": validation[-1],
+        "lowest": min(validation, key=lambda record: record["top1_error"]),
+        "images_per_second": statistics.median(r["images_per_second"] for r in training),
+    }
+
+
+def table(found: dict) -> str:
+    rows = ["| | epoch | loss | top-1 error | top-5 error |", "|---|---|---|---|---|"]
+    for name in ("training", "validation", "lowest", "ten crops"):
+        record = found[name]
+        epoch = f"{record['epoch']:.1f}" if "epoch" in record else ""
+        errors = f"{record['top1_error']:.2%} | {record['top5_error']:.2%}"
+        rows.append(f"| {name} | {epoch} | {record['loss']:.4f} | {errors} |")
+    pace = f"{found['images_per_second']:,.0f} images/s while training"
+    return "\n".join([*rows, f"\n{found['seconds']:,.0f} s in this start, {pace} (median)."])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""What the benchmarks share: the clock, and how numbers are multiplied."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+DTYPES = ("float32", "tf32", "bfloat16")
+LEAST = 0.03  # seconds timed as one: what a device's queue hides is no share of it
+
+
+def array_type(dtype: str) -> str:
+    """Of what is multiplied so."""
+    return "bfloat16" if dtype == "bfloat16" else "float32"
+
+
+def set_precision(dtype: str) -> str:
+    """Have JAX multiply as `dtype` says; the arrays' type.
+
+    On a GPU float32 is multiplied as TF32, which is JAX's default there, or in full. A CPU has no
+    TF32.
+    """
+    import jax
+
+    if dtype == "float32" and jax.default_backend() == "gpu":
+        jax.config.update("jax_default_matmul_precision", "highest")
+    return array_type(dtype)
+
+
+class Work:
+    """Something to time: a call that may return before its work is done, and what waits for it.
+
+    Where one is short, several calls are sent ahead and timed as one, as in training, which does
+    not wait for a step either. `alone` waits for each, as on a CPU, where one call would otherwise
+    run beside the next. `rest` gives back what the others may need.
+    """
+
+    def __init__(
+        self,
+        call: Callable[[], Any],
+        wait: Callable[[Any], Any],
+        alone: bool = False,
+        rest: Callable[[], None] = lambda: None,
+    ):
+        self.call, self.wait, self.alone, self.rest, self.count = call, wait, alone, rest, 1
+
+    def warm(self) -> None:
+        """Compile, and find out how many calls are timed as one."""
+        times: list[float] = []
+        while len(times) < 3 or (len(times) < 10 and sum(times[2:]) < 0.5):
+            times.append(self.seconds())
+        self.count = min(1000, max(1, round(LEAST / min(times))))
+        self.rest()
+
+    def seconds(self) -> float:
+        """That a call takes, mean over so many."""
+        started = time.perf_counter()
+        for _ in range(self.count):
+            found = self.call()
+            if self.alone:
+                self.wait(found)
+        self.wait(found)
+        return (time.perf_counter() - started) / self.count
+
+    def median(self, seconds: float) -> float:
+        """The median over at least three such means and so many seconds."""
+        times, started = [], time.perf_counter()
+        while len(times) < 3 or time.perf_counter() - started < seconds:
+            times.append(self.seconds())
+        self.rest()
+        return statistics.median(times)
