@@ -16,8 +16,8 @@ from alexnet_jax.config import UserError
 def start_cpu_devices(count: int, at_least: bool = False) -> None:
     """Have the CPU platform start `count` virtual devices, unless JAX_NUM_CPU_DEVICES says else.
 
-    0 leaves it as it is; with `at_least`, that many even then. Says nothing of other platforms; to be called before
-    JAX is first used.
+    0 leaves it as it is; with `at_least`, that many even then. Says nothing of other platforms; to
+    be called before JAX is first used.
     """
     asked = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
     if count and asked < (count if at_least else 1):
