@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import tensorstore
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
@@ -31,6 +32,9 @@ from alexnet_jax.train.state import Params, TrainState
 BEGINNING = Plateau()
 # A failed save is raised; that Orbax logs it too, in hundreds of lines, helps nobody.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+# Whatever it tells of itself TensorStore leaks, and Orbax asks at every save: 300 KB each time.
+tensorstore.experimental_collect_matching_metrics = lambda *prefix: []
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,7 @@
 """Checkpoints: whole, portable between meshes, the newest and the best kept."""
 
 import dataclasses
+import gc
 import shutil
 from typing import Any
 
@@ -160,6 +161,21 @@ def test_saving_a_step_twice_is_an_error(state, meta, tmp_path):
         checkpoints.wait()
         with pytest.raises(SaveError, match="step 1"):
             checkpoints.save(1, placed, meta)
+
+
+def test_a_save_leaves_nothing_behind_in_memory(state, meta, tmp_path):
+    placed = put(state, make_mesh(1, 1))
+
+    def objects_after(steps: range) -> int:
+        for step in steps:
+            checkpoints.save(step, placed, meta)
+            checkpoints.wait()
+        gc.collect()
+        return len(gc.get_objects())
+
+    with Checkpoints(tmp_path) as checkpoints:
+        before = objects_after(range(1, 4))
+        assert objects_after(range(4, 14)) - before < 50  # 440, when it leaked
 
 
 def test_the_step_to_read_is_the_newest_or_the_one_named(state, meta, tmp_path):
