@@ -15,7 +15,6 @@ import time
 import types
 from collections.abc import Callable, Iterator
 
-import conftest
 import jax
 import numpy as np
 import pytest
@@ -41,7 +40,7 @@ class Ranks:
         environment = os.environ | {
             "JAX_NUM_CPU_DEVICES": "1",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(conftest.CACHE),
+            "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
             "JAX_COORDINATOR_BIND_ADDRESS": address,
         }
         self.processes = [
@@ -197,7 +196,7 @@ def test_processes_evaluate_together_and_count_every_example_once(start, alone, 
 
 def test_a_mistake_of_one_rank_ends_all(start, draw_folder, tmp_path):
     """Other images in a folder of the same name would train a net of nothing anybody knows."""
-    other = draw_folder(conftest.ANIMALS, 15, 5, "jpg")
+    other = draw_folder(("cat", "dog", "owl"), 15, 5, "jpg")
     job = start(2, tmp_path / "run", rank_1=[f"--config.data.source=folder:{other}"])
     statuses, errors = job.ends()
     assert statuses == [2, 2]

@@ -157,6 +157,7 @@ def test_local_hands_a_ctrl_c_at_the_terminal_to_each_rank_once(ranks, monkeypat
     monkeypatch.setenv("TOLD", "yes")
     child, terminal = pty.fork()
     if child == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background is deaf to it
         os.execv("/bin/bash", ["bash", str(LAUNCH / "local.sh"), "3", *FLAGS])
     shown = b""
     while shown.count(b"err") < 3:
