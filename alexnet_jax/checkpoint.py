@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import pathlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -35,6 +36,15 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 # Whatever it tells of itself TensorStore leaks, and Orbax asks at every save: 300 KB each time.
 tensorstore.experimental_collect_matching_metrics = lambda *prefix: []
+
+
+def _unraisable(found: Any, otherwise: Callable[[Any], Any] = sys.unraisablehook) -> None:
+    """After a failed save TensorStore has more to tell Orbax, which has stopped to listen."""
+    if str(found.exc_value) != "Event loop is closed":
+        otherwise(found)
+
+
+sys.unraisablehook = _unraisable
 
 log = logging.getLogger(__name__)
 
