@@ -291,7 +291,7 @@ class Job:
     # When a rank gives up.
 
     def _judge(self) -> None:
-        looked = time.monotonic()
+        looked = self.exchanged  # since the clocks were started, it may have slept already
         while not self.over.wait(BEAT / 2):
             if time.monotonic() - looked > 5 * BEAT:  # it was this process that slept
                 self._start_clocks()
