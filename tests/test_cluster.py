@@ -284,9 +284,10 @@ def test_a_process_that_gets_no_further_is_ended_and_says_where():
 
 def test_sleep_of_the_whole_process_is_no_standstill():
     with subprocess.Popen(
-        [sys.executable, "-c", STUCK, "5", "9"], stdout=subprocess.PIPE
+        [sys.executable, "-c", STUCK, "5", "10"], stdout=subprocess.PIPE
     ) as process:
         assert process.stdout.readline() == b"at it\n"
+        time.sleep(1)  # it sleeps
         process.send_signal(signal.SIGSTOP)
         time.sleep(7)
         process.send_signal(signal.SIGCONT)
