@@ -16,7 +16,8 @@ import time
 
 ROOT = pathlib.Path(__file__).parents[1]
 SETTINGS = (
-    "data.source=shapes", "mesh.model=1", "train.batch_size=32", "train.num_steps=1000",
+    "data.source=shapes", "model.num_classes=0", "mesh.model=1", "train.batch_size=32",
+    "train.num_steps=1000",
 )  # fmt: skip
 MARKS = {"ready": "preset ", "step compiled": "compiled the", "first step": "step 1/"}
 
