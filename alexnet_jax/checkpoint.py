@@ -344,44 +344,6 @@ def _set_aside_unreadable(directory: pathlib.Path) -> None:
             folder.rename(folder.with_suffix(".damaged"))
 
 
-def take_over(
-    directory: pathlib.Path, params: Params, labels: tuple[str, ...]
-) -> tuple[Params, tuple[str, ...]]:
-    """The parameters of another run's newest checkpoint, in the place of `params`.
-
-    fc8 begins with zeros where the classes are others: every class is then equally probable. A
-    conv6 that the other net does not have stays as it was drawn (paper, section 6.1).
-
-    Returns:
-      Parameters of the shapes of `params`, and the layers that were not taken over.
-
-    Raises:
-      UserError: there is no checkpoint, or its net is another one.
-    """
-    with Checkpoints(directory) as checkpoints:
-        step = checkpoints.chosen_step(-1)
-        given, meta = checkpoints.read_params(step), checkpoints.read_meta(step)
-    found, new = {}, []
-    for layer in sorted(params.keys() | given.keys()):
-        here, there = (
-            net[layer]["kernel"].shape if layer in net else None for net in (params, given)
-        )
-        if layer == "fc8" and meta.labels != labels:
-            found[layer] = jax.tree.map(np.zeros_like, params[layer])
-            new.append(layer)
-        elif layer == "conv6" and there is None:
-            found[layer] = params[layer]
-            new.append(layer)
-        elif here != there:
-            raise UserError(
-                f"train.init_from: {layer} of {directory.parent} has a kernel of {there}, here "
-                f"it is {here}; both nets must be the same but for their classes"
-            )
-        else:
-            found[layer] = given[layer]
-    return found, tuple(new)
-
-
 @contextlib.contextmanager
 def _save_errors(step: int) -> Iterator[None]:
     """Orbax's failures, a full disk's ValueError among them, as SaveError."""

@@ -34,7 +34,8 @@ NOTES, TOLD = "alexnet_jax/notes", "alexnet_jax/told"
 def join(coordinator: str, num_processes: int, process_id: int) -> int:
     """Join the other processes, if there are any; to be called before JAX is first used.
 
-    Slurm and Open MPI say themselves where more than one task is started.
+    Slurm and Open MPI say themselves where more than one task is started. Where the others do not
+    come in time this process ends, with status 1: they may come later.
 
     Args:
       coordinator: HOST:PORT of process 0; "auto" to have JAX find all three out, as on a TPU pod.
@@ -42,8 +43,6 @@ def join(coordinator: str, num_processes: int, process_id: int) -> int:
 
     Returns:
       How many there are, this one counted.
-
-    Where the others do not come in time this process ends, with status 1: they may come later.
 
     Raises:
       UserError: the three do not fit, or JAX finds no cluster.
@@ -343,8 +342,10 @@ class Job:
         behind = error if isinstance(error, UserError) else error.__cause__ or error
         if isinstance(behind, ValueError | RuntimeError):  # of a collective, it may be
             time.sleep(SILENCE + 5 * BEAT)
-        words = (str(error).splitlines() or [""])[0]
-        self.failure, self.status = words or type(error).__name__, exit_status(error)
+        words = (str(error).splitlines() or [""])[0] or type(error).__name__
+        if isinstance(error, KeyboardInterrupt):
+            words = "told once more to stop"
+        self.failure, self.status = words, exit_status(error)
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._exchange()
         time.sleep(2.5 * BEAT)

@@ -218,21 +218,20 @@ def device_batches(
 ) -> Generator[DeviceBatch, None, None]:
     """Training batches first .. last - 1, each on its way while the step before it runs."""
     size, batch_size = config.model.input_size, config.train.batch_size
-    position = {
-        "seed": config.seed,
-        "size": size,
-        "rows": stream.Rows(batch_size, local_rows(mesh, batch_size)),
-        "start_step": first,
-        "num_steps": last,
-    }
-
+    batches = stream.train_batches(
+        source,
+        statistics,
+        config.data,
+        seed=config.seed,
+        size=size,
+        rows=stream.Rows(batch_size, local_rows(mesh, batch_size)),
+        start_step=first,
+        num_steps=last,
+        pixels=not config.data.on_device,
+    )
     finish: resident.Finish | None = None
     if config.data.on_device:
         finish = resident.load(source, config.data, statistics.mean_image.shape[0], size, mesh)
-        targets = source.targets
-        batches = stream.batches_without_pixels(targets, statistics, config.data, **position)
-    else:
-        batches = stream.train_batches(source, statistics, config.data, **position)
 
     def place(batch: stream.Batch) -> DeviceBatch:
         placed = put_batch(batch, mesh)

@@ -29,8 +29,8 @@ def load(source: Source, data: Data, stored: int, size: int, mesh: Mesh) -> Fini
       stored, size: pixels a side of a square, and of a crop.
 
     Returns:
-      What gives a batch of `stream.batches_without_pixels`, split over the mesh's axis `data`,
-      its image (b, size, size, 3) uint8 in the place of its index.
+      What gives a batch of `stream.train_batches` without pixels, split over the mesh's axis
+      `data`, its image (b, size, size, 3) uint8 in the place of its index.
 
     Raises:
       UserError: they do not fit.

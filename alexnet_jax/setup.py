@@ -6,11 +6,11 @@ import pathlib
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
-from alexnet_jax import config as configs
 from alexnet_jax import evaluate, workdir
-from alexnet_jax.checkpoint import Checkpoints, Meta, take_over
+from alexnet_jax.checkpoint import Checkpoints, Meta
 from alexnet_jax.cluster import Job
 from alexnet_jax.config import Config, UserError
 from alexnet_jax.data import sources, survey
@@ -97,7 +97,8 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
         meta = Meta(config, source.labels, statistics, num_examples=num_examples)
         state = initial_state(config.model, num_classes, optimizer, config.seed)
         if config.train.init_from:
-            state = state._replace(params=_taken_over(config.train, state.params, source.labels))
+            params = _taken_over(config.train.init_from, state.params, source.labels)
+            state = state._replace(params=params)
     else:
         if meta.num_examples != num_examples and not allow_config_change:
             raise UserError(
@@ -133,15 +134,41 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
     )
 
 
-def _taken_over(train: configs.Train, params: Params, labels: tuple[str, ...]) -> Params:
-    """The parameters of the run `train.init_from` names, as far as they fit."""
-    origin = pathlib.Path(train.init_from).expanduser() / workdir.CHECKPOINTS
-    if not origin.is_dir():
-        raise UserError(f"train.init_from={train.init_from!r} holds no checkpoints; train there")
-    params, new = take_over(origin, params, labels)
-    names = ", ".join(new) or "nothing"
-    log.info("weights are taken over from %s; new: %s", train.init_from, names)
-    return params
+def _taken_over(init_from: str, params: Params, labels: tuple[str, ...]) -> Params:
+    """The parameters of the newest checkpoint in workdir `init_from`, in the place of `params`.
+
+    fc8 begins with zeros where the classes are others: every class is then equally probable. A
+    conv6 that the other net does not have stays as it was drawn (paper, section 6.1).
+
+    Raises:
+      UserError: there is no checkpoint, or its net is another one.
+    """
+    origin = pathlib.Path(init_from).expanduser()
+    if not (origin / workdir.CHECKPOINTS).is_dir():
+        raise UserError(f"train.init_from={init_from!r} holds no checkpoints; train there")
+    with Checkpoints(origin / workdir.CHECKPOINTS) as checkpoints:
+        step = checkpoints.chosen_step(-1)
+        given, meta = checkpoints.read_params(step), checkpoints.read_meta(step)
+    found, new = {}, []
+    for layer in sorted(params.keys() | given.keys()):
+        here, there = (
+            net[layer]["kernel"].shape if layer in net else None for net in (params, given)
+        )
+        if layer == "fc8" and meta.labels != labels:
+            found[layer] = jax.tree.map(np.zeros_like, params[layer])
+            new.append(layer)
+        elif layer == "conv6" and there is None:
+            found[layer] = params[layer]
+            new.append(layer)
+        elif here != there:
+            raise UserError(
+                f"train.init_from: {layer} of {origin} has a kernel of {there}, here "
+                f"it is {here}; both nets must be the same but for their classes"
+            )
+        else:
+            found[layer] = given[layer]
+    log.info("weights are taken over from %s; new: %s", init_from, ", ".join(new) or "nothing")
+    return found
 
 
 def make_step(apply: Apply, config: Config, mesh: Mesh, calendar: Calendar) -> TrainStep:

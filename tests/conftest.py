@@ -5,10 +5,12 @@ program as a user does sets its own devices.
 """
 
 import getpass
+import logging
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -20,6 +22,7 @@ from PIL import Image
 
 from alexnet_jax import config as configs
 from alexnet_jax import main as command
+from alexnet_jax.data import workers
 
 CACHE = pathlib.Path(tempfile.gettempdir()) / f"alexnet_jax_tests_{getpass.getuser()}"
 
@@ -47,6 +50,31 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+class _InThread:
+    """Stands in for a worker that is a process, which takes a second to start."""
+
+    def __init__(self, job: Callable[..., None]):
+        self.job = job
+        self.progress = types.SimpleNamespace(value=0.0)
+        self.connection = types.SimpleNamespace(close=lambda: None)
+        self.process = types.SimpleNamespace(terminate=lambda: None, join=lambda: None)
+
+    def do(self, *arguments: Any) -> None:
+        self.job(*arguments, self.progress)
+
+
+@pytest.fixture(scope="module")
+def shards_by_threads() -> Iterator[None]:
+    """Prepares without processes, and leaves the package's messages to the tests' own ways."""
+    logger = logging.getLogger("alexnet_jax")
+    before = logger.handlers[:], logger.level, logger.propagate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "_Worker", _InThread)
+        patch.setattr(os, "fsync", lambda descriptor: None)  # most of the time, and not seen here
+        yield
+    logger.handlers[:], logger.level, logger.propagate = before
 
 
 @pytest.fixture(scope="session")

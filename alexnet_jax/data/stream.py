@@ -64,81 +64,54 @@ def train_batches(
     rows: Rows,
     start_step: int,
     num_steps: int,
+    pixels: bool = True,
 ) -> Batches:
     """Batches start_step .. num_steps - 1 of the training stream, this process's rows.
 
     Args:
       statistics: of the training split; its mean image has the stored size.
       size: pixels a side of a crop.
+      pixels: False where the images lie elsewhere.
 
     Yields:
-      image (b, size, size, 3) uint8, cropped and mirrored; label (b,) int32; offset (b, 2) int32
-      and mirror (b,) bool, how; shift (b, 3) float32, the colour noise to add; gain (b,) float32,
-      to multiply by at the end.
+      image (b, size, size, 3) uint8, cropped and mirrored, or without pixels index (b,) int32, its
+      place in the source; label (b,) int32; offset (b, 2) int32 and mirror (b,) bool, how; shift
+      (b, 3) float32, the colour noise to add; gain (b,) float32, to multiply by at the end.
     """
-    stored = statistics.mean_image.shape[0]
+    stored, num_examples = statistics.mean_image.shape[0], len(source)
 
-    def read(step: int, local: range, image: np.ndarray) -> Batch:
-        start, label = step * rows.batch_size + local.start, np.empty(len(local), np.int32)
-        drawn = _drawn(seed, start, len(local), stored - size, statistics, data, len(source))
-        for row, index in enumerate(examples_at(seed, start, len(local), len(source))):
-            crop = (drawn["offset"][row], drawn["mirror"][row])
-            label[row] = _read(source, int(index), stored, *crop, image[row])
-        return {"label": label, **drawn}
-
-    return _batches(read, rows.local, size, range(start_step, num_steps), data)
-
-
-def batches_without_pixels(
-    targets: np.ndarray,
-    statistics: Statistics,
-    data: Data,
-    *,
-    seed: int,
-    size: int,
-    rows: Rows,
-    start_step: int,
-    num_steps: int,
-) -> Batches:
-    """`train_batches`, where images lie elsewhere: with index (b,) int32 in the place of image.
-
-    Args:
-      targets: (n,) every example's label.
-    """
-    margin = statistics.mean_image.shape[0] - size
-    for step in range(start_step, num_steps):
-        start, count = step * rows.batch_size + rows.local.start, len(rows.local)
-        index = examples_at(seed, start, count, len(targets))
-        drawn = _drawn(seed, start, count, margin, statistics, data, len(targets))
-        yield {
-            "index": index.astype(np.int32),
-            "label": targets[index].astype(np.int32),
-            **drawn,
+    def drawn(step: int, local: range) -> tuple[np.ndarray, Batch]:
+        """Which examples, and what is done to them."""
+        start, count = step * rows.batch_size + local.start, len(local)
+        draws = augment.draw(seed, start, count, stored - size, data)
+        noisy = np.full(count, data.colour_noise > 0)
+        if data.colour_noise_epochs:
+            noisy &= np.arange(start, start + count) < data.colour_noise_epochs * num_examples
+        shift = augment.colour_shift(draws.colour, statistics, data.colour_noise)
+        divisor = 1 + data.colour_noise if data.colour_noise_divides else 1
+        return examples_at(seed, start, count, num_examples), {
+            "offset": draws.offset,
+            "mirror": draws.mirror,
+            "shift": np.where(noisy[:, None], shift, 0).astype(np.float32),
+            "gain": np.where(noisy, 1 / divisor, 1).astype(np.float32),
         }
 
+    def read(step: int, local: range, image: np.ndarray) -> Batch:
+        indices, how = drawn(step, local)
+        label = np.empty(len(local), np.int32)
+        for row, index in enumerate(indices):
+            crop = (how["offset"][row], how["mirror"][row])
+            label[row] = _read(source, int(index), stored, *crop, image[row])
+        return {"label": label, **how}
 
-def _drawn(
-    seed: int,
-    start: int,
-    count: int,
-    margin: int,
-    statistics: Statistics,
-    data: Data,
-    num_examples: int,
-) -> Batch:
-    """What is done to the images at stream positions start .. start + count - 1."""
-    draws = augment.draw(seed, start, count, margin, data)
-    noisy = np.full(count, data.colour_noise > 0)
-    if data.colour_noise_epochs:
-        noisy &= np.arange(start, start + count) < data.colour_noise_epochs * num_examples
-    shift = augment.colour_shift(draws.colour, statistics, data.colour_noise)
-    divisor = 1 + data.colour_noise if data.colour_noise_divides else 1
-    return {
-        "offset": draws.offset,
-        "mirror": draws.mirror,
-        "shift": np.where(noisy[:, None], shift, 0).astype(np.float32),
-        "gain": np.where(noisy, 1 / divisor, 1).astype(np.float32),
-    }
+    def without_pixels() -> Batches:
+        targets = source.targets.astype(np.int32)
+        for step in steps:
+            indices, how = drawn(step, rows.local)
+            yield {"index": indices.astype(np.int32), "label": targets[indices], **how}
+
+    steps = range(start_step, num_steps)
+    return _batches(read, rows.local, size, steps, data) if pixels else without_pixels()
 
 
 def evaluation_batches(source: Source, data: Data, *, stored: int, rows: Rows) -> Batches:

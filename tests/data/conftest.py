@@ -1,11 +1,8 @@
 """Pictures to test with: of odd sizes, none of one colour, no two alike; ways to keep them."""
 
 import io
-import logging
-import os
 import pathlib
-import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -14,7 +11,6 @@ from PIL import Image
 from preparing import CLASSES, SIZE, Ran, write_devkit, write_folder, write_tars
 
 from alexnet_jax import prepare as command
-from alexnet_jax.data import workers
 
 
 class Pictures:
@@ -107,32 +103,6 @@ def write_tfds() -> Callable[..., None]:
         info.write_to_directory(out)
 
     return write
-
-
-class _InThread:
-    """Stands in for a worker that is a process, which takes a second to start."""
-
-    def __init__(self, job: Callable[..., None]):
-        self.job = job
-        self.progress = types.SimpleNamespace(value=0.0)
-        self.connection = types.SimpleNamespace(close=lambda: None)
-        self.process = types.SimpleNamespace(terminate=lambda: None, join=lambda: None)
-
-    def do(self, *arguments) -> None:
-        self.job(*arguments, self.progress)
-
-
-@pytest.fixture(scope="module")
-def shards_by_threads() -> Iterator[None]:
-    """Prepares without processes, and leaves the package's messages to the tests' own ways."""
-    logger = logging.getLogger("alexnet_jax")
-    handlers, level = logger.handlers[:], logger.level
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workers, "_Worker", _InThread)
-        patch.setattr(os, "fsync", lambda descriptor: None)  # most of the time, and not seen here
-        yield
-    logger.handlers[:] = handlers
-    logger.setLevel(level)
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import gzip
 import io
 import itertools
 import json
-import logging
 import os
 import pathlib
 import pickle
@@ -20,7 +19,6 @@ import signal
 import struct
 import tarfile
 import tempfile
-import types
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -32,9 +30,10 @@ import scipy.io
 from PIL import Image, features
 
 from alexnet_jax import prepare as command
-from alexnet_jax.data import records, workers
+from alexnet_jax.data import records
 
 pytestmark = [
+    pytest.mark.usefixtures("shards_by_threads"),
     pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning"),
     pytest.mark.filterwarnings("ignore:Corrupt EXIF data"),
 ]
@@ -117,30 +116,6 @@ def assert_refused(
     for word in words:
         assert str(word) in errors[0]
     assert found.megabytes < megabytes
-
-
-class _InThread:
-    """Stands in for a worker that is a process, which takes half a second to start."""
-
-    def __init__(self, job: Callable[..., None]):
-        self.job = job
-        self.progress = types.SimpleNamespace(value=0.0)
-        self.connection = types.SimpleNamespace(close=lambda: None)
-        self.process = types.SimpleNamespace(terminate=lambda: None, join=lambda: None)
-
-    def do(self, *arguments: Any) -> None:
-        self.job(*arguments, self.progress)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def prepare_by_threads() -> Iterator[None]:
-    logger = logging.getLogger("alexnet_jax")
-    before = logger.handlers[:], logger.level, logger.propagate
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workers, "_Worker", _InThread)
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
-    logger.handlers[:], logger.level, logger.propagate = before
 
 
 @pytest.fixture(autouse=True)
