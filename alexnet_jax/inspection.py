@@ -207,7 +207,7 @@ def _step(config: Config, num_classes: int, mesh: Mesh) -> tuple[Any, tuple]:
     optimizer = optim.make_optimizer(config.optim)
     step = make_train_step(
         make_apply(model, num_classes, mesh.shape["model"]),
-        optimizer,
+        optim.make_update(config.optim),
         optim.make_schedule(config.optim, num_examples=1000, batch_size=BATCH_SIZE, num_steps=1000),
         mesh,
         seed=config.seed,

@@ -175,7 +175,7 @@ def make_step(apply: Apply, config: Config, mesh: Mesh, calendar: Calendar) -> T
     """The training step that the config asks for."""
     return make_train_step(
         apply,
-        optim.make_optimizer(config.optim),
+        optim.make_update(config.optim),
         optim.make_schedule(config.optim, *dataclasses.astuple(calendar)),
         mesh,
         seed=config.seed,

@@ -23,6 +23,7 @@ from PIL import Image
 from alexnet_jax import config as configs
 from alexnet_jax import main as command
 from alexnet_jax.data import workers
+from alexnet_jax.ops import native
 
 CACHE = pathlib.Path(tempfile.gettempdir()) / f"alexnet_jax_tests_{getpass.getuser()}"
 
@@ -63,6 +64,16 @@ class _InThread:
 
     def do(self, *arguments: Any) -> None:
         self.job(*arguments, self.progress)
+
+
+@pytest.fixture(params=["native", "XLA's"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whose kernels are used: those of native.cc, or what there is without a compiler."""
+    if request.param == "native" and not native.available():
+        pytest.skip("no C++ compiler")
+    if request.param != "native":
+        monkeypatch.setattr(native, "available", lambda *arrays: False)
+    return request.param
 
 
 @pytest.fixture(scope="module")

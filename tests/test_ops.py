@@ -135,7 +135,7 @@ def test_the_compiled_max_pool_gradient_has_no_select_and_scatter():
     ],
 )
 def test_convolution_and_its_gradients_are_the_oracles(
-    batch, sides, maps, window, stride, padding, groups
+    batch, sides, maps, window, stride, padding, groups, kernels
 ):
     x = normal(1, batch, *sides, maps).astype(np.float32)
     kernel = normal(2, *window, maps // groups, 6).astype(np.float32)
@@ -148,10 +148,58 @@ def test_convolution_and_its_gradients_are_the_oracles(
         dy=dy,
     )
     wanted = oracle.conv_grad(x, kernel, dy, stride, padding, groups)
+    if kernels == "native" and stride == 1 and window in ((3, 3), (5, 5)):
+        assert_winograd((y, dx, dkernel), (expected, *wanted))
+        return
     # Sums of at most 968 products of numbers near 1: 30 in size, 1e-6 of that in error.
     np.testing.assert_allclose(y, expected, atol=1e-4)
     np.testing.assert_allclose(dx, wanted[0], atol=1e-4)
     np.testing.assert_allclose(dkernel, wanted[1], atol=1e-4)
+
+
+def assert_winograd(found, wanted):
+    """Six products for what else takes 12 or 10, of sums whose parts partly cancel.
+
+    They round 64 times as much as the numbers themselves at most, in float32: 4e-6 of the largest.
+    """
+    for array, expected in zip(found, wanted):
+        np.testing.assert_allclose(array, expected, rtol=0, atol=4e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("window", [3, 5])
+@pytest.mark.parametrize(
+    ("batch", "sides", "maps", "outputs", "padding", "groups"),
+    [
+        (1, (1, 1), 1, 1, ((2, 2), (2, 2)), 1),  # less than a tile
+        (2, (13, 11), 130, 66, ((1, 1), (1, 1)), 2),  # rests of vectors and of parts
+        (3, (6, 17), 48, 144, ((2, 2), (2, 2)), 1),  # panels of three vectors
+        (1, (9, 8), 80, 17, ((0, 4), (3, 1)), 1),  # ends that differ
+        (2, (5, 6), 16, 32, ((7, 6), (5, 8)), 2),  # windows that see zeros alone
+        (40, (7, 7), 8, 24, ((2, 2), (2, 2)), 2),  # more tiles than a block
+    ],
+)
+def test_convolutions_by_tiles_are_the_oracles(
+    batch, sides, maps, outputs, padding, groups, window
+):
+    x = normal(1, batch, *sides, maps).astype(np.float32)
+    kernel = normal(2, window, window, maps // groups, outputs).astype(np.float32)
+    expected = oracle.conv(x, kernel, np.zeros(outputs), 1, padding, groups)
+    dy = normal(3, *expected.shape).astype(np.float32)
+    y, gradients = with_gradient(
+        lambda x, kernel: ops.conv(x, kernel, padding=padding, groups=groups), x, kernel, dy=dy
+    )
+    wanted = oracle.conv_grad(x, kernel, dy, 1, padding, groups)
+    assert_winograd((y, *gradients), (expected, *wanted))
+
+
+@pytest.mark.parametrize(("batch", "inputs", "outputs"), [(1, 1, 1), (3, 70, 130), (37, 130, 515)])
+def test_a_dense_product_and_its_gradients_are_numpys(batch, inputs, outputs, kernels):
+    x, kernel, dy = normal(1, batch, inputs), normal(2, inputs, outputs), normal(3, batch, outputs)
+    given = (array.astype(np.float32) for array in (x, kernel))
+    y, (dx, dkernel) = with_gradient(ops.dense, *given, dy=dy.astype(np.float32))
+    np.testing.assert_allclose(y, x @ kernel, atol=1e-4)
+    np.testing.assert_allclose(dx, dy @ kernel.T, atol=1e-4)
+    np.testing.assert_allclose(dkernel, x.T @ dy, atol=1e-4)
 
 
 @pytest.mark.parametrize(("maps", "window", "stride"), [(3, 5, 2), (4, 3, 1)])
@@ -176,10 +224,11 @@ def test_gradients_of_a_bfloat16_convolution_are_those_of_the_numbers_it_holds(
         np.testing.assert_allclose(gradient.astype(float), wanted, rtol=2**-8)
 
 
-def test_gradients_are_the_slopes_of_what_they_belong_to():
+def test_gradients_are_the_slopes_of_what_they_belong_to(kernels):
     """Finite differences, of odd sizes and unequal sides; pixels of a pool lie wide apart."""
     x = normal(1, 3, 7, 6, 5).astype(np.float32)
     kernel = normal(2, 3, 2, 5, 4).astype(np.float32)
+    square = normal(3, 3, 3, 5, 14).astype(np.float32)
     apart = np.random.default_rng(3).permutation(x.size).reshape(x.shape).astype(np.float32)
 
     def convolved(x, kernel):
@@ -187,6 +236,8 @@ def test_gradients_are_the_slopes_of_what_they_belong_to():
 
     for function, arguments in [
         (convolved, (x, kernel)),
+        (lambda x, kernel: ops.conv(x, kernel, padding=((1, 0), (0, 2))), (x, square)),
+        (ops.dense, (x.reshape(3, -1), square.reshape(210, -1))),
         (lambda x: ops.max_pool(x, 3, 2), (apart,)),
         (lambda x: ops.local_response_norm(x, **OTHER, groups=1), (x,)),
         (lambda x: ops.spatial_response_norm(x, **OTHER), (x,)),
@@ -194,7 +245,7 @@ def test_gradients_are_the_slopes_of_what_they_belong_to():
         check_grads(function, arguments, order=1, modes=["rev"], atol=1e-2, rtol=1e-2, eps=1e-2)
 
 
-def test_a_convolution_has_the_same_gradients_on_four_devices():
+def test_a_convolution_has_the_same_gradients_on_four_devices(kernels):
     """Rows split over `data`, output maps over `model`."""
     padding = ((2, 2), (2, 2))
     x, kernel = (normal(n, *shape).astype(np.float32) for n, shape in enumerate(SHAPES))
@@ -219,7 +270,7 @@ def test_a_convolution_has_the_same_gradients_on_four_devices():
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("constants", [PAPER, CAFFE, OTHER])
-def test_response_normalisation_and_its_gradient_are_the_oracles(constants, groups):
+def test_response_normalisation_and_its_gradient_are_the_oracles(constants, groups, kernels):
     """Numbers near 50, as after conv1: the paper's constants then change them noticeably."""
     x = (50 * normal(1, 2, 3, 3, 12)).astype(np.float32)
     dy = normal(2, *x.shape).astype(np.float32)

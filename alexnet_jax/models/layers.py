@@ -107,6 +107,6 @@ class Affine(nnx.Module):
         """(b, h, w, i) or (b, i) -> (b, h', w', o) or (b, o), of x's dtype."""
         kernel, bias = self.kernel[...], self.bias[...].astype(x.dtype)
         if x.ndim == 2:
-            return x @ kernel.astype(x.dtype) + bias
+            return ops.dense(x, kernel) + bias
         options: dict[str, Any] = {"stride": self.stride, "padding": self.padding}
         return ops.conv(x, kernel, groups=self.groups, **options) + bias

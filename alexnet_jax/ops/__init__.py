@@ -1,6 +1,7 @@
 """What layers compute: pure functions on one device's arrays."""
 
 from alexnet_jax.ops.convolution import Padding, conv
+from alexnet_jax.ops.dense import dense
 from alexnet_jax.ops.dropout import dropout, keep_mask
 from alexnet_jax.ops.normalisation import local_response_norm, spatial_response_norm
 from alexnet_jax.ops.pooling import max_pool, mean_pool, pooled_size
@@ -8,6 +9,7 @@ from alexnet_jax.ops.pooling import max_pool, mean_pool, pooled_size
 __all__ = [
     "Padding",
     "conv",
+    "dense",
     "dropout",
     "keep_mask",
     "local_response_norm",

@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+import alexnet_jax.ops.native as native
+from alexnet_jax.ops.varying import varying_alike
+
 # A block has at most so many places and images, but one image at least. Twice or half is about as
 # fast, all images at once take up to six times as long; blocks are equal, so that a prime number
 # of images is taken one by one.
@@ -30,10 +33,16 @@ def conv(x: Array, kernel: Array, *, stride: int = 1, padding: Padding, groups: 
     Returns:
       (b, h', w', o) of x's dtype.
     """
-    one = _conv_by_blocks if jax.default_backend() == "cpu" else _conv
     kernel = kernel.astype(x.dtype)
+    sides = kernel.shape[:2]
+    if native.available(x):
+        if stride == 1 and sides in ((3, 3), (5, 5)):
+            return _conv_by_tiles(*varying_alike(x, kernel), padding, groups)
+        if groups == 1:
+            return _conv_by_runs(*varying_alike(x, kernel), stride, padding)
+    one = _conv_by_blocks if jax.default_backend() == "cpu" else _conv
     parts = zip(jnp.split(x, groups, axis=-1), jnp.split(kernel, groups, axis=-1), strict=True)
-    outputs: list[Any] = [one(*_varying_alike(*part), stride, padding) for part in parts]
+    outputs: list[Any] = [one(*varying_alike(*part), stride, padding) for part in parts]
     return outputs[0] if groups == 1 else jnp.concatenate(outputs, axis=-1)
 
 
@@ -43,15 +52,61 @@ def _conv(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     )
 
 
-def _varying_alike(x: Array, kernel: Array) -> tuple[Array, Array]:
-    """Both as different from device to device as either is, which a custom gradient asks for."""
-    axes = [jax.typeof(array).manual_axis_type.varying for array in (x, kernel)]
-    missing = [tuple((axes[0] | axes[1]) - own) for own in axes]
-    x, kernel = (
-        lax.pcast(array, names, to="varying") if names else array
-        for array, names in zip((x, kernel), missing)
-    )
-    return x, kernel
+def _output(x: Array, kernel: Array, stride: int, padding: Padding) -> tuple[int, ...]:
+    """(b, h', w', o)"""
+    sizes = zip(x.shape[1:3], kernel.shape[:2], padding)
+    sides = ((size + sum(ends) - window) // stride + 1 for size, window, ends in sizes)
+    return (x.shape[0], *sides, kernel.shape[3])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv_by_tiles(x: Array, kernel: Array, padding: Padding, groups: int) -> Array:
+    """A kernel of 3x3 or 5x5 in steps of 1, by Winograd's algorithm (native.cc)."""
+    (top, _), (left, _) = padding
+    shape = _output(x, kernel, 1, padding)
+    place: dict[str, int] = {"groups": groups, "top": top, "left": left}
+    return native.call("winograd", shape, x, kernel, turned=False, **place)
+
+
+def _tiles_forward(x, kernel, padding, groups):
+    return _conv_by_tiles(x, kernel, padding, groups), (x, kernel)
+
+
+def _tiles_backward(padding, groups, residuals, dy):
+    x, kernel = residuals
+    (top, _), (left, _) = padding
+    side = kernel.shape[0] - 1
+    turned: dict[str, int] = {"groups": groups, "top": side - top, "left": side - left}
+    dx = native.call("winograd", x.shape, dy, kernel, turned=True, **turned)
+    place: dict[str, int] = {"groups": groups, "top": top, "left": left}
+    return dx, native.call("winograd_weights", kernel.shape, x, dy, **place)
+
+
+_conv_by_tiles.defvjp(_tiles_forward, _tiles_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv_by_runs(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
+    """For few channels: a row of the kernel meets a run of memory (native.cc)."""
+    (top, _), (left, _) = padding
+    shape = _output(x, kernel, stride, padding)
+    return native.call("strided", shape, x, kernel, stride=stride, top=top, left=left)
+
+
+def _runs_forward(x, kernel, stride, padding):
+    return _conv_by_runs(x, kernel, stride, padding), (x, kernel)
+
+
+def _runs_backward(stride, padding, residuals, dy):
+    x, kernel = residuals
+    (top, _), (left, _) = padding
+    # Of the first layer nobody asks for it, and it is not computed.
+    (dx,) = jax.linear_transpose(lambda x: _conv(x, kernel, stride, padding), x)(dy)
+    place: dict[str, int] = {"stride": stride, "top": top, "left": left}
+    return dx, native.call("strided_weights", kernel.shape, x, dy, **place)
+
+
+_conv_by_runs.defvjp(_runs_forward, _runs_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+import alexnet_jax.ops.native as native
+
 
 def local_response_norm(
     x: Array, *, size: int, k: float, alpha: float, beta: float, groups: int = 1
@@ -33,6 +35,9 @@ def _normalised(x, size, k, alpha, beta, groups):
 
 
 def _normalised_forward(x, size, k, alpha, beta, groups):
+    if beta == 0.75 and native.available(x):
+        rule = {"groups": groups, "size": size, "k": float(k), "alpha": float(alpha)}
+        return native.call("normalise", x.shape, x, **rule), (x, None)
     x32 = x.astype(jnp.float32)
     sums = _over_neighbours(x32 * x32, size, groups)
     return (x32 * _power(k + alpha * sums, beta)).astype(x.dtype), (x, sums)
@@ -45,6 +50,9 @@ def _normalised_backward(size, k, alpha, beta, groups, residuals, dy):
     computed only x and the sums are kept: the rest costs less than to read it again.
     """
     x, sums = residuals
+    if sums is None:
+        rule = {"groups": groups, "size": size, "k": float(k), "alpha": float(alpha)}
+        return (native.call("normalise_gradient", x.shape, x, dy, **rule),)
     x32, dy32, total = x.astype(jnp.float32), dy.astype(jnp.float32), k + alpha * sums
     power = _power(total, beta)
     shares = _over_neighbours(dy32 * x32 * power / total, size, groups)

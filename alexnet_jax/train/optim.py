@@ -9,18 +9,21 @@ Biases have their own rate and no decay.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from alexnet_jax.config import LAYERS, SHARES_ENTRY, Optim
+from alexnet_jax.ops import native
 
 Rates = dict[str, Array]  # "kernel", "bias"; "conv1_kernel", "conv1_bias" where they differ
 Schedule = Callable[[Array, ArrayLike], Rates]  # (step, plateau scale) -> rates
+Params = dict[str, dict[str, Array]]
+Update = Callable[[Array, Params, Any, Params, Rates], tuple[Params, Any, dict]]
 
 # The automatic schedule of the original's net #170: the weights' rate falls to .004 of its start
 # in three equal steps of training, the biases' once, by ten, halfway.
@@ -32,13 +35,98 @@ def make_optimizer(optim: Optim) -> optax.GradientTransformationExtraArgs:
 
     Parameters are {layer: {"kernel": ..., "bias": ...}}; velocities have their shapes and dtypes.
     """
-    own: Mapping[str, float] = dict(zip(LAYERS, optim.layer_rates, strict=True))
-    shared = {name: own[other] for name, other in SHARES_ENTRY.items()}
     return optax.chain(
         optax.add_decayed_weights(optim.weight_decay, mask=_kernels),
-        _scale_by_rates({**own, **shared}),
+        _scale_by_rates(_layer_rates(optim)),
         optax.trace(decay=optim.momentum),
     )
+
+
+def make_update(optim: Optim) -> Update:
+    """What a step does with its gradients.
+
+    Returns:
+      (good, params, opt_state, gradients, rates) -> (params, opt_state, squares), all of one
+      device's share. Where `good`, () bool, is false, nothing is changed. Squares are, for each
+      layer, the sums of its kernel's squared updates and of its squares before; else zeros.
+
+      On a CPU one pass over memory does it all, in place; elsewhere it is `make_optimizer`'s chain.
+    """
+    optimizer = make_optimizer(optim)
+
+    def update(good: Array, params: Params, opt_state: Any, gradients: Params, rates: Rates):
+        if native.available(*jax.tree.leaves(params)):
+            velocities = optax.tree_utils.tree_get(opt_state, "trace")
+            weights, velocities, squares = _in_place(
+                optim, good, params, velocities, gradients, rates
+            )
+            return weights, optax.tree_utils.tree_set(opt_state, trace=velocities), squares
+
+        def updated(params: Params, opt_state: Any, gradients: Params) -> Any:
+            updates, opt_state = optimizer.update(gradients, opt_state, params, rates=rates)
+            updates = cast(Params, updates)
+            squares = {
+                layer: (square(updates[layer]["kernel"]), square(params[layer]["kernel"]))
+                for layer in params
+            }
+            return optax.apply_updates(params, updates), opt_state, squares
+
+        def as_it_was(params: Params, opt_state: Any, gradients: Params) -> Any:
+            # Zeros that differ from shard to shard, as what they stand beside does.
+            zeros = {layer: 0 * square(kinds["bias"]) for layer, kinds in params.items()}
+            return params, opt_state, {layer: (zero, zero) for layer, zero in zeros.items()}
+
+        # A GPU would have to wait for the host to branch.
+        choose = lax.cond if jax.default_backend() == "cpu" else _selected
+        return choose(good, updated, as_it_was, params, opt_state, gradients)
+
+    return update
+
+
+def square(leaf: Array) -> Array:
+    """The sum of squares, () of the leaf's dtype."""
+    return jnp.sum(leaf * leaf)
+
+
+def _in_place(
+    optim: Optim, good: Array, params: Params, velocities: Params, gradients: Params, rates: Rates
+) -> tuple[Params, Params, dict[str, tuple[Array, Array]]]:
+    own = _layer_rates(optim)
+    weights: Params = {layer: {} for layer in params}
+    moved: Params = {layer: {} for layer in params}
+    squares = {}
+    for layer, kinds in params.items():
+        for kind, leaf in kinds.items():
+            decay = optim.weight_decay if kind == "kernel" else 0.0
+            rate = jnp.asarray(_rate(rates, own, layer, kind), jnp.float32)
+            weights[layer][kind], moved[layer][kind], sums = native.update(
+                leaf,
+                velocities[layer][kind],
+                gradients[layer][kind],
+                rate,
+                good,
+                momentum=float(optim.momentum),
+                decay=float(decay),
+            )
+            if kind == "kernel":
+                squares[layer] = (sums[0], sums[1])
+    return weights, moved, squares
+
+
+def _selected(condition: Array, true: Callable, false: Callable, *operands: Any) -> Any:
+    """`lax.cond`, by computing both."""
+    both = true(*operands), false(*operands)
+    return jax.tree.map(lambda yes, no: jnp.where(condition, yes, no), *both)
+
+
+def _layer_rates(optim: Optim) -> Mapping[str, float]:
+    """What a layer's rates are multiplied by; 1 where it is not named."""
+    own: dict[str, float] = dict(zip(LAYERS, optim.layer_rates, strict=True))
+    return {**own, **{name: own[other] for name, other in SHARES_ENTRY.items()}}
+
+
+def _rate(rates: Rates, own: Mapping[str, float], layer: str, kind: str) -> Array:
+    return rates.get(f"{layer}_{kind}", rates[kind]) * own.get(layer, 1.0)
 
 
 def _kernels(params: Any) -> Any:
@@ -51,9 +139,7 @@ def _scale_by_rates(layer_rates: Mapping[str, float]) -> optax.GradientTransform
         rates: Rates = extra["rates"]
         scaled = {
             layer: {
-                kind: -rates.get(f"{layer}_{kind}", rates[kind])
-                * layer_rates.get(layer, 1.0)
-                * gradient
+                kind: -_rate(rates, layer_rates, layer, kind) * gradient
                 for kind, gradient in kinds.items()
             }
             for layer, kinds in updates.items()

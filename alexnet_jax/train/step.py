@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array, lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -22,8 +21,7 @@ from alexnet_jax.data import augment
 from alexnet_jax.data.augment import Statistics
 from alexnet_jax.mesh import parameter_spec
 from alexnet_jax.models.layers import Dropout
-from alexnet_jax.train import pixels
-from alexnet_jax.train.optim import Schedule
+from alexnet_jax.train import optim, pixels
 from alexnet_jax.train.state import Apply, Params, TrainState
 
 DROPOUT_STREAM = 4  # beside those of data/augment.py
@@ -58,8 +56,8 @@ PredictStep = Callable[[Params, DeviceBatch, Statistics], Array]
 
 def make_train_step(
     apply: Apply,
-    optimizer: optax.GradientTransformationExtraArgs,
-    schedule: Schedule,
+    update: optim.Update,
+    schedule: optim.Schedule,
     mesh: Mesh,
     *,
     seed: int,
@@ -70,7 +68,7 @@ def make_train_step(
 
     Args:
       apply: the net on one shard of `mesh`'s axis `model`.
-      optimizer, schedule: of train/optim.py.
+      update, schedule: of train/optim.py.
       seed: of the dropout masks.
       mean: what `pixels.normalise` subtracts.
       accumulation_steps: a device takes its rows in so many parts, for the same update in less
@@ -114,36 +112,16 @@ def make_train_step(
         gradients, sums = _accumulated(part, batch, accumulation_steps, axes)
         gradients, sums = over_data((gradients, sums))
         norms = {
-            layer: _square(leaves["kernel"]) + _square(leaves["bias"])
+            layer: optim.square(leaves["kernel"]) + optim.square(leaves["bias"])
             for layer, leaves in cast(Params, gradients).items()
         }
         # A bad update is not applied, each tower judging by its own gradients. When this is known,
         # forward and backward are done with the parameters: they are updated where they are.
         good = jnp.all(jnp.isfinite(jnp.stack([sums.loss, *norms.values()])))
-
-        def updated(params: Params, opt_state: Any, gradients: Params) -> Any:
-            rates = schedule(state.step, scale)
-            updates, opt_state = optimizer.update(gradients, opt_state, params, rates=rates)
-            updates = cast(Params, updates)
-            squares = {
-                layer: Squares(
-                    norm, *(_square(tree[layer]["kernel"]) for tree in (updates, params))
-                )
-                for layer, norm in norms.items()
-            }
-            return optax.apply_updates(params, updates), opt_state, squares
-
-        def as_it_was(params: Params, opt_state: Any, gradients: Params) -> Any:
-            # Zeros that differ from shard to shard, as what they stand beside does.
-            nothing = {layer: jnp.where(good, norm, 0) for layer, norm in norms.items()}
-            squares = {layer: Squares(norms[layer], zero, zero) for layer, zero in nothing.items()}
-            return params, opt_state, squares
-
-        # A GPU would have to wait for the host to branch.
-        choose = lax.cond if jax.default_backend() == "cpu" else _selected
-        params, opt_state, squares = choose(
-            good, updated, as_it_was, state.params, state.opt_state, gradients
-        )
+        rates = schedule(state.step, scale)
+        now = (cast(Params, state.params), state.opt_state)
+        params, opt_state, changes = update(good, *now, cast(Params, gradients), rates)
+        squares = {layer: Squares(norm, *changes[layer]) for layer, norm in norms.items()}
         results = jax.tree.map(lambda value: jnp.reshape(value, (1,)), StepResults(sums, squares))
         return TrainState(state.step + 1, params, opt_state), results
 
@@ -157,16 +135,6 @@ def make_train_step(
         )(state, batch, statistics, scale)
 
     return jax.jit(train_step, donate_argnums=0)
-
-
-def _square(leaf: Array) -> Array:
-    return jnp.sum(leaf * leaf)
-
-
-def _selected(condition: Array, true: Callable, false: Callable, *operands: Any) -> Any:
-    """`lax.cond`, by computing both."""
-    both = true(*operands), false(*operands)
-    return jax.tree.map(lambda yes, no: jnp.where(condition, yes, no), *both)
 
 
 def _accumulated(

@@ -42,37 +42,63 @@ def test_every_layer_moves_by_its_own_rate_also_those_that_share_anothers():
         np.testing.assert_allclose(moved[layer]["bias"], [-2 * rate] * 2, rtol=1e-6)
 
 
-def test_the_update_is_the_papers_over_steps_of_changing_rates():
+def test_the_update_is_the_papers_over_steps_of_changing_rates(kernels):
     """v = .9 v - .0005 rate w - rate g; biases: no decay; a layer with a rate of its own."""
     rng = np.random.default_rng(0)
     params = {
-        layer: {"kernel": rng.standard_normal((3, 4)), "bias": rng.standard_normal(4)}
+        layer: {"kernel": rng.standard_normal((300, 131)), "bias": rng.standard_normal(131)}
         for layer in ("conv1", "fc8")
     }
-    update = optim.make_optimizer(Optim())
+    update = jax.jit(optim.make_update(Optim()), donate_argnums=(1, 2))
     found = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
-    state = update.init(found)
+    state = optim.make_optimizer(Optim()).init(found)
     velocity = jax.tree.map(np.zeros_like, params)
     for rate in (0.5, 0.05, 0.2, 0.0, 0.01):
         rates = {"kernel": rate, "bias": 2 * rate, "conv1_kernel": 0.3 * rate, "conv1_bias": 0.01}
         grads = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape), params)
-        updates, state = update.update(
-            jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), grads),
-            state,
-            found,
-            rates=jax.tree.map(jnp.float32, rates),
-        )
-        found = jax.tree.map(jnp.add, found, updates)
+        given = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), grads)
+        rates32 = jax.tree.map(jnp.float32, rates)
+        found, state, squares = update(jnp.bool_(True), found, state, given, rates32)
+        before = {layer: np.sum(kinds["kernel"] ** 2) for layer, kinds in params.items()}
         for layer, kinds in params.items():
             for kind, w in kinds.items():
                 own = rates.get(f"{layer}_{kind}", rates[kind])
                 decay = 0.0005 if kind == "kernel" else 0.0
                 v = 0.9 * velocity[layer][kind] - decay * own * w - own * grads[layer][kind]
                 velocity[layer][kind], params[layer][kind] = v, w + v
+            of_update = np.sum(velocity[layer]["kernel"] ** 2)
+            np.testing.assert_allclose(squares[layer], [of_update, before[layer]], rtol=1e-5)
         for (path, expected), actual in zip(
             jax.tree.leaves_with_path(params), jax.tree.leaves(found), strict=True
         ):
             np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6, err_msg=str(path))
+
+
+def test_an_update_that_is_not_good_changes_nothing(kernels):
+    """Neither weights, of which one is NaN's neighbour, nor velocities; its squares are zeros."""
+    params = {"fc8": {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones(3)}}
+    state = optim.make_optimizer(Optim()).init(params)
+    grads = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
+    rates = {"kernel": jnp.float32(1), "bias": jnp.float32(1)}
+    update = jax.jit(optim.make_update(Optim()))
+    found = update(jnp.bool_(False), params, state, grads, rates)
+    jax.tree.map(np.testing.assert_array_equal, found[:2], (params, state))
+    assert jax.tree.map(float, found[2]) == {"fc8": (0.0, 0.0)}
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_computing_both_chooses_as_branching_does_whatever_the_other_holds(good):
+    branches = (
+        (lambda x: {"x": x + 1}, lambda x: {"x": x})
+        if good
+        else (
+            lambda x: {"x": x * np.nan},
+            lambda x: {"x": x},
+        )
+    )
+    x = jnp.arange(3.0)
+    found = optim._selected(jnp.asarray(good), *branches, x)
+    assert found["x"].tolist() == ([1, 2, 3] if good else [0, 1, 2])
 
 
 def test_a_drop_of_the_rate_leaves_the_velocity_as_it_is():

@@ -46,7 +46,7 @@ def test_colour_noise_is_on_the_scale_of_pixels_whatever_is_subtracted(mean, div
     devices = np.asarray(jax.devices()[:1]).reshape(1, 1)
     step = make_train_step(
         apply,
-        optimizer,
+        optim.make_update(Config().optim),
         optim.make_schedule(Config().optim, 4, 4, 1),
         Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto,) * 2),
         seed=0,

@@ -178,7 +178,7 @@ def run(problem):
         natural = state.initial_state(config.model, classes, optimizer, 0)._replace(params=params)
         train_step = step.make_train_step(
             state.make_apply(config.model, classes, model),
-            optimizer,
+            optim.make_update(config.optim),
             optim.make_schedule(config.optim, num_examples=100, batch_size=BATCH, num_steps=STEPS),
             mesh,
             seed=SEED,
@@ -303,7 +303,7 @@ def test_an_update_that_is_not_finite_is_not_applied(data, model, problem):
     given = state.initial_state(config.model, 7, optimizer, 0)._replace(params=params)
     train_step = step.make_train_step(
         state.make_apply(config.model, 7, model),
-        optimizer,
+        optim.make_update(config.optim),
         optim.make_schedule(config.optim, num_examples=100, batch_size=BATCH, num_steps=STEPS),
         mesh,
         seed=SEED,
@@ -322,21 +322,6 @@ def test_an_update_that_is_not_finite_is_not_applied(data, model, problem):
     assert not np.isfinite(norms).all()
     jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
     jax.tree.map(np.testing.assert_array_equal, after.opt_state, before.opt_state)
-
-
-@pytest.mark.parametrize("good", [True, False])
-def test_computing_both_chooses_as_branching_does_whatever_the_other_holds(good):
-    branches = (
-        (lambda x: {"x": x + 1}, lambda x: {"x": x})
-        if good
-        else (
-            lambda x: {"x": x * np.nan},
-            lambda x: {"x": x},
-        )
-    )
-    x = jnp.arange(3.0)
-    found = step._selected(jnp.asarray(good), *branches, x)
-    assert found["x"].tolist() == ([1, 2, 3] if good else [0, 1, 2])
 
 
 def test_the_state_given_is_deleted(run):

@@ -1,0 +1,32 @@
+"""The product of a fully connected layer."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+import alexnet_jax.ops.native as native
+from alexnet_jax.ops.varying import varying_alike
+
+
+def dense(x: Array, kernel: Array) -> Array:
+    """(b, i) times (i, o), cast to x's dtype: (b, o) of x's dtype."""
+    kernel = kernel.astype(x.dtype)
+    return _dense(*varying_alike(x, kernel)) if native.available(x) else x @ kernel
+
+
+@jax.custom_vjp
+def _dense(x: Array, kernel: Array) -> Array:
+    """For a kernel that is read for a few rows only: once, and packed on the way (native.cc)."""
+    return native.call("dense", (x.shape[0], kernel.shape[1]), x, kernel)
+
+
+def _dense_forward(x, kernel):
+    return _dense(x, kernel), (x, kernel)
+
+
+def _dense_backward(residuals, dy):
+    x, kernel = residuals
+    return native.call("dense_input", x.shape, dy, kernel), jnp.matmul(x.T, dy)
+
+
+_dense.defvjp(_dense_forward, _dense_backward)
