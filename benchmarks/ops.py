@@ -27,7 +27,6 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch is he
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import timing
 import train_step
 from jax import lax
@@ -220,8 +219,8 @@ def torch_call(form, shapes, wanted, backward, dtype) -> timing.Work:
 def update(bandwidth: float, rounds: int) -> dict[str, float]:
     """The update of all weights: its floor, and seconds in this package and in PyTorch."""
     config = configs.resolve(configs.blank())
-    optimizer = optim.make_optimizer(config.optim)
-    now = state.initial_state(config.model, 1000, optimizer, 0)
+    now = state.initial_state(config.model, 1000, optim.make_optimizer(config.optim), 0)
+    change = optim.make_update(config.optim)
     weights = jax.device_put((now.params, now.opt_state))
     gradients = jax.device_put(now.params)
     rates = dict.fromkeys(("kernel", "bias"), jnp.float32(0))
@@ -229,9 +228,7 @@ def update(bandwidth: float, rounds: int) -> dict[str, float]:
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(weights, gradients):
-        params, moving = weights
-        steps, moving = optimizer.update(gradients, moving, params, rates=rates)
-        return optax.apply_updates(params, steps), moving
+        return change(jnp.bool_(True), *weights, gradients, rates)[:2]
 
     def ours():
         nonlocal weights

@@ -12,8 +12,8 @@ import pytest
 
 from alexnet_jax.ops import native
 
-COMPILER = shutil.which(os.environ.get("CXX", "c++"))
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+COMPILER = [os.environ.get("CXX") or "c++"]
+needs_compiler = pytest.mark.skipif(not shutil.which(COMPILER[0]), reason="no C++ compiler")
 
 # A step of every kernel, by one thread or as many as there are cores.
 DIGEST = """
@@ -64,13 +64,28 @@ def test_kernels_are_compiled_once_and_made_anew_when_damaged(folder):
 
 
 @needs_compiler
+def test_another_compiler_has_kernels_of_its_own(folder, tmp_path):
+    """Of one that makes no library nothing is kept, and CXX may hold arguments."""
+    native._library(COMPILER)
+    native._library([*COMPILER, "-O2"])
+    assert len({*folder.iterdir()}) == 2
+    empty = tmp_path / "empty.cc"
+    empty.write_text("")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "SOURCE", empty)
+        with pytest.raises(OSError, match="has no winograd"):
+            native._library(COMPILER)
+    assert len({*folder.iterdir()}) == 2
+
+
+@needs_compiler
 def test_a_folder_that_cannot_be_written_is_done_without(folder):
     folder.write_text("a file is in the way")
     library, _ = native._library(COMPILER)
     assert library.winograd
 
 
-@pytest.mark.parametrize("compiler", ["false", "no-such-compiler"])
+@pytest.mark.parametrize("compiler", ["false", "no-such-compiler", "false -with arguments"])
 def test_without_a_compiler_that_works_xla_computes_and_the_log_says_so(
     compiler, monkeypatch, caplog
 ):

@@ -192,6 +192,59 @@ def test_convolutions_by_tiles_are_the_oracles(
     assert_winograd((y, *gradients), (expected, *wanted))
 
 
+@pytest.mark.parametrize(
+    ("sides", "window", "stride", "padding"),
+    [
+        ((2, 2), 3, 7, ((1, 4), (4, 1))),  # wider than what the windows reach
+        ((19, 19), 4, 2, ((-1, 0), (-2, 1))),  # which cuts
+        ((9, 9), 3, 1, ((-1, 2), (-2, 3))),
+    ],
+)
+def test_convolutions_with_paddings_nobody_asks_for_are_xlas(sides, window, stride, padding):
+    """Against XLA's own, in float64 but for what it gets."""
+    x, kernel = (normal(n, *s) for n, s in enumerate([(2, *sides, 3), (window, window, 3, 8)]))
+
+    def plain(x, kernel):
+        form = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, padding, None, None, form)
+
+    given = [array.astype(np.float32) for array in (x, kernel)]
+    with jax.enable_x64(True):
+        wide = [array.astype(np.float64) for array in given]
+        dy = normal(3, *jax.eval_shape(plain, *wide).shape)
+        expected, back = jax.vjp(plain, *wide)
+        wanted = jax.tree.map(np.asarray, (expected, back(dy)))
+    y, gradients = with_gradient(
+        lambda x, kernel: ops.conv(x, kernel, stride=stride, padding=padding),
+        *given,
+        dy=dy.astype(np.float32),
+    )
+    for array, exact in zip((y, *gradients), (wanted[0], *wanted[1])):
+        np.testing.assert_allclose(array, exact, atol=1e-4)
+
+
+def test_shapes_that_do_not_fit_are_refused_and_empty_ones_give_zeros(kernels):
+    x, kernel, padding = jnp.ones((2, 8, 8, 4)), jnp.ones((3, 3, 5, 8)), ((1, 1), (1, 1))
+    for groups in (1, 2):
+        with pytest.raises((ValueError, TypeError)):
+            ops.conv(x, kernel, padding=padding, groups=groups)
+    with pytest.raises((ValueError, TypeError)):
+        ops.conv(x, jnp.ones((3, 3, 2, 9)), padding=padding, groups=2)
+    with pytest.raises((ValueError, TypeError)):
+        ops.conv(x, jnp.ones((11, 11, 5, 8)), stride=4, padding=padding)
+    with pytest.raises((ValueError, TypeError)):
+        ops.dense(jnp.ones((4, 40)), jnp.ones((5, 16)))
+    none = jnp.zeros((0, 8, 8, 4))
+    _, (_, gradient) = with_gradient(
+        lambda x, kernel: ops.conv(x, kernel, padding=padding),
+        *(none, jnp.ones((3, 3, 4, 8))),
+        dy=jnp.zeros((0, 8, 8, 8)),
+    )
+    np.testing.assert_array_equal(gradient, np.zeros((3, 3, 4, 8)))
+    y = ops.dense(jnp.zeros((4, 0)), jnp.zeros((0, 16)))
+    np.testing.assert_array_equal(y, np.zeros((4, 16)))
+
+
 @pytest.mark.parametrize(("batch", "inputs", "outputs"), [(1, 1, 1), (3, 70, 130), (37, 130, 515)])
 def test_a_dense_product_and_its_gradients_are_numpys(batch, inputs, outputs, kernels):
     x, kernel, dy = normal(1, batch, inputs), normal(2, inputs, outputs), normal(3, batch, outputs)

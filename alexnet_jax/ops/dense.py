@@ -17,7 +17,7 @@ def dense(x: Array, kernel: Array) -> Array:
 @jax.custom_vjp
 def _dense(x: Array, kernel: Array) -> Array:
     """For a kernel that is read for a few rows only: once, and packed on the way (native.cc)."""
-    return native.call("dense", (x.shape[0], kernel.shape[1]), x, kernel)
+    return native.call("dense", jax.eval_shape(jnp.matmul, x, kernel).shape, x, kernel)
 
 
 def _dense_forward(x, kernel):

@@ -16,6 +16,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -85,6 +86,7 @@ class Memory {
       std::tie(size_, data_) = *best;
       free_.erase(best);
     } else {
+      free_.reserve(++count_);  // giving it back cannot fail
       data_ = static_cast<float*>(::operator new(size_, std::align_val_t(1 << 21)));
 #if defined(MADV_HUGEPAGE)
       madvise(data_, size_, MADV_HUGEPAGE);
@@ -102,11 +104,13 @@ class Memory {
  private:
   static std::mutex mutex_;
   static std::vector<std::pair<int64_t, float*>> free_;
+  static size_t count_;  // of all that were ever taken
   int64_t size_;
   float* data_;
 };
 std::mutex Memory::mutex_;
 std::vector<std::pair<int64_t, float*>> Memory::free_;
+size_t Memory::count_ = 0;
 
 // XLA takes fresh memory for every step. In pages of 2 MiB the first touch of it is cheaper, and so
 // is every later look.
@@ -122,8 +126,9 @@ float* Fresh(Output& output) {
   return data;
 }
 
-// Calls work(0) to work(count - 1) on XLA's threads and this one, and returns when all is done.
-// A thread of the pool that comes late finds nothing left; nobody waits for it.
+// Calls work(0) to work(count - 1) on XLA's threads and this one, and returns when all is done; then
+// it throws what the first part that failed has thrown. A thread of the pool that comes late finds
+// nothing left; nobody waits for it.
 void Parallel(ffi::ThreadPool& pool, int64_t count, const std::function<void(int64_t)>& work) {
   struct Shared {
     std::function<void(int64_t)> work;
@@ -131,9 +136,15 @@ void Parallel(ffi::ThreadPool& pool, int64_t count, const std::function<void(int
     std::atomic<int64_t> next{0}, done{0};
     std::mutex mutex;
     std::condition_variable all_done;
+    std::exception_ptr failure;
     void Run() {
       for (int64_t part; (part = next.fetch_add(1)) < count;) {
-        work(part);
+        try {
+          work(part);
+        } catch (...) {
+          std::lock_guard<std::mutex> lock(mutex);
+          if (!failure) failure = std::current_exception();
+        }
         if (done.fetch_add(1) + 1 == count) {
           std::lock_guard<std::mutex> lock(mutex);
           all_done.notify_all();
@@ -145,10 +156,14 @@ void Parallel(ffi::ThreadPool& pool, int64_t count, const std::function<void(int
   shared->work = work;
   shared->count = count;
   const int64_t helpers = std::min(pool.num_threads(), count) - 1;
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([shared] { shared->Run(); });
+  try {
+    for (int64_t i = 0; i < helpers; ++i) pool.Schedule([shared] { shared->Run(); });
+  } catch (const std::bad_alloc&) {  // fewer helpers
+  }
   shared->Run();
   std::unique_lock<std::mutex> lock(shared->mutex);
   shared->all_done.wait(lock, [&] { return shared->done.load() == count; });
+  if (shared->failure) std::rethrow_exception(shared->failure);
 }
 
 // ------------------------------------------------------------------------------ matrix products
@@ -466,7 +481,7 @@ void TiledWeights(ffi::ThreadPool& pool, const float* x, const float* dy, float*
     const int64_t in = std::min(kIn, t.in - first_in), out = std::min(kOut, t.out - first_out);
     const Memory pixels(kPlaces * x_place), gradients(kPlaces * dy_place);  // (kTiles, channels)
     const Memory sums(kPlaces * sum_place);                                 // (kIn, kOut) each
-    for (int64_t first = 0; first < t.tiles(); first += kTiles) {
+    for (int64_t first = 0; first == 0 || first < t.tiles(); first += kTiles) {  // none: zeros
       const int64_t tiles = std::min(kTiles, t.tiles() - first);
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const auto at = t.place(first + tile);
@@ -546,9 +561,12 @@ struct Windows {
   // Of an image all that windows reach, zeros where they overhang: (tall, pitch).
   void Surround(const float* image, float* to) const {
     std::memset(to, 0, 4 * tall * pitch);
-    const int64_t columns = std::min(w * in, pitch - left * in);
-    for (int64_t i = 0; i < std::min(h, tall - top); ++i)
-      std::memcpy(to + (i + top) * pitch + left * in, image + i * w * in, 4 * columns);
+    const int64_t first = std::max<int64_t>(0, -left * in);
+    const int64_t columns = std::min(w * in, pitch - left * in) - first;
+    if (columns <= 0) return;
+    for (int64_t i = std::max<int64_t>(0, -top); i < std::min(h, tall - top); ++i)
+      std::memcpy(to + (i + top) * pitch + left * in + first, image + i * w * in + first,
+                  4 * columns);
   }
 };
 
@@ -673,7 +691,7 @@ ffi::Error Dense(ffi::ThreadPool pool, Input x, Input weights, Output y) {
   Parallel(pool, Parts(out, kColumns), [&](int64_t part) {
     const int64_t first = part * kColumns, columns = std::min(kColumns, out - first);
     const Memory packed(kDeep * kColumns), sums(b * kColumns);
-    for (int64_t k = 0; k < in; k += kDeep) {
+    for (int64_t k = 0; k == 0 || k < in; k += kDeep) {  // none: zeros
       const int64_t deep = std::min(kDeep, in - k);
       Pack(w + k * out + first, out, deep, columns, kPanelWidth, packed);
       for (int64_t c = 0; c < columns; c += kPanelWidth)
@@ -702,7 +720,7 @@ ffi::Error DenseInput(ffi::ThreadPool pool, Input dy, Input weights, Output dx) 
   Parallel(pool, Parts(in, kSome), [&](int64_t part) {
     const int64_t first = part * kSome, rows = std::min(kSome, in - first);
     const Memory sums(kSome * columns);
-    for (int64_t k = 0; k < out; k += kDeep) {
+    for (int64_t k = 0; k == 0 || k < out; k += kDeep) {  // none: zeros
       const int64_t deep = std::min(kDeep, out - k);
       for (int64_t some = 0; some < rows; some += kRows<kPanel>)
         for (int64_t c = 0; c < columns; c += kPanelWidth)

@@ -9,11 +9,14 @@ import ctypes
 import functools
 import hashlib
 import logging
+import numbers
 import os
 import pathlib
+import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,9 +25,12 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
+from alexnet_jax import files
+
 SOURCE = pathlib.Path(__file__).with_name("native.cc")
 KERNELS = ("winograd", "winograd_weights", "strided", "strided_weights")
 KERNELS += ("dense", "dense_input", "normalise", "normalise_gradient", "update")
+LONGEST = 300  # seconds, of a compiler
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared", "-w")
 
 
@@ -38,9 +44,10 @@ def available(*arrays: Array) -> bool:
 
 
 def call(kernel: str, shape: tuple[int, ...], *arrays: Array, **attributes: float) -> Array:
-    """The float32 result of a kernel; its attributes are told apart by their Python types."""
+    """The float32 result of a kernel; its attributes are bools, integers or floats as there."""
     result = _result(shape, arrays[0])
-    return jax.ffi.ffi_call(f"{kernel}_{_suffix()}", result)(*arrays, **_typed(attributes))
+    run = jax.ffi.ffi_call(f"{kernel}_{_suffix()}", result, vmap_method="sequential")
+    return run(*arrays, **_typed(attributes))
 
 
 def update(
@@ -63,8 +70,12 @@ def _result(shape: tuple[int, ...], like: Array) -> jax.ShapeDtypeStruct:
 
 
 def _typed(attributes: dict[str, float]) -> dict[str, Any]:
-    kinds = {bool: bool, int: np.int64, float: np.float32}
-    return {name: kinds[type(value)](value) for name, value in attributes.items()}
+    def typed(value: float) -> Any:
+        if isinstance(value, bool):
+            return value
+        return np.int64(value) if isinstance(value, numbers.Integral) else np.float32(value)
+
+    return {name: typed(value) for name, value in attributes.items()}
 
 
 @functools.cache
@@ -73,67 +84,78 @@ def _suffix() -> str:
 
     A program that XLA has kept finds these very kernels under its name for them, or none.
     """
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
     logger = logging.getLogger(__name__)
-    if compiler is None:
-        logger.info("no C++ compiler (set CXX): XLA's slower convolutions are used")
+    told = os.environ.get("CXX")
+    compiler = shlex.split(told or "c++")
+    found = shutil.which(compiler[0]) if compiler else None
+    if found is None:
+        level = logging.WARNING if told else logging.INFO
+        missing = f"no C++ compiler {told or 'c++'!r} (CXX names another)"
+        logger.log(level, "%s: XLA's slower convolutions are used", missing)
         return ""
     try:
-        library, suffix = _library(compiler)
+        library, suffix = _library([found, *compiler[1:]])
         for kernel in KERNELS:
             capsule = jax.ffi.pycapsule(getattr(library, kernel))
             jax.ffi.register_ffi_target(f"{kernel}_{suffix}", capsule, platform="cpu")
         return suffix
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = (getattr(error, "stderr", b"").decode() or str(error)).strip().splitlines()[0]
-        logger.warning(
-            "%s failed (%s; set CXX to another): XLA's slower convolutions are used",
-            compiler,
-            reason,
-        )
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip()
+        reason = said.splitlines()[0] if said else str(error)
+        failed = f"{found} failed ({reason}; CXX names another)"
+        logger.warning("%s: XLA's slower convolutions are used", failed)
         return ""
 
 
-def _library(compiler: str) -> tuple[ctypes.CDLL, str]:
+def _library(compiler: Sequence[str]) -> tuple[ctypes.CDLL, str]:
     """The compiled kernels, from the cache or made anew, and what makes them these.
 
     Raises:
-      OSError, subprocess.CalledProcessError: they cannot be compiled or loaded.
+      OSError, subprocess.SubprocessError: they cannot be compiled or loaded.
     """
 
     def run(*arguments: str) -> bytes:
-        ended = subprocess.run([compiler, *arguments], check=True, capture_output=True)
-        return ended.stdout
+        command = [*compiler, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, timeout=LONGEST).stdout
 
-    headers = jax.ffi.include_dir()
     # The compiler's version and all that -march=native stands for here.
     machine = run("-march=native", "-dM", "-E", "-x", "c++", os.devnull)
-    parts = (SOURCE.read_bytes(), machine, " ".join(FLAGS).encode(), jax.__version__.encode())
-    suffix = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-    with contextlib.ExitStack() as stack:
-        folder = _kept() or pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        for path in folder.glob(f"native-{suffix}-*.so"):
+    told = "\0".join((*compiler, *FLAGS, jax.__version__))
+    suffix = hashlib.sha256(SOURCE.read_bytes() + machine + told.encode()).hexdigest()[:16]
+    folder = _kept()
+    for path in folder.glob(f"native-{suffix}-*.so") if folder else ():
+        with contextlib.suppress(OSError):
             if path.stem.rpartition("-")[2] == _digest(path):
-                return ctypes.CDLL(str(path)), suffix
-            path.unlink(missing_ok=True)  # damaged
-        made = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder))) / "so"
-        run(*FLAGS, f"-I{headers}", str(SOURCE), "-o", str(made))
-        path = folder / f"native-{suffix}-{_digest(made)}.so"
-        made.replace(path)
-        return ctypes.CDLL(str(path)), suffix
+                return _loaded(path), suffix
+            path.unlink()  # damaged
+    with tempfile.TemporaryDirectory() as scratch:
+        made = pathlib.Path(scratch) / "native.so"
+        run(*FLAGS, f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(made))
+        library = _loaded(made)
+        if folder:
+            path = folder / f"native-{suffix}-{_digest(made)}.so"
+            with contextlib.suppress(OSError), files.whole(path) as partial:
+                shutil.copyfile(made, partial)
+        return library, suffix
+
+
+def _loaded(path: pathlib.Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path.resolve()))
+    missing = [kernel for kernel in KERNELS if not hasattr(library, kernel)]
+    if missing:
+        raise OSError(f"{path} has no {missing[0]}")
+    return library
 
 
 def _kept() -> pathlib.Path | None:
-    """Where JAX keeps compiled programs, if anywhere, and if it can be written."""
+    """Where JAX keeps compiled programs, if in a folder."""
     told = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
-    if told is None:
+    if not told or "://" in told:
         return None
     folder = pathlib.Path(told)
-    try:
+    with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return None
-    return folder if os.access(folder, os.W_OK) else None
+    return folder
 
 
 def _digest(path: pathlib.Path) -> str:
