@@ -17,6 +17,7 @@ from alexnet_jax.data import sources, survey
 from alexnet_jax.data.examples import Source
 from alexnet_jax.mesh import check_batch, make_mesh
 from alexnet_jax.models.nets import layers
+from alexnet_jax.ops import native
 from alexnet_jax.train import optim
 from alexnet_jax.train.state import (
     Apply,
@@ -74,9 +75,11 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
     layers(config.model, num_classes=1)  # an input that is too small is told before all else
     mesh = make_mesh(config.mesh, config.model)
     check_batch("train.batch_size", config.train.batch_size, mesh, config.train.accumulation_steps)
-    with job.one_first():  # what it draws, or learns by looking at all images, is kept
+    with job.one_first():  # what it compiles, draws, or learns by looking at all images, is kept
+        compiled = native.available()
         source = sources.open_source(config.data, "train")
         validation = sources.open_source(config.data, config.eval.split)
+    job.check_same("the C++ compiler", "there" if compiled else "none")
     for source_of in (source, validation):
         job.check_same(f"the data of {config.data.source}", source_of.fingerprint)
     config = with_classes(config, source.labels)
