@@ -78,15 +78,16 @@ constexpr int64_t Padded(int64_t total, int64_t size) { return Parts(total, size
 class Memory {
  public:
   explicit Memory(int64_t floats) : size_(Padded(4 * floats + 64, 1 << 21)) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    auto best = free_.end();
-    for (auto it = free_.begin(); it != free_.end(); ++it)
-      if (it->first >= size_ && (best == free_.end() || it->first < best->first)) best = it;
-    if (best != free_.end()) {
+    Spare& spare = Spares();
+    std::lock_guard<std::mutex> lock(spare.mutex);
+    auto best = spare.free.end();
+    for (auto it = spare.free.begin(); it != spare.free.end(); ++it)
+      if (it->first >= size_ && (best == spare.free.end() || it->first < best->first)) best = it;
+    if (best != spare.free.end()) {
       std::tie(size_, data_) = *best;
-      free_.erase(best);
+      spare.free.erase(best);
     } else {
-      free_.reserve(++count_);  // giving it back cannot fail
+      spare.free.reserve(++spare.count);  // giving it back cannot fail
       data_ = static_cast<float*>(::operator new(size_, std::align_val_t(1 << 21)));
 #if defined(MADV_HUGEPAGE)
       madvise(data_, size_, MADV_HUGEPAGE);
@@ -94,23 +95,26 @@ class Memory {
     }
   }
   ~Memory() {
-    std::lock_guard<std::mutex> lock(mutex_);
-    free_.emplace_back(size_, data_);
+    std::lock_guard<std::mutex> lock(Spares().mutex);
+    Spares().free.emplace_back(size_, data_);
   }
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
   operator float*() const { return data_; }
 
  private:
-  static std::mutex mutex_;
-  static std::vector<std::pair<int64_t, float*>> free_;
-  static size_t count_;  // of all that were ever taken
+  struct Spare {
+    std::mutex mutex;
+    std::vector<std::pair<int64_t, float*>> free;
+    size_t count = 0;  // of all that were ever taken
+  };
+  static Spare& Spares() {
+    static Spare* spare = new Spare;  // never destroyed: a step may run while the process ends
+    return *spare;
+  }
   int64_t size_;
   float* data_;
 };
-std::mutex Memory::mutex_;
-std::vector<std::pair<int64_t, float*>> Memory::free_;
-size_t Memory::count_ = 0;
 
 // XLA takes fresh memory for every step. In pages of 2 MiB the first touch of it is cheaper, and so
 // is every later look.
@@ -126,8 +130,8 @@ float* Fresh(Output& output) {
   return data;
 }
 
-// Calls work(0) to work(count - 1) on XLA's threads and this one, and returns when all is done; then
-// it throws what the first part that failed has thrown. A thread of the pool that comes late finds
+// Calls work(0) to work(count - 1) on XLA's threads and this one, and returns when all is done, or
+// throws what the first part that failed has thrown. A thread of the pool that comes late finds
 // nothing left; nobody waits for it.
 void Parallel(ffi::ThreadPool& pool, int64_t count, const std::function<void(int64_t)>& work) {
   struct Shared {
