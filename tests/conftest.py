@@ -68,7 +68,7 @@ class _InThread:
 
 @pytest.fixture(params=["native", "XLA's"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Whose kernels are used: those of native.cc, or what there is without a compiler."""
+    """Whose kernels are used: this package's own, or what there is without a compiler."""
     if request.param == "native" and not native.available():
         pytest.skip("no C++ compiler")
     if request.param != "native":

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ import pytest
 from alexnet_jax import cluster
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.config import UserError
+from alexnet_jax.ops import native
 
 # As `python -m alexnet_jax.main`, but sooner to take a rank for dead.
 COMMAND = (
@@ -34,7 +35,9 @@ SPLIT = ("--config.mesh.model=2", "--config.mesh.data=-1")
 class Ranks:
     """The processes of one job, each with one CPU device, and what they said."""
 
-    def __init__(self, count: int, flags: Callable[[int], list[str]]):
+    def __init__(
+        self, count: int, flags: Callable[[int], list[str]], variables: Sequence[dict[str, str]]
+    ):
         with socket.create_server(("127.0.0.1", 0)) as free:
             address = f"127.0.0.1:{free.getsockname()[1]}"
         environment = os.environ | {
@@ -47,9 +50,9 @@ class Ranks:
             subprocess.Popen(
                 [sys.executable, "-c", COMMAND, f"--coordinator={address}",
                  f"--num_processes={count}", f"--process_id={rank}", *flags(rank)],
-                env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                env=environment | own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             )
-            for rank in range(count)
+            for rank, own in zip(range(count), variables or [{}] * count, strict=True)
         ]  # fmt: skip
         self.out: list[str] = []
         self.reader = threading.Thread(target=self._read)
@@ -87,12 +90,18 @@ class Ranks:
 
 @pytest.fixture
 def start(config_file) -> Iterator[Callable[..., Ranks]]:
-    """(count, workdir, flags, another rank's own flags) -> a job that ends with the test."""
+    """(count, workdir, flags, ranks' own flags and variables) -> a job that ends with the test."""
     jobs: list[Ranks] = []
 
-    def begin(count: int, workdir: pathlib.Path, *flags: str, **own: list[str]) -> Ranks:
+    def begin(
+        count: int,
+        workdir: pathlib.Path,
+        *flags: str,
+        variables: Sequence[dict[str, str]] = (),
+        **own: list[str],
+    ) -> Ranks:
         common = [f"--config={config_file}", f"--workdir={workdir}", *SPLIT, *flags]
-        jobs.append(Ranks(count, lambda rank: common + own.get(f"rank_{rank}", [])))
+        jobs.append(Ranks(count, lambda rank: common + own.get(f"rank_{rank}", []), variables))
         return jobs[-1]
 
     yield begin
@@ -203,6 +212,15 @@ def test_a_mistake_of_one_rank_ends_all(start, draw_folder, tmp_path):
     for text in errors:
         assert "the data of folder:" in text
         assert "of rank 1" in text
+
+
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler")
+def test_ranks_that_would_compute_with_other_kernels_are_refused(start, tmp_path):
+    """Their programs would differ, and so might the order in which they wait for each other."""
+    job = start(2, tmp_path / "run", variables=[{}, {"CXX": "no-such-compiler"}])
+    statuses, errors = job.ends()
+    assert statuses == [2, 2]
+    assert all("the C++ compiler of rank 1" in text for text in errors)
 
 
 def test_a_workdir_that_is_another_folder_elsewhere_is_refused(start, tmp_path):

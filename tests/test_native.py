@@ -69,10 +69,9 @@ def test_another_compiler_has_kernels_of_its_own(folder, tmp_path):
     native._library(COMPILER)
     native._library([*COMPILER, "-O2"])
     assert len({*folder.iterdir()}) == 2
-    empty = tmp_path / "empty.cc"
-    empty.write_text("")
+    (tmp_path / "kernels.cc").write_text("")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "SOURCE", empty)
+        patch.setattr(native, "SOURCES", tmp_path)
         with pytest.raises(OSError, match="has no winograd"):
             native._library(COMPILER)
     assert len({*folder.iterdir()}) == 2

@@ -27,8 +27,8 @@ def conv(x: Array, kernel: Array, *, stride: int = 1, padding: Padding, groups: 
       kernel: (kh, kw, i, o), cast to x's dtype; output channels in groups' order.
       stride: pixels, both ways.
       padding: zeros around the map.
-      groups: input channels of group g reach output channels of group g only. Written as one
-        convolution a group: XLA's own grouped form is twice as slow on the CPU, backward.
+      groups: input channels of group g reach output channels of group g only. Without a kernel of
+        our own one convolution a group: XLA's grouped form is twice as slow on the CPU, backward.
 
     Returns:
       (b, h', w', o) of x's dtype. On a CPU it can be differentiated once.
@@ -59,7 +59,7 @@ def _conv(x: Array, kernel: Array, stride: int, padding: Padding, groups: int = 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv_by_tiles(x: Array, kernel: Array, padding: Padding, groups: int) -> Array:
-    """A kernel of 3x3 or 5x5 in steps of 1, by Winograd's algorithm (native.cc)."""
+    """A kernel of 3x3 or 5x5 in steps of 1, by Winograd's algorithm (native/winograd.h)."""
     (top, _), (left, _) = padding
     y = jax.eval_shape(lambda x, kernel: _conv(x, kernel, 1, padding, groups), x, kernel)
     place: dict[str, int] = {"groups": groups, "top": top, "left": left}
@@ -85,7 +85,7 @@ _conv_by_tiles.defvjp(_tiles_forward, _tiles_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv_by_runs(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    """For few channels: a row of the kernel meets a run of memory (native.cc)."""
+    """For few channels: a row of the kernel meets a run of memory (native/strided.h)."""
     (top, _), (left, _) = padding
     y = jax.eval_shape(lambda x, kernel: _conv(x, kernel, stride, padding), x, kernel)
     return native.call("strided", y.shape, x, kernel, stride=stride, top=top, left=left)

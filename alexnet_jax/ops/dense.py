@@ -9,14 +9,17 @@ from alexnet_jax.ops.varying import varying_alike
 
 
 def dense(x: Array, kernel: Array) -> Array:
-    """(b, i) times (i, o), cast to x's dtype: (b, o) of x's dtype."""
+    """(b, i) times (i, o), cast to x's dtype: (b, o) of x's dtype.
+
+    On a CPU it can be differentiated once.
+    """
     kernel = kernel.astype(x.dtype)
     return _dense(*varying_alike(x, kernel)) if native.available(x) else x @ kernel
 
 
 @jax.custom_vjp
 def _dense(x: Array, kernel: Array) -> Array:
-    """For a kernel that is read for a few rows only: once, and packed on the way (native.cc)."""
+    """For few rows: the kernel is read once, and packed on the way (native/dense.h)."""
     return native.call("dense", jax.eval_shape(jnp.matmul, x, kernel).shape, x, kernel)
 
 

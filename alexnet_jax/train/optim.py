@@ -19,10 +19,10 @@ from jax.typing import ArrayLike
 
 from alexnet_jax.config import LAYERS, SHARES_ENTRY, Optim
 from alexnet_jax.ops import native
+from alexnet_jax.train.state import Params
 
 Rates = dict[str, Array]  # "kernel", "bias"; "conv1_kernel", "conv1_bias" where they differ
 Schedule = Callable[[Array, ArrayLike], Rates]  # (step, plateau scale) -> rates
-Params = dict[str, dict[str, Array]]
 Update = Callable[[Array, Params, Any, Params, Rates], tuple[Params, Any, dict]]
 
 # The automatic schedule of the original's net #170: the weights' rate falls to .004 of its start

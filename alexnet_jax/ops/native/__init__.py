@@ -1,4 +1,4 @@
-"""Kernels of native.cc, compiled where a C++ compiler is found, and called by XLA on a CPU.
+"""Kernels in C++, compiled where a C++ compiler is found, and called by XLA on a CPU.
 
 What is compiled is for this machine's processor and kept beside JAX's own compiled programs. Where
 there is no compiler, or it fails, what calls these kernels has a form for XLA to fall back on.
@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 from alexnet_jax import files
 
-SOURCE = pathlib.Path(__file__).with_name("native.cc")
+SOURCES = pathlib.Path(__file__).parent  # kernels.cc and the headers it is made of
 KERNELS = ("winograd", "winograd_weights", "strided", "strided_weights")
 KERNELS += ("dense", "dense_input", "normalise", "normalise_gradient", "update")
 LONGEST = 300  # seconds, of a compiler
@@ -53,7 +53,7 @@ def call(kernel: str, shape: tuple[int, ...], *arrays: Array, **attributes: floa
 def update(
     weights: Array, velocity: Array, gradient: Array, rate: Array, good: Array, **attributes: float
 ) -> tuple[Array, Array, Array]:
-    """`update` of native.cc: both in place, and (2,) squares."""
+    """`update` of update.h: both in place, and (2,) squares."""
     results = [_result(shape, weights) for shape in (weights.shape, weights.shape, (2,))]
     name = f"update_{_suffix()}"
     kernel = jax.ffi.ffi_call(name, results, input_output_aliases={0: 0, 1: 1})
@@ -121,7 +121,8 @@ def _library(compiler: Sequence[str]) -> tuple[ctypes.CDLL, str]:
     # The compiler's version and all that -march=native stands for here.
     machine = run("-march=native", "-dM", "-E", "-x", "c++", os.devnull)
     told = "\0".join((*compiler, *FLAGS, jax.__version__))
-    suffix = hashlib.sha256(SOURCE.read_bytes() + machine + told.encode()).hexdigest()[:16]
+    sources = b"".join(path.read_bytes() for path in sorted(SOURCES.glob("*.[ch]*")))
+    suffix = hashlib.sha256(sources + machine + told.encode()).hexdigest()[:16]
     folder = _kept()
     for path in folder.glob(f"native-{suffix}-*.so") if folder else ():
         with contextlib.suppress(OSError):
@@ -130,7 +131,7 @@ def _library(compiler: Sequence[str]) -> tuple[ctypes.CDLL, str]:
             path.unlink()  # damaged
     with tempfile.TemporaryDirectory() as scratch:
         made = pathlib.Path(scratch) / "native.so"
-        run(*FLAGS, f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(made))
+        run(*FLAGS, f"-I{jax.ffi.include_dir()}", str(SOURCES / "kernels.cc"), "-o", str(made))
         library = _loaded(made)
         if folder:
             path = folder / f"native-{suffix}-{_digest(made)}.so"

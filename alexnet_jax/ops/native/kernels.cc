@@ -1,0 +1,31 @@
+// What a training step computes on a CPU, called by XLA.
+//
+// Arrays are float32 in row-major order: images (b, h, w, channels), kernels (kh, kw, i, o). Work
+// is cut into parts by the shapes alone, so that results do not depend on how many threads there
+// are, or which does what. Shapes are checked by those who call.
+
+#include "dense.h"
+#include "normalisation.h"
+#include "strided.h"
+#include "update.h"
+#include "winograd.h"
+
+#define ONE ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Input>()
+#define TWO ONE.Arg<Input>()
+#define RESULT Ret<ffi::Buffer<ffi::F32>>()
+#define PLACE Attr<int64_t>("top").Attr<int64_t>("left")
+#define GROUPS Attr<int64_t>("groups")
+#define RULE GROUPS.Attr<int64_t>("size").Attr<float>("k").Attr<float>("alpha")
+#define KERNEL XLA_FFI_DEFINE_HANDLER_SYMBOL
+
+KERNEL(winograd, Winograd, TWO.RESULT.GROUPS.PLACE.Attr<bool>("turned"));
+KERNEL(winograd_weights, WinogradWeights, TWO.RESULT.GROUPS.PLACE);
+KERNEL(strided, Strided, TWO.RESULT.Attr<int64_t>("stride").PLACE);
+KERNEL(strided_weights, StridedWeights, TWO.RESULT.Attr<int64_t>("stride").PLACE);
+KERNEL(dense, Dense, TWO.RESULT);
+KERNEL(dense_input, DenseInput, TWO.RESULT);
+KERNEL(normalise, Normalise, ONE.RESULT.RULE);
+KERNEL(normalise_gradient, NormaliseGradient, TWO.RESULT.RULE);
+KERNEL(update, Update,
+       TWO.Arg<Input>().Arg<Input>().Arg<ffi::Buffer<ffi::PRED>>().RESULT.RESULT.RESULT.Attr<float>(
+           "momentum").Attr<float>("decay"));
