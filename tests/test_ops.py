@@ -234,14 +234,19 @@ def test_shapes_that_do_not_fit_are_refused_and_empty_ones_give_zeros(kernels):
         ops.conv(x, jnp.ones((11, 11, 5, 8)), stride=4, padding=padding)
     with pytest.raises((ValueError, TypeError)):
         ops.dense(jnp.ones((4, 40)), jnp.ones((5, 16)))
-    none = jnp.zeros((0, 8, 8, 4))
-    _, (_, gradient) = with_gradient(
-        lambda x, kernel: ops.conv(x, kernel, padding=padding),
-        *(none, jnp.ones((3, 3, 4, 8))),
-        dy=jnp.zeros((0, 8, 8, 8)),
-    )
+
+    def convolved(x, kernel):
+        return ops.conv(x, kernel, padding=padding)
+
+    bad = jnp.full((2, 8, 8, 4), jnp.nan)  # what memory that is used again may hold
+    with_gradient(convolved, bad, jnp.ones((3, 3, 4, 8)), dy=jnp.full((2, 8, 8, 8), jnp.nan))
+    shapes = (0, 8, 8, 4), (3, 3, 4, 8), (0, 8, 8, 8)
+    *given, dy = (jnp.ones(shape) for shape in shapes)
+    _, (_, gradient) = with_gradient(convolved, *given, dy=dy)
     np.testing.assert_array_equal(gradient, np.zeros((3, 3, 4, 8)))
-    y = ops.dense(jnp.zeros((4, 0)), jnp.zeros((0, 16)))
+    for inner in (40, 0):
+        given = [jnp.full(shape, jnp.nan) for shape in ((4, inner), (inner, 16))]
+        y, _ = with_gradient(ops.dense, *given, dy=jnp.ones((4, 16)))
     np.testing.assert_array_equal(y, np.zeros((4, 16)))
 
 
