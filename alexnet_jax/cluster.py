@@ -158,7 +158,9 @@ class Job:
         self.notes: dict[int, Note] = {}
         self.changed, self.over = threading.Condition(), threading.Event()
         self.threads: list[threading.Thread] = []
-        self._start_clocks()
+        self.exchanged = time.monotonic()
+        self.heard = dict.fromkeys(range(self.count), self.exchanged)
+        self.moved = dict(self.heard)
 
     def __enter__(self) -> "Job":
         for work in (self._talk, self._judge) if self.count > 1 else (self._judge,):
@@ -236,12 +238,6 @@ class Job:
                 f"{first!r}); every process must see the same files"
             )
 
-    def _start_clocks(self) -> None:
-        """Nothing that this rank slept through counts against anybody."""
-        self.exchanged = time.monotonic()
-        self.heard = dict.fromkeys(range(self.count), self.exchanged)
-        self.moved = dict(self.heard)
-
     def _signal(self) -> int:
         return max((note.signal for note in self.notes.values()), default=self.signal)
 
@@ -292,18 +288,27 @@ class Job:
     def _judge(self) -> None:
         looked = self.exchanged  # since the clocks were started, it may have slept already
         while not self.over.wait(BEAT / 2):
-            if time.monotonic() - looked > 5 * BEAT:  # it was this process that slept
-                self._start_clocks()
-            looked = time.monotonic()
-            verdict = self._dead() or self._stuck()
+            now = time.monotonic()
+            self._forgive(now - looked - BEAT / 2, now)
+            looked = now
+            verdict = self._dead(now) or self._stuck(now)
             if verdict and not self.status:
                 self._end(1, f"{verdict}; the same command goes on from the newest checkpoint")
 
-    def _dead(self) -> str | None:
+    def _forgive(self, slept: float, now: float) -> None:
+        """The seconds for which this process did not run count against nobody."""
+        if slept <= 0:
+            return
+        with self.changed:
+            self.exchanged = min(self.exchanged + slept, now)
+            for clock in (self.heard, self.moved):
+                clock.update({rank: min(since + slept, now) for rank, since in clock.items()})
+
+    def _dead(self, now: float) -> str | None:
         """The rank that is silent, in words."""
         if self.count == 1:
             return None
-        if time.monotonic() - self.exchanged > SILENCE:
+        if now - self.exchanged > SILENCE:
             return (
                 f"{self._who(0)}, through which all ranks talk, has not answered for {SILENCE:g} s"
             )
@@ -312,12 +317,12 @@ class Job:
             return None
         return f"{self._who(silent[0])} is dead or stopped: not heard of for {SILENCE:g} s"
 
-    def _stuck(self) -> str | None:
+    def _stuck(self, now: float) -> str | None:
         """The rank that keeps all from getting on, in words."""
         turns = {self.rank: self.turn, **{rank: note.turn for rank, note in self.notes.items()}}
         if not self.step_timeout or len(turns) < self.count or min(turns.values()) == 0:
             return None
-        if time.monotonic() - max(self.moved.values()) <= self.step_timeout:
+        if now - max(self.moved.values()) <= self.step_timeout:
             return None
         behind = min(turns, key=lambda rank: turns[rank])
         which = f"{self._who(behind)} is behind" if len(set(turns.values())) > 1 else "all are even"
