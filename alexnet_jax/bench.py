@@ -105,8 +105,7 @@ def _stages(source: Source, statistics: Statistics, config: Config, mesh: Mesh) 
     clock.append(time.perf_counter())
     draws = augment.draw(config.seed, 0, count, stored - size, data)
     pixels = [
-        images.decode(example.data, example.name, mirrored=stored if mirror else 0)
-        for example, mirror in zip(examples, draws.mirror)
+        images.decode(example.data, example.name) for example, mirror in zip(examples, draws.mirror)
     ]
     clock.append(time.perf_counter())
     augment.colour_shift(draws.colour, statistics, data.colour_noise)

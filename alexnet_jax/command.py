@@ -48,14 +48,14 @@ def be_deterministic() -> None:
 
 
 def keep_compiled(cache_dir: str) -> None:
-    """Programs that took long to compile are kept in `cache_dir`, for the next start.
+    """What took long to compile is kept in `cache_dir`, for the next start and for workers.
 
     Unless JAX_COMPILATION_CACHE_DIR says where. A folder that cannot be written is warned of.
     """
     told = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
-    if told is None:
-        folder = pathlib.Path(cache_dir).expanduser() / "compiled"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+    folder = told or str(pathlib.Path(cache_dir).expanduser() / "compiled")
+    jax.config.update("jax_compilation_cache_dir", folder)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", folder)
 
 
 def define_config(values: flags.FlagValues, argv: Sequence[str]) -> None:

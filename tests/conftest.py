@@ -50,6 +50,7 @@ jax.config.update("jax_num_cpu_devices", 4)
 # The same HLO and less work for LLVM: a third of the time to compile a step.
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)  # for compiled C++, and other processes
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

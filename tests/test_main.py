@@ -120,12 +120,13 @@ def test_records_after_the_restored_step_are_taken_out(run, tmp_path):
 
 
 def test_compiled_programs_are_kept_in_the_cache_unless_jax_was_told_another_place(
-    trained, run, tmp_path
+    trained, run, tmp_path, monkeypatch
 ):
     told = jax.config.jax_compilation_cache_dir
     place = f"--config.data.cache_dir={tmp_path}"
     assert run(trained, "--mode=eval", place) == 0
     assert jax.config.jax_compilation_cache_dir == told
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     try:
         jax.config.update("jax_compilation_cache_dir", None)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -137,6 +138,7 @@ def test_compiled_programs_are_kept_in_the_cache_unless_jax_was_told_another_pla
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
         compilation_cache.reset_cache()
     assert list((tmp_path / "compiled").glob("jit_step-*"))
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "compiled")  # for workers
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import functools
 import io
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ import scipy.sparse
 import simplejpeg
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from alexnet_jax.data import native
 from alexnet_jax.data.examples import Example
 
 MAX_BYTES = 2**28  # a larger file is no picture and would fill the memory
@@ -22,7 +22,7 @@ MAX_SCANS = 100  # of a JPEG: each may be a few bytes and take as long as a pict
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 # What libjpeg warns of though every pixel is there; its other warnings are of lost data.
 HARMLESS = ("extraneous bytes before marker 0xd9", "unknown JFIF revision")
-_SCAN = re.compile(rb"\xff\xda\0")
+_SCAN, _EXIF = b"\xff\xda\0", b"Exif\0\0"
 
 
 class ImageError(Exception):
@@ -37,7 +37,7 @@ def printable(text: str) -> str:
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
-def decode(data: bytes | np.ndarray, name: str, mirrored: int = 0) -> np.ndarray:
+def decode(data: bytes | np.ndarray, name: str) -> np.ndarray:
     """The RGB pixels of an image file's bytes; pixels pass as they are.
 
     JPEGs are decoded whole or not at all; greyscale, CMYK, palette and other modes become RGB;
@@ -46,11 +46,9 @@ def decode(data: bytes | np.ndarray, name: str, mirrored: int = 0) -> np.ndarray
 
     Args:
       data, name: of an `Example`.
-      mirrored: a JPEG that is a square of so many pixels a side will be mirrored by `crop`, which
-        is then quicker.
 
     Returns:
-      (h, w, 3) uint8; where `mirrored` applies, a view of memory in the order BGR.
+      (h, w, 3) uint8.
 
     Raises:
       ImageError: not an image, truncated, over MAX_PIXELS, MAX_ASPECT or MAX_SCANS.
@@ -59,7 +57,7 @@ def decode(data: bytes | np.ndarray, name: str, mirrored: int = 0) -> np.ndarray
         return data
     try:
         if data[:3] == b"\xff\xd8\xff":
-            pixels = _strictly_decoded(data, name, mirrored)
+            pixels = _strictly_decoded(data, name)
             if pixels is not None:
                 return pixels
         with _opened(data) as image:
@@ -105,20 +103,18 @@ def _opened(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
 
 
-def _strictly_decoded(data: bytes, name: str, mirrored: int) -> np.ndarray | None:
+def _strictly_decoded(data: bytes, name: str) -> np.ndarray | None:
     """A JPEG's RGB pixels; None where it is whole but Pillow has to read it.
 
     Raises ValueError where data is lost, which Pillow would fill in.
     """
-    scans = len(_SCAN.findall(data))
+    scans = native.count(data, _SCAN) if native.available() else data.count(_SCAN)
     if scans > MAX_SCANS:
         raise ImageError(f"{name}: has {scans} scans; at most {MAX_SCANS} are read")
     try:
         height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
         _check_size(width, height, name)
         if colour in ("Gray", "YCbCr", "RGB"):
-            if height == width == mirrored:
-                return _upright(simplejpeg.decode_jpeg(data, colorspace="BGR")[..., ::-1], data)
             return _upright(simplejpeg.decode_jpeg(data, colorspace="RGB"), data)
         simplejpeg.decode_jpeg(data, colorspace="CMYK")
     except ValueError as error:
@@ -129,13 +125,26 @@ def _strictly_decoded(data: bytes, name: str, mirrored: int) -> np.ndarray | Non
 
 def _upright(pixels: np.ndarray, data: bytes) -> np.ndarray:
     """A JPEG's pixels turned as its EXIF orientation says."""
-    if data.find(b"Exif\0\0", 0, 1 << 16) < 0:
+    if not _may_be_turned(data):
         return pixels
     with _opened(data) as header:
         orientation = header.getexif().get(ExifTags.Base.Orientation, 1)
     photo = Image.fromarray(pixels)
     photo.getexif()[ExifTags.Base.Orientation] = orientation
     return np.asarray(ImageOps.exif_transpose(photo))
+
+
+def _may_be_turned(data: bytes) -> bool:
+    """Whether EXIF is among a JPEG's segments before its first scan, or they cannot be followed."""
+    place = 2
+    while place + 10 <= len(data):
+        sign, kind = data[place : place + 2]
+        if sign != 0xFF or kind < 0xC0 or kind == 0xFF or data[place + 4 : place + 10] == _EXIF:
+            return True
+        if kind == 0xDA:
+            return False
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return True
 
 
 def _check_size(width: Any, height: Any, name: str) -> None:
@@ -177,23 +186,23 @@ def crop(
     tall, wide = (max(size, round(length * size / shorter)) for length in (height, width))
     top, left = (tall - size) // 2 + int(offset[0]), (wide - size) // 2 + int(offset[1])
     if shorter > size:
+        if native.available():
+            image = np.ascontiguousarray(image)
+            native.shrink(image, (tall, wide), (top, left), mirror, out)
+            return
         window = _shrunk(image, (tall, wide), (top, left), side)
     else:
         if shorter < size:
             larger = Image.fromarray(image).resize((wide, tall), Image.Resampling.BICUBIC)
             image = np.asarray(larger)
         window = image[top : top + side, left : left + side]
-    if mirror:
-        window = window[:, ::-1]
-    if window.strides[1:] == (3, 1):
-        out[:] = window
-    elif window.strides[1:] == (-3, -1) and side % 8 == 0 and out.flags.c_contiguous:
-        # Mirrored, of BGR: the bytes of a row backwards. Eight are turned round in one go.
-        rows = image[..., ::-1].reshape(height, -1)[top : top + side, 3 * left : 3 * (left + side)]
-        out.reshape(side, -1).view("<u8")[:] = rows.view(">u8")[:, ::-1]
-    else:  # numpy is slow at moving three bytes and quick at moving every third
+    if native.available() and window.strides[1:] == (3, 1):
+        native.copy(window, mirror, out)
+    elif mirror:  # numpy is slow at moving three bytes and quick at moving every third
         for channel in range(3):
-            out[..., channel] = window[..., channel]
+            out[..., channel] = window[:, ::-1, channel]
+    else:
+        out[:] = window
 
 
 def _shrunk(
@@ -225,7 +234,7 @@ def _area(
     pixels = starts.astype(np.int64) + np.arange(int(scale) + 2)  # (count, taps)
     covered = np.minimum(ends, pixels + 1) - np.maximum(starts, pixels)
     covered = np.maximum(covered, 0)
-    weights = (covered / covered.sum(1, keepdims=True)).astype(np.float32)
+    weights = (covered / scale).astype(np.float32)
     places = np.minimum(pixels, high - 1) - low  # where clipped, the weight is 0
     channel = np.arange(channels)[:, None]
     indices = places[:, None] * channels + channel  # (count, channels, taps)

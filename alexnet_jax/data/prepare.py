@@ -23,7 +23,7 @@ import simplejpeg
 from tqdm import tqdm
 
 from alexnet_jax.config import UserError
-from alexnet_jax.data import images, records, workers
+from alexnet_jax.data import images, native, records, workers
 from alexnet_jax.data.examples import Source
 from alexnet_jax.data.images import ImageError
 from alexnet_jax.data.inputs import Input
@@ -77,6 +77,7 @@ def prepare(
         folder.mkdir(parents=True, exist_ok=True)
     with _locked(partial):
         _check_plan(partial / PLAN, given, settings)
+        native.available()  # compiled here, once, before many ask for it
         with workers.Pool(write_shard, num_workers) as pool, _progress_bar(given) as bar:
             entries = _write_shards(given, data, journal, settings, pool, bar)
         broken = [name for split in entries.values() for e in split for name in _journal(e).broken]

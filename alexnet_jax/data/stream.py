@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 
 from alexnet_jax.config import Data
-from alexnet_jax.data import augment, buffers, images, workers
+from alexnet_jax.data import augment, buffers, images, native, workers
 from alexnet_jax.data.augment import Statistics
 from alexnet_jax.data.examples import Source
 
@@ -144,7 +144,7 @@ def _read(
 ) -> int:
     """Write a crop of an example's stored square into `out`; its label."""
     example = source.read(index)
-    pixels = images.decode(example.data, example.name, mirrored=stored if mirror else 0)
+    pixels = images.decode(example.data, example.name)
     images.crop(pixels, stored, offset, mirror, out)
     return example.label
 
@@ -199,6 +199,7 @@ def _by_processes(
     """Batches whose pieces are written into shared memory by processes, and copied from there."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads its own flags and insists
+    native.available()  # compiled here, once, before many ask for it
     places, size = _places(pieces), sum(map(len, pieces))
     made = buffers.Images((size, side, side, 3))
     slots = buffers.Slots(max(ahead, 2 * count), (max(map(len, pieces)), side, side, 3))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from alexnet_jax.data import images
+from alexnet_jax.data import images, native
 
 HEIGHT, WIDTH = 61, 87
 ORIENTATION = 0x0112  # the EXIF tag
@@ -25,6 +25,16 @@ UPRIGHT = {
     7: lambda stored: stored[::-1, ::-1].swapaxes(0, 1),
     8: lambda stored: np.rot90(stored, 1),
 }
+
+
+@pytest.fixture(params=["native", "numpy"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """By what pixels are moved: this package's C++, or what there is without a compiler."""
+    if request.param == "native" and not native.available():
+        pytest.skip("no C++ compiler")
+    if request.param == "numpy":
+        monkeypatch.setattr(native, "available", lambda: False)
+    return request.param
 
 
 def oriented(orientation: int) -> Image.Exif:
@@ -275,12 +285,13 @@ def area_square(image: np.ndarray, size: int) -> np.ndarray:
         (151, 97, 32),  # portrait
         (75, 301, 23),  # wide
         (212, 45, 17),  # tall
+        (300, 310, 9),  # much smaller
         (375, 500, 256),  # as most of ImageNet
         (33, 34, 7),
         (50, 83, 1),
     ],
 )
-def test_down_each_pixel_is_the_mean_of_the_area_it_covers(pictures, height, width, size):
+def test_down_each_pixel_is_the_mean_of_the_area_it_covers(form, pictures, height, width, size):
     image = pictures.rough(height, width)
     exact = area_square(image, size)
     square = images.square(image, size)
@@ -290,7 +301,7 @@ def test_down_each_pixel_is_the_mean_of_the_area_it_covers(pictures, height, wid
     assert abs(square - exact).max() <= 0.5 + 1e-3
 
 
-def test_averages_of_areas_by_hand():
+def test_averages_of_areas_by_hand(form):
     column = np.array([0, 30, 60, 90, 120], np.uint8)
     image = np.broadcast_to(column[:, None, None], (5, 5, 3))
     # Two stretches of 2.5 pixels: (0 + 30 + 60 / 2) / 2.5 and (60 / 2 + 90 + 120) / 2.5.
@@ -298,7 +309,7 @@ def test_averages_of_areas_by_hand():
 
 
 @pytest.mark.parametrize(("height", "width"), [(21, 34), (21, 35), (34, 21), (35, 21), (21, 21)])
-def test_the_right_size_is_not_resampled_and_the_centre_is_cut(pictures, height, width):
+def test_the_right_size_is_not_resampled_and_the_centre_is_cut(form, pictures, height, width):
     image = pictures.rough(height, width)
     top, left = (height - 21) // 2, (width - 21) // 2
     expected = image[top : top + 21, left : left + 21]
@@ -313,7 +324,7 @@ def test_of_an_odd_surplus_the_larger_part_goes_right_and_below(pictures):
 
 
 @pytest.mark.parametrize(("height", "width"), [(17, 23), (23, 17), (19, 19), (5, 41)])
-def test_up_it_is_pillows_cubic_and_the_centre(pictures, height, width):
+def test_up_it_is_pillows_cubic_and_the_centre(form, pictures, height, width):
     image = pictures.rough(height, width)
     size = 32
     tall, wide = (round(side * size / min(height, width)) for side in (height, width))
@@ -353,7 +364,7 @@ def test_a_needle_is_no_picture():
 
 @pytest.mark.parametrize("shape", [(21, 21), (21, 30), (64, 40), (200, 37), (9, 14)], ids=str)
 @pytest.mark.parametrize("offset", [(0, 0), (0, 8), (3, 5), (8, 8)])
-def test_a_crop_holds_the_pixels_of_its_place_in_the_square(pictures, shape, offset):
+def test_a_crop_holds_the_pixels_of_its_place_in_the_square(form, pictures, shape, offset):
     """Of images taken as they are, shrunk by little and much, and enlarged."""
     image = pictures.rough(*shape)
     square = images.square(image, 21)
@@ -366,29 +377,51 @@ def test_a_crop_holds_the_pixels_of_its_place_in_the_square(pictures, shape, off
             assert (out[y, x] == square[top + y, left + column]).all()
 
 
-@pytest.mark.parametrize("side", [16, 13])
-@pytest.mark.parametrize("shape", [(24, 24), (24, 30), (30, 24), (40, 40), (19, 19)], ids=str)
-@pytest.mark.parametrize("grey", [False, True])
-def test_a_jpeg_decoded_to_be_mirrored_has_the_same_pixels_and_the_same_crops(
-    pictures, shape, grey, side
-):
-    """Squares of the size, of others, and pictures that are none; quick widths and odd ones."""
-    photo = Image.fromarray(pictures.rough(*shape))
-    buffer = io.BytesIO()
-    (photo.convert("L") if grey else photo).save(buffer, "JPEG")
-    plain = images.decode(buffer.getvalue(), "a.jpg")
-    turned = images.decode(buffer.getvalue(), "a.jpg", mirrored=24)
-    np.testing.assert_array_equal(turned, plain)
-    for top, left in ((0, 0), (3, 5), (24 - side, 24 - side)):
-        out = np.zeros((side, side, 3), np.uint8)
-        images.crop(turned, 24, (top, left), True, out)
-        expected = images.square(plain, 24)[top : top + side, left : left + side][:, ::-1]
-        np.testing.assert_array_equal(out, expected)
-        spread = np.zeros((side, 2 * side, 3), np.uint8)[:, ::2]  # memory that has gaps
-        images.crop(turned, 24, (top, left), True, spread)
-        np.testing.assert_array_equal(spread, expected)
-        images.crop(turned, 24, (top, left), False, out)
-        np.testing.assert_array_equal(out, expected[:, ::-1])
+@pytest.mark.parametrize("mirror", [False, True])
+@pytest.mark.parametrize("side", [*range(1, 24), 224])
+def test_windows_of_every_width_are_copied_and_mirrored(form, pictures, side, mirror):
+    """Between guards, into rows that lie apart."""
+    image = pictures.rough(side + 3, side + 2)
+    out = np.full((side + 2, side + 2, 3), 7, np.uint8)
+    images.crop(image, side + 2, (1, 2), mirror, out[1:-1, 1:-1])
+    window = image[1 : side + 1, 2 : side + 2]
+    np.testing.assert_array_equal(out[1:-1, 1:-1], window[:, ::-1] if mirror else window)
+    out[1:-1, 1:-1] = 7
+    assert (out == 7).all()
+
+
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler")
+def test_without_a_compiler_the_bits_are_the_same(monkeypatch):
+    """Processes of one job need not all have one."""
+    rng = np.random.default_rng(0)
+    for trial in range(150):
+        height, width = rng.integers(1, 30 if trial % 3 else 500, 2)
+        size = int(rng.integers(1, min(height, width) + 1))
+        side = int(rng.integers(1, size + 1))
+        offset, mirror = rng.integers(0, size - side + 1, 2), bool(trial % 2)
+        image = rng.integers(0, 256, (height, width, 3), np.uint8)
+        found = np.zeros((2, side, side, 3), np.uint8)
+        images.crop(image, size, offset, mirror, found[0])
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "available", lambda: False)
+            images.crop(image, size, offset, mirror, found[1])
+        np.testing.assert_array_equal(found[0], found[1])
+
+
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler")
+def test_what_does_not_fit_is_refused_before_memory_is_touched(pictures):
+    image, out = pictures.rough(20, 30), np.zeros((8, 8, 3), np.uint8)
+    with pytest.raises(ValueError, match="does not fit"):
+        native.copy(image[:8, :7], False, out)
+    with pytest.raises(ValueError, match="no rows of three bytes"):
+        native.copy(image[:8, :8].astype(np.int8), False, out)
+    with pytest.raises(ValueError, match="no rows of three bytes"):
+        native.copy(image[:8, :8], False, np.zeros((8, 16, 3), np.uint8)[:, ::2])
+    for outputs, first in [((10, 15), (3, 0)), ((10, 15), (0, -1)), ((21, 30), (0, 0))]:
+        with pytest.raises(ValueError, match="is no window"):
+            native.shrink(image, outputs, first, False, out)
+    with pytest.raises(ValueError, match="is no window"):
+        native.shrink(image, (10, 15), (0, 0), False, out[:, :4])
 
 
 def test_a_jpeg_with_an_orientation_is_turned_before_it_is_mirrored(pictures):
@@ -398,6 +431,6 @@ def test_a_jpeg_with_an_orientation_is_turned_before_it_is_mirrored(pictures):
     buffer = io.BytesIO()
     photo.save(buffer, "JPEG", exif=exif)
     out = np.zeros((16, 16, 3), np.uint8)
-    images.crop(images.decode(buffer.getvalue(), "a.jpg", mirrored=24), 24, (2, 4), True, out)
+    images.crop(images.decode(buffer.getvalue(), "a.jpg"), 24, (2, 4), True, out)
     upright = np.rot90(np.asarray(Image.open(buffer)), -1)  # 6: a quarter turn to the right
     np.testing.assert_array_equal(out, upright[2:18, 4:20][:, ::-1])

@@ -1,0 +1,115 @@
+"""Libraries of the package's C++, compiled where a C++ compiler is found.
+
+What is compiled is for this machine's processor, and kept where JAX_COMPILATION_CACHE_DIR says, as
+JAX's own programs are, if that is a folder. Where there is no compiler, or it fails, what would
+call a library has another way.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import logging
+import os
+import pathlib
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Sequence
+
+from alexnet_jax import files
+
+LONGEST = 300  # seconds, of a compiler
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared", "-w")
+
+log = logging.getLogger(__name__)
+_one_at_a_time = threading.Lock()
+
+
+def load(
+    source: pathlib.Path, symbols: Sequence[str], flags: Sequence[str], instead: str
+) -> tuple[ctypes.CDLL | None, str]:
+    """The library of a source file and the headers beside it, from the cache or made anew.
+
+    Args:
+      symbols: what it must have.
+      flags: for the compiler, beside FLAGS.
+      instead: what the log is to say where there can be no library.
+
+    Returns:
+      The library, and text that is another for every other source, compiler, processor and set of
+      flags; None and no text where there can be none.
+    """
+    told = os.environ.get("CXX") or "c++"
+    compiler = shlex.split(told)
+    found = shutil.which(compiler[0]) if compiler else None
+    if found is None:
+        log.info("no C++ compiler %r (CXX names another): %s", told, instead)
+        return None, ""
+    try:
+        with _one_at_a_time:
+            return library([found, *compiler[1:]], source, symbols, flags)
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip()
+        reason = said.splitlines()[0] if said else str(error)
+        log.info("%s failed (%s; CXX names another): %s", found, reason, instead)
+        return None, ""
+
+
+def library(
+    compiler: Sequence[str], source: pathlib.Path, symbols: Sequence[str], flags: Sequence[str]
+) -> tuple[ctypes.CDLL, str]:
+    """What `load` returns, by this compiler.
+
+    Raises:
+      OSError, subprocess.SubprocessError: it cannot be compiled or loaded.
+    """
+
+    def run(*arguments: str) -> bytes:
+        command = [*compiler, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, timeout=LONGEST).stdout
+
+    # The compiler's version and all that -march=native stands for here.
+    machine = run("-march=native", "-dM", "-E", "-x", "c++", os.devnull)
+    told = "\0".join((*compiler, *FLAGS, *flags))
+    text = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
+    suffix = hashlib.sha256(text + machine + told.encode()).hexdigest()[:16]
+    folder, name = _kept(), f"{source.stem}-{suffix}"
+    for path in folder.glob(f"{name}-*.so") if folder else ():
+        with contextlib.suppress(OSError):
+            if path.stem.rpartition("-")[2] == _digest(path):
+                return _loaded(path, symbols), suffix
+            path.unlink()  # damaged
+    with tempfile.TemporaryDirectory() as scratch:
+        made = pathlib.Path(scratch) / f"{name}.so"
+        run(*FLAGS, *flags, str(source), "-o", str(made))
+        loaded = _loaded(made, symbols)
+        if folder:
+            path = folder / f"{name}-{_digest(made)}.so"
+            with contextlib.suppress(OSError), files.whole(path) as partial:
+                shutil.copyfile(made, partial)
+        return loaded, suffix
+
+
+def _loaded(path: pathlib.Path, symbols: Sequence[str]) -> ctypes.CDLL:
+    found = ctypes.CDLL(str(path.resolve()))
+    missing = [symbol for symbol in symbols if not hasattr(found, symbol)]
+    if missing:
+        raise OSError(f"{path} has no {missing[0]}")
+    return found
+
+
+def _kept() -> pathlib.Path | None:
+    """Where libraries are kept, if they are."""
+    told = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
+    if not told or "://" in told:
+        return None
+    folder = pathlib.Path(told)
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _digest(path: pathlib.Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

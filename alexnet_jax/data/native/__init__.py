@@ -1,0 +1,92 @@
+"""What workers do to bytes and pixels, in C++: the interpreter is free for others meanwhile.
+
+To be called where `available`; `data.images` does the same without, to the bit.
+"""
+
+import ctypes
+import functools
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from alexnet_jax import compiled
+
+SOURCE = pathlib.Path(__file__).parent / "images.cc"
+# Two roundings made one would be other results than numpy's.
+FLAGS = ("-ffp-contract=off",)
+_POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
+ARGUMENTS = {
+    "count": [ctypes.c_char_p, _NUMBER, ctypes.c_char_p, _NUMBER],
+    "copy": [*[_POINTER, _NUMBER] * 2, *[_NUMBER] * 3],
+    "shrink": [_POINTER, *[_NUMBER] * 9, _POINTER, _NUMBER],
+}
+
+
+def available() -> bool:
+    """Whether a library could be compiled."""
+    return _library() is not None
+
+
+def count(data: bytes, pattern: bytes) -> int:
+    """How often `pattern` is found in the data."""
+    return _library().count(data, len(data), pattern, len(pattern))
+
+
+def copy(window: np.ndarray, mirror: bool, out: np.ndarray) -> None:
+    """Write a window into `out`, with left and right in each other's place if `mirror`.
+
+    Args:
+      window, out: (rows, columns, 3) uint8 whose pixels lie side by side; rows need not.
+
+    Raises:
+      ValueError: they are of two shapes, or no such arrays.
+    """
+    rows, columns, _ = _checked(window).shape
+    if _checked(out).shape != window.shape:
+        raise ValueError(f"{window.shape} does not fit into {out.shape}")
+    places = (window.ctypes.data, window.strides[0], out.ctypes.data, out.strides[0])
+    _library().copy(*places, rows, columns, int(mirror))
+
+
+def shrink(
+    image: np.ndarray, outputs: tuple[int, int], first: tuple[int, int], mirror: bool,
+    out: np.ndarray,
+) -> None:  # fmt: skip
+    """Write into `out` a window of the image made smaller by the area filter.
+
+    Args:
+      image: (h, w, 3) uint8 whose pixels lie side by side.
+      outputs: (h', w') of the whole, at most (h, w).
+      first: top and left of the window in it.
+      mirror: whether left and right change places.
+      out: (s, s, 3) uint8, likewise.
+
+    Raises:
+      ValueError: the window is not all in the image, or these are no such arrays.
+    """
+    side, (height, width, _) = len(_checked(out)), _checked(image).shape
+    inside = all(0 <= begin <= whole - side for begin, whole in zip(first, outputs))
+    smaller = outputs[0] <= height and outputs[1] <= width
+    if not inside or not smaller or out.shape[1] != side:
+        raise ValueError(f"{out.shape} at {first} is no window of {image.shape} made {outputs}")
+    place = (out.ctypes.data, out.strides[0])
+    size = (height, width, *outputs, *first, side, int(mirror))
+    _library().shrink(image.ctypes.data, image.strides[0], *size, *place)
+
+
+def _checked(array: np.ndarray) -> np.ndarray:
+    if array.dtype != np.uint8 or array.shape[2:] != (3,) or array.strides[1:] != (3, 1):
+        raise ValueError(f"{array.shape} {array.dtype} are no rows of three bytes a pixel")
+    return array
+
+
+@functools.cache
+def _library() -> Any:
+    library, _ = compiled.load(
+        SOURCE, tuple(ARGUMENTS), FLAGS, "images are cropped by slower means"
+    )
+    for name, types in ARGUMENTS.items() if library else ():
+        function = getattr(library, name)
+        function.argtypes, function.restype = types, _NUMBER if name == "count" else None
+    return library

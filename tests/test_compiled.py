@@ -1,0 +1,102 @@
+"""How C++ is compiled, kept and done without."""
+
+import logging
+import os
+import pathlib
+import shutil
+import subprocess
+
+import pytest
+
+from alexnet_jax import compiled
+
+COMPILER = [os.environ.get("CXX") or "c++"]
+needs_compiler = pytest.mark.skipif(not shutil.which(COMPILER[0]), reason="no C++ compiler")
+
+
+@pytest.fixture
+def source(tmp_path: pathlib.Path) -> pathlib.Path:
+    """What returns a number of a header's."""
+    (tmp_path / "number.h").write_text("enum { kNumber = 42 };")
+    path = tmp_path / "number.cc"
+    path.write_text('#include "number.h"\nextern "C" int number() { return kNumber; }')
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    """Where libraries are kept, with a space in its name."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "com piled"))
+    return tmp_path / "com piled"
+
+
+@needs_compiler
+def test_a_library_is_made_once_and_anew_when_damaged(folder, source):
+    found, suffix = compiled.library(COMPILER, source, ["number"], [])
+    assert found.number() == 42
+    (path,) = folder.iterdir()
+    assert suffix in path.name
+    whole, made = path.read_bytes(), path.stat().st_mtime_ns
+    compiled.library(COMPILER, source, ["number"], [])
+    assert path.stat().st_mtime_ns == made
+    for damaged in (whole[:1000], whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:], b""):
+        path.unlink()  # what is mapped already stays as it is
+        path.write_bytes(damaged)
+        found, _ = compiled.library(COMPILER, source, ["number"], [])
+        assert found.number() == 42
+        assert [other.read_bytes() for other in folder.iterdir()] == [whole]
+
+
+@needs_compiler
+def test_what_could_change_a_library_makes_another(folder, source, tmp_path):
+    """gcc and g++ are alike in all but their names."""
+    link = tmp_path / "link"
+    link.symlink_to(shutil.which(COMPILER[0]))
+    suffixes = [
+        compiled.library(COMPILER, source, ["number"], [])[1],
+        compiled.library([str(link)], source, ["number"], [])[1],
+        compiled.library(COMPILER, source, ["number"], ["-ffp-contract=off"])[1],
+    ]
+    (tmp_path / "number.h").write_text("enum { kNumber = 43 };")
+    found, suffix = compiled.library(COMPILER, source, ["number"], [])
+    assert found.number() == 43
+    assert len({*suffixes, suffix}) == 4
+    assert len([*folder.iterdir()]) == 4
+
+
+@needs_compiler
+def test_a_library_that_lacks_what_it_must_have_is_none_and_not_kept(folder, source):
+    with pytest.raises(OSError, match="has no letter"):
+        compiled.library(COMPILER, source, ["number", "letter"], [])
+    assert not [*folder.iterdir()]
+
+
+@needs_compiler
+def test_a_folder_that_cannot_be_written_is_done_without(folder, source):
+    folder.write_text("a file is in the way")
+    found, _ = compiled.library(COMPILER, source, ["number"], [])
+    assert found.number() == 42
+
+
+@needs_compiler
+def test_an_error_in_the_source_is_said_and_is_no_failure(source, folder, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("alexnet_jax"), "propagate", True)
+    caplog.set_level(logging.INFO)
+    source.write_text("int number( {")
+    assert compiled.load(source, ["number"], [], "fingers are used") == (None, "")
+    assert "number.cc:1" in caplog.text
+    assert "fingers are used" in caplog.text
+    with pytest.raises(subprocess.CalledProcessError):
+        compiled.library(COMPILER, source, ["number"], [])
+
+
+@pytest.mark.parametrize("compiler", ["false", "no-such-compiler", "false -with arguments"])
+def test_without_a_compiler_that_works_the_log_says_what_is_done(
+    compiler, source, monkeypatch, caplog
+):
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setattr(logging.getLogger("alexnet_jax"), "propagate", True)
+    caplog.set_level(logging.INFO)
+    assert compiled.load(source, ["number"], [], "fingers are used") == (None, "")
+    assert "fingers are used" in caplog.text
+    assert "CXX" in caplog.text
