@@ -101,22 +101,23 @@ def _stages(source: Source, statistics: Statistics, config: Config, mesh: Mesh) 
     indices = stream.examples_at(config.seed, 0, count, len(source))
     batch = np.empty((count, size, size, 3), np.uint8)
     clock = [time.perf_counter()]
-    examples = [source.read(int(index)) for index in indices]
-    clock.append(time.perf_counter())
     draws = augment.draw(config.seed, 0, count, stored - size, data)
-    pixels = [
-        images.decode(example.data, example.name) for example, mirror in zip(examples, draws.mirror)
-    ]
-    clock.append(time.perf_counter())
     augment.colour_shift(draws.colour, statistics, data.colour_noise)
-    for image, offset, mirror, out in zip(pixels, draws.offset, draws.mirror, batch):
-        images.crop(image, stored, offset, mirror, out)
     clock.append(time.perf_counter())
+    for index, offset, mirror, out in zip(indices, draws.offset, draws.mirror, batch):
+        example = source.read(int(index))
+        clock.append(time.perf_counter())
+        image = images.decode(example.data, example.name, fleeting=True)
+        clock.append(time.perf_counter())
+        images.crop(image, stored, offset, mirror, out)
+        clock.append(time.perf_counter())
     shares = mesh.shape["data"]
     jax.block_until_ready(put_batch({"image": batch[: count // shares * shares]}, mesh))
     clock.append(time.perf_counter())
     times = np.diff(clock) / count * 1e6
-    return dict(zip(("read", "decode", "augment", "copy"), times.tolist()))
+    read, decode, crop = times[1:-1].reshape(count, 3).sum(0)
+    stages = {"read": read, "decode": decode, "augment": times[0] + crop, "copy": times[-1]}
+    return {name: float(microseconds) for name, microseconds in stages.items()}
 
 
 def make_advance(

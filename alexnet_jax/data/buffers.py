@@ -3,14 +3,19 @@
 Fresh memory costs as much as what is written into it, so all of it is used again.
 """
 
+import functools
+import itertools
 import mmap
 import os
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 
 import numpy as np
 
+LENT = 3  # batches at once: one arrives, one is sent to the devices, one is there
+HELD = -1
 _WORD = np.dtype(np.int64)
 
 
@@ -31,7 +36,9 @@ class Images:
         with self.lock:
             if step not in self.making:
                 memory = self.free.pop() if self.free else np.empty(self.shape, np.uint8)
-                self.making[step] = np.asarray(_Lent(memory, self.free))
+                self.making[step] = np.asarray(
+                    _Lent(memory, functools.partial(self.free.append, memory))
+                )
             return self.making[step]
 
     def take(self, step: int) -> np.ndarray:
@@ -44,27 +51,30 @@ class Images:
 class _Lent:
     """What an array and all views of it hold on to; it gives their memory back when they go."""
 
-    def __init__(self, memory: np.ndarray, owner: list[np.ndarray]):
-        self.memory, self.owner = memory, owner
+    def __init__(self, memory: np.ndarray, give_back: Callable[[], object]):
+        self.memory, self.give_back = memory, give_back
         self.__array_interface__ = memory.__array_interface__
 
     def __del__(self):
-        self.owner.append(self.memory)
+        self.give_back()
 
 
 class Slots:
-    """Memory shared with the processes this is sent to, in slots that pieces take in turn.
+    """Memory shared with the processes this is sent to, in slots that batches take in turn.
 
-    Piece n is written into slot n % count by one process, once `done` says that the piece which
-    had the slot before was copied out of it, and copied out by the one that made this, in order.
+    Batch n is written, its rows by several processes, into the slot that is its; batches get slots
+    in order, as these get free. The one that made this takes the batches. Up to LENT of them stay
+    in their slots until nobody holds them any more; where more are held, one is copied.
     Not in /dev/shm, which is small in containers, and where too much is a crash.
     """
 
-    def __init__(self, count: int, shape: tuple[int, ...], path: str = ""):
-        self.count, self.shape = count, shape
-        size = _WORD.itemsize + count * int(np.prod(shape))
-        self.descriptor = -1
-        if not path:
+    def __init__(self, ahead: int, shape: tuple[int, ...], path: str = ""):
+        """For `ahead` batches in the making; `path` is that of memory that is there already."""
+        self.ahead, self.shape, count = ahead, shape, ahead + LENT
+        words = -(-(count + 1) // 8) * 8  # what is behind them begins at a multiple of 64 bytes
+        size = words * _WORD.itemsize + count * int(np.prod(shape))
+        self.descriptor, made = -1, not path
+        if made:
             if hasattr(os, "memfd_create"):  # Linux
                 self.descriptor = os.memfd_create("alexnet_jax")
                 path = f"/proc/{os.getpid()}/fd/{self.descriptor}"
@@ -74,27 +84,41 @@ class Slots:
         self.path = path
         with open(path, "r+b") as file:
             memory = mmap.mmap(file.fileno(), size)
-        self.done = np.frombuffer(memory, _WORD, 1)  # pieces that were copied
-        self.memory = np.frombuffer(memory, np.uint8, offset=_WORD.itemsize)
+        self.closed, self.owner = np.split(np.frombuffer(memory, _WORD, 1 + count), [1])
+        self.memory = np.frombuffer(memory, np.uint8, offset=words * _WORD.itemsize)
         self.memory = self.memory.reshape(count, *shape)
+        if made:
+            self.owner[:] = range(count)  # the batch of each slot, or HELD
+            self.coming = itertools.count(count)
 
     def __reduce__(self):
-        return Slots, (self.count, self.shape, self.path)
+        return Slots, (self.ahead, self.shape, self.path)
 
-    def free(self, number: int) -> np.ndarray:
-        """The slot of a piece, waited for; for the process that writes it."""
-        while self.done[0] + self.count <= number:
+    def __call__(self, number: int) -> np.ndarray:
+        """The slot of a batch, waited for; for the processes that write it."""
+        while not self.closed[0]:
+            found = np.flatnonzero(self.owner == number)
+            if len(found):
+                return self.memory[found[0]]
             time.sleep(0.0005)
-        return self.memory[number % self.count]
+        return np.empty(self.shape, np.uint8)  # for nobody
 
-    def copy(self, number: int, out: np.ndarray) -> None:
-        """A written piece, whose slot is free afterwards; pieces are to be copied in order."""
-        out[:] = self.memory[number % self.count][: len(out)]
-        self.done[0] = number + 1
+    def take(self, number: int) -> np.ndarray:
+        """A batch that is written; batches are to be taken in order."""
+        slot = int(np.flatnonzero(self.owner == number)[0])
+        if np.count_nonzero(self.owner == HELD) == LENT:
+            copy = self.memory[slot].copy()
+            self._give_back(slot)
+            return copy
+        self.owner[slot] = HELD
+        return np.asarray(_Lent(self.memory[slot], functools.partial(self._give_back, slot)))
+
+    def _give_back(self, slot: int) -> None:
+        self.owner[slot] = next(self.coming)
 
     def close(self) -> None:
-        """Nobody waits any more."""
-        self.done[0] = np.iinfo(_WORD).max // 2
+        """Nobody waits any more. What is held stays."""
+        self.closed[0] = 1
         os.close(self.descriptor)
         if not self.path.startswith("/proc/"):
             os.unlink(self.path)

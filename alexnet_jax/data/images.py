@@ -1,8 +1,9 @@
 """Bytes -> checked RGB -> square. What is not an image raises; nothing is guessed."""
 
+import contextlib
 import functools
 import io
-import math
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ MAX_SCANS = 100  # of a JPEG: each may be a few bytes and take as long as a pict
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 # What libjpeg warns of though every pixel is there; its other warnings are of lost data.
 HARMLESS = ("extraneous bytes before marker 0xd9", "unknown JFIF revision")
+WARM = 2**22  # bytes; what caches do not hold is no faster for being used again
+_own = threading.local()
 _SCAN, _EXIF = b"\xff\xda\0", b"Exif\0\0"
 
 
@@ -37,7 +40,7 @@ def printable(text: str) -> str:
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
-def decode(data: bytes | np.ndarray, name: str) -> np.ndarray:
+def decode(data: bytes | np.ndarray, name: str, fleeting: bool = False) -> np.ndarray:
     """The RGB pixels of an image file's bytes; pixels pass as they are.
 
     JPEGs are decoded whole or not at all; greyscale, CMYK, palette and other modes become RGB;
@@ -46,6 +49,8 @@ def decode(data: bytes | np.ndarray, name: str) -> np.ndarray:
 
     Args:
       data, name: of an `Example`.
+      fleeting: whether the pixels are not needed any more when this thread decodes again. Then they
+        may lie where the next ones will, in memory that is warm.
 
     Returns:
       (h, w, 3) uint8.
@@ -57,7 +62,7 @@ def decode(data: bytes | np.ndarray, name: str) -> np.ndarray:
         return data
     try:
         if data[:3] == b"\xff\xd8\xff":
-            pixels = _strictly_decoded(data, name)
+            pixels = _strictly_decoded(data, name, fleeting)
             if pixels is not None:
                 return pixels
         with _opened(data) as image:
@@ -103,19 +108,29 @@ def _opened(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
 
 
-def _strictly_decoded(data: bytes, name: str) -> np.ndarray | None:
+def _strictly_decoded(data: bytes, name: str, fleeting: bool) -> np.ndarray | None:
     """A JPEG's RGB pixels; None where it is whole but Pillow has to read it.
 
     Raises ValueError where data is lost, which Pillow would fill in.
     """
-    scans = native.count(data, _SCAN) if native.available() else data.count(_SCAN)
+    scans, odd = native.look(data) if native.available() else _look(data)
     if scans > MAX_SCANS:
         raise ImageError(f"{name}: has {scans} scans; at most {MAX_SCANS} are read")
+    if fleeting and not odd:
+        if not hasattr(_own, "memory"):
+            memory = np.empty(WARM + 32, np.uint8)
+            # Pixels that begin at a multiple of 32 libjpeg-turbo writes past the caches.
+            _own.memory = memory[(16 - memory.ctypes.data) % 32 :]
+        with contextlib.suppress(ValueError):  # too large or damaged: see below
+            pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=_own.memory)
+            _check_size(pixels.shape[1], pixels.shape[0], name)
+            return pixels
     try:
         height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
         _check_size(width, height, name)
         if colour in ("Gray", "YCbCr", "RGB"):
-            return _upright(simplejpeg.decode_jpeg(data, colorspace="RGB"), data)
+            pixels = simplejpeg.decode_jpeg(data, colorspace="RGB")
+            return _upright(pixels, data) if odd else pixels
         simplejpeg.decode_jpeg(data, colorspace="CMYK")
     except ValueError as error:
         if not any(words in str(error) for words in HARMLESS):
@@ -123,28 +138,30 @@ def _strictly_decoded(data: bytes, name: str) -> np.ndarray | None:
     return None
 
 
-def _upright(pixels: np.ndarray, data: bytes) -> np.ndarray:
-    """A JPEG's pixels turned as its EXIF orientation says."""
-    if not _may_be_turned(data):
-        return pixels
-    with _opened(data) as header:
-        orientation = header.getexif().get(ExifTags.Base.Orientation, 1)
-    photo = Image.fromarray(pixels)
-    photo.getexif()[ExifTags.Base.Orientation] = orientation
-    return np.asarray(ImageOps.exif_transpose(photo))
-
-
-def _may_be_turned(data: bytes) -> bool:
-    """Whether EXIF is among a JPEG's segments before its first scan, or they cannot be followed."""
-    place = 2
+def _look(data: bytes) -> tuple[int, bool]:
+    """A JPEG's scans, and whether there may be EXIF or not one or three channels."""
+    place, channels = 2, 0
     while place + 10 <= len(data):
         sign, kind = data[place : place + 2]
         if sign != 0xFF or kind < 0xC0 or kind == 0xFF or data[place + 4 : place + 10] == _EXIF:
-            return True
+            break
         if kind == 0xDA:
-            return False
+            return data.count(_SCAN), channels not in (1, 3)
+        if kind in (0xC0, 0xC1, 0xC2):  # the frame
+            channels = data[place + 9]
         place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    return True
+    return data.count(_SCAN), True
+
+
+def _upright(pixels: np.ndarray, data: bytes) -> np.ndarray:
+    """A JPEG's pixels turned as its EXIF orientation says."""
+    with _opened(data) as header:
+        orientation = header.getexif().get(ExifTags.Base.Orientation, 1)
+    if orientation not in range(2, 9):  # it stands, or nobody knows how
+        return pixels
+    photo = Image.fromarray(pixels)
+    photo.getexif()[ExifTags.Base.Orientation] = orientation
+    return np.asarray(ImageOps.exif_transpose(photo))
 
 
 def _check_size(width: Any, height: Any, name: str) -> None:
@@ -185,17 +202,13 @@ def crop(
     shorter, side = min(height, width), len(out)
     tall, wide = (max(size, round(length * size / shorter)) for length in (height, width))
     top, left = (tall - size) // 2 + int(offset[0]), (wide - size) // 2 + int(offset[1])
-    if shorter > size:
-        if native.available():
-            image = np.ascontiguousarray(image)
-            native.shrink(image, (tall, wide), (top, left), mirror, out)
-            return
-        window = _shrunk(image, (tall, wide), (top, left), side)
-    else:
-        if shorter < size:
-            larger = Image.fromarray(image).resize((wide, tall), Image.Resampling.BICUBIC)
-            image = np.asarray(larger)
+    if shorter == size:
         window = image[top : top + side, left : left + side]
+    elif native.available():
+        native.resize(np.ascontiguousarray(image), (tall, wide), (top, left), mirror, out)
+        return
+    else:
+        window = _resized(image, (tall, wide), (top, left), side)
     if native.available() and window.strides[1:] == (3, 1):
         native.copy(window, mirror, out)
     elif mirror:  # numpy is slow at moving three bytes and quick at moving every third
@@ -205,41 +218,57 @@ def crop(
         out[:] = window
 
 
-def _shrunk(
+def _resized(
     image: np.ndarray, outputs: tuple[int, int], first: tuple[int, int], side: int
 ) -> np.ndarray:
-    """(side, side, 3) uint8 from `first` on of the image shrunk to `outputs` by the area filter."""
-    rows, down = _area(image.shape[0], outputs[0], first[0], side, 1)
-    columns, across = _area(image.shape[1], outputs[1], first[1], side, 3)
+    """(side, side, 3) uint8 from `first` on of the image made `outputs`."""
+    rows, down = _filter(image.shape[0], outputs[0], first[0], side, 1)
+    columns, across = _filter(image.shape[1], outputs[1], first[1], side, 3)
     region = image[rows, columns].astype(np.float32)
     lines = down @ region.reshape(len(region), -1)  # (side, columns * 3)
     turned = across @ lines.T  # (side * 3, side)
-    return np.rint(turned).astype(np.uint8).reshape(side, 3, side).transpose(2, 0, 1)
+    turned = np.rint(np.clip(turned, 0, 255)).astype(np.uint8)
+    return turned.reshape(side, 3, side).transpose(2, 0, 1)
 
 
 @functools.lru_cache(maxsize=4096)
-def _area(
+def _filter(
     inputs: int, outputs: int, first: int, count: int, channels: int
 ) -> tuple[slice, scipy.sparse.csr_array]:
-    """The area filter from `inputs` pixels to `outputs`, for `count` of these from `first` on.
+    """From `inputs` pixels to `outputs`, for `count` of these from `first` on.
 
     Returns:
-      The input pixels it reads, and for these its weights, (count * channels, pixels * channels)
+      The input pixels it reads, and for these its shares, (count * channels, pixels * channels)
       float32; channels lie beside each other.
     """
-    scale = inputs / outputs
-    edges = np.arange(first, first + count + 1) * scale
-    starts, ends = edges[:-1, None], np.minimum(edges[1:, None], inputs)
-    low, high = int(edges[0]), min(math.ceil(edges[-1]), inputs)
-    pixels = starts.astype(np.int64) + np.arange(int(scale) + 2)  # (count, taps)
-    covered = np.minimum(ends, pixels + 1) - np.maximum(starts, pixels)
-    covered = np.maximum(covered, 0)
-    weights = (covered / scale).astype(np.float32)
-    places = np.minimum(pixels, high - 1) - low  # where clipped, the weight is 0
+    pixels, shares = (_areas if outputs <= inputs else _cubics)(inputs, outputs, first, count)
+    low, high = int(pixels[0, 0]), min(int(pixels[-1, -1]) + 1, inputs)
+    places = np.minimum(pixels, high - 1) - low  # where clipped, the share is 0
     channel = np.arange(channels)[:, None]
     indices = places[:, None] * channels + channel  # (count, channels, taps)
-    data = np.broadcast_to(weights[:, None], indices.shape)
+    data = np.broadcast_to(shares.astype(np.float32)[:, None], indices.shape)
     ends_of_rows = np.arange(count * channels + 1) * pixels.shape[1]
     shape = (count * channels, (high - low) * channels)
     csr = scipy.sparse.csr_array((data.ravel(), indices.ravel(), ends_of_rows), shape=shape)
     return slice(low, high), csr
+
+
+def _areas(inputs: int, outputs: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Input pixels under each output pixel and their shares of its area, (count, taps) each."""
+    scale = inputs / outputs
+    edges = np.arange(first, first + count + 1) * scale
+    begin, end = edges[:-1, None], np.minimum(edges[1:, None], inputs)
+    pixels = begin.astype(np.int64) + np.arange(int(scale) + 2)
+    covered = np.minimum(end, pixels + 1) - np.maximum(begin, pixels)
+    return pixels, np.maximum(covered, 0) / scale
+
+
+def _cubics(inputs: int, outputs: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same for Keys's cubic of -1/2, which is cut at the edges, its shares made one again."""
+    centre = (np.arange(first, first + count)[:, None] + 0.5) * (inputs / outputs)
+    pixels = np.maximum(centre - 1.5, 0).astype(np.int64) + np.arange(5)
+    far = abs(pixels + 0.5 - centre)
+    near = (1.5 * far - 2.5) * far * far + 1
+    beyond = (((far - 5) * far + 8) * far - 4) * -0.5
+    shares = np.where(far < 1, near, np.where(far < 2, beyond, 0)) * (pixels < inputs)
+    return pixels, shares / np.cumsum(shares, axis=1)[:, -1:]  # one by one, as C++ adds them

@@ -3,12 +3,11 @@
 The stream is the concatenation of epoch permutations, and a batch is a stretch of it: batch n
 holds positions [n * B, (n + 1) * B) whatever the machine. An element of the Grain pipeline is a
 piece of a batch, not a record, so that its overhead is paid once for many; and its pixels do not
-go through Grain: threads write them into the batch itself, processes into memory they share.
+go through Grain: threads and processes write them into the batch itself.
 """
 
 import contextlib
 import functools
-import itertools
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import NamedTuple
@@ -144,7 +143,7 @@ def _read(
 ) -> int:
     """Write a crop of an example's stored square into `out`; its label."""
     example = source.read(index)
-    pixels = images.decode(example.data, example.name)
+    pixels = images.decode(example.data, example.name, fleeting=True)
     images.crop(pixels, stored, offset, mirror, out)
     return example.label
 
@@ -196,26 +195,21 @@ def _by_threads(
 def _by_processes(
     read: ReadPiece, pieces: list[range], side: int, steps: range, count: int, ahead: int
 ) -> Iterator[MadeBatches]:
-    """Batches whose pieces are written into shared memory by processes, and copied from there."""
+    """Batches whose pieces are written into memory they share by processes."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads its own flags and insists
     native.available()  # compiled here, once, before many ask for it
     places, size = _places(pieces), sum(map(len, pieces))
-    made = buffers.Images((size, side, side, 3))
-    slots = buffers.Slots(max(ahead, 2 * count), (max(map(len, pieces)), side, side, 3))
+    slots = buffers.Slots(-(-max(ahead, 2 * count) // len(pieces)), (size, side, side, 3))
 
     def element(number: int) -> Batch:
-        step, piece = steps[number // len(pieces)], pieces[number % len(pieces)]
-        return read(step, piece, slots.free(number)[: len(piece)])
+        turn, place = divmod(number, len(pieces))
+        return read(steps[turn], pieces[place], slots(turn)[places[place]])
 
     def batches(arriving: Iterator[Batch]) -> MadeBatches:
-        numbers = itertools.count()
-        for step in steps:
-            image, parts = made(step), []
-            for place in places:
-                parts.append(next(arriving))
-                slots.copy(next(numbers), image[place])
-            yield made.take(step), parts
+        for turn in range(len(steps)):
+            parts = [next(arriving) for _ in pieces]
+            yield slots.take(turn), parts
 
     elements = grain.MapDataset.range(len(steps) * len(pieces)).map(element)
     one_by_one = elements.to_iter_dataset(grain.ReadOptions(num_threads=0))

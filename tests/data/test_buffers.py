@@ -4,8 +4,6 @@ import gc
 import multiprocessing
 import threading
 
-import numpy as np
-
 from alexnet_jax.data import buffers
 
 
@@ -31,47 +29,73 @@ def test_a_view_of_a_batch_keeps_its_memory():
     assert (view == 7).all()
 
 
-def write(slots: buffers.Slots, numbers: list[int], written) -> None:
+def write(slots: buffers.Slots, row: int, numbers: list[int], written) -> None:
     for number in numbers:
-        slots.free(number)[:] = number
+        slots(number)[row] = number
         written.put(number)
 
 
-def test_pieces_of_other_processes_arrive_whole_and_in_order():
-    slots = buffers.Slots(3, (5, 2))
+def test_batches_of_other_processes_arrive_whole_and_in_order():
+    """Each of two processes writes a row of every batch."""
+    slots = buffers.Slots(2, (2, 1000))
     context = multiprocessing.get_context("spawn")
     queues = [context.Queue(), context.Queue()]
     writers = [
-        context.Process(target=write, args=(slots, list(range(first, 20, 2)), queues[first]))
-        for first in (0, 1)
+        context.Process(target=write, args=(slots, row, list(range(30)), queues[row]))
+        for row in (0, 1)
     ]
     for writer in writers:
         writer.start()
-    out = np.full((5, 2), 99, np.uint8)
-    for number in range(20):
-        assert queues[number % 2].get(timeout=30) == number
-        slots.copy(number, out)
-        assert (out == number).all()
+    held = {}
+    for number in range(30):
+        for queue in queues:
+            assert queue.get(timeout=30) == number
+        batch = slots.take(number)
+        assert (batch == number).all()
+        if number % 7 < 2:  # some are held for long, more than may be lent
+            held[number] = batch[:, ::-1]
+    for number, view in held.items():
+        assert (view == number).all()
     for writer in writers:
         writer.join()
         assert writer.exitcode == 0
     slots.close()
 
 
-def test_a_slot_is_waited_for_until_its_piece_was_copied():
-    slots = buffers.Slots(2, (1,))
+def test_a_batch_in_nobodys_hands_gives_its_slot_to_the_next_that_has_none():
+    slots = buffers.Slots(1, (1,))
+    last = 1 + buffers.LENT  # the first that has no slot
     found = []
-    waiter = threading.Thread(target=lambda: found.append(slots.free(2)))
+    waiter = threading.Thread(target=lambda: found.append(slots(last)))
     waiter.start()
+    batch = slots.take(0)
+    place = batch.ctypes.data
     waiter.join(0.1)
     assert waiter.is_alive()
-    slots.copy(0, np.zeros(1, np.uint8))
+    del batch
+    gc.collect()
     waiter.join(5)
-    assert len(found) == 1
+    assert [array.ctypes.data for array in found] == [place]
     slots.close()
 
 
-def test_nobody_waits_for_what_is_closed():
-    slots = buffers.Slots(2, (1,))
+def test_however_many_batches_are_held_there_is_one_to_write():
+    slots = buffers.Slots(1, (4,))
+    held = []
+    for number in range(10):
+        slots(number)[:] = number
+        held.append(slots.take(number))
+    assert [batch.tolist() for batch in held] == [[number] * 4 for number in range(10)]
     slots.close()
-    assert slots.free(1000).shape == (1,)
+
+
+def test_what_is_held_stays_when_all_else_is_closed():
+    slots = buffers.Slots(1, (4,))
+    slots(0)[:] = 5
+    held = slots.take(0)
+    slots.close()
+    slots(1000)[:] = 6  # nobody waits any more
+    slots(0)[:] = 6
+    del slots
+    gc.collect()
+    assert (held == 5).all()

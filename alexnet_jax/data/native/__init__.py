@@ -1,4 +1,4 @@
-"""What workers do to bytes and pixels, in C++: the interpreter is free for others meanwhile.
+"""What workers do to bytes and pixels, in C++.
 
 To be called where `available`; `data.images` does the same without, to the bit.
 """
@@ -6,7 +6,7 @@ To be called where `available`; `data.images` does the same without, to the bit.
 import ctypes
 import functools
 import pathlib
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 
@@ -15,22 +15,25 @@ from alexnet_jax import compiled
 SOURCE = pathlib.Path(__file__).parent / "images.cc"
 # Two roundings made one would be other results than numpy's.
 FLAGS = ("-ffp-contract=off",)
+# The others hold the interpreter: to get it back would take longer than they do.
+SLOW = ("resize",)
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 ARGUMENTS = {
-    "count": [ctypes.c_char_p, _NUMBER, ctypes.c_char_p, _NUMBER],
+    "look": [ctypes.c_char_p, _NUMBER],
     "copy": [*[_POINTER, _NUMBER] * 2, *[_NUMBER] * 3],
-    "shrink": [_POINTER, *[_NUMBER] * 9, _POINTER, _NUMBER],
+    "resize": [_POINTER, *[_NUMBER] * 9, _POINTER, _NUMBER],
 }
 
 
 def available() -> bool:
     """Whether a library could be compiled."""
-    return _library() is not None
+    return bool(_functions())
 
 
-def count(data: bytes, pattern: bytes) -> int:
-    """How often `pattern` is found in the data."""
-    return _library().count(data, len(data), pattern, len(pattern))
+def look(data: bytes) -> tuple[int, bool]:
+    """A JPEG's scans, and whether there may be EXIF or not one or three channels."""
+    found = _functions()["look"](data, len(data))
+    return found >> 1, bool(found & 1)
 
 
 def copy(window: np.ndarray, mirror: bool, out: np.ndarray) -> None:
@@ -46,18 +49,18 @@ def copy(window: np.ndarray, mirror: bool, out: np.ndarray) -> None:
     if _checked(out).shape != window.shape:
         raise ValueError(f"{window.shape} does not fit into {out.shape}")
     places = (window.ctypes.data, window.strides[0], out.ctypes.data, out.strides[0])
-    _library().copy(*places, rows, columns, int(mirror))
+    _functions()["copy"](*places, rows, columns, int(mirror))
 
 
-def shrink(
+def resize(
     image: np.ndarray, outputs: tuple[int, int], first: tuple[int, int], mirror: bool,
     out: np.ndarray,
 ) -> None:  # fmt: skip
-    """Write into `out` a window of the image made smaller by the area filter.
+    """Write into `out` a window of the image made smaller or larger, as `data.images.crop` does.
 
     Args:
       image: (h, w, 3) uint8 whose pixels lie side by side.
-      outputs: (h', w') of the whole, at most (h, w).
+      outputs: (h', w') of the whole.
       first: top and left of the window in it.
       mirror: whether left and right change places.
       out: (s, s, 3) uint8, likewise.
@@ -67,12 +70,11 @@ def shrink(
     """
     side, (height, width, _) = len(_checked(out)), _checked(image).shape
     inside = all(0 <= begin <= whole - side for begin, whole in zip(first, outputs))
-    smaller = outputs[0] <= height and outputs[1] <= width
-    if not inside or not smaller or out.shape[1] != side:
+    if not inside or out.shape[1] != side:
         raise ValueError(f"{out.shape} at {first} is no window of {image.shape} made {outputs}")
     place = (out.ctypes.data, out.strides[0])
     size = (height, width, *outputs, *first, side, int(mirror))
-    _library().shrink(image.ctypes.data, image.strides[0], *size, *place)
+    _functions()["resize"](image.ctypes.data, image.strides[0], *size, *place)
 
 
 def _checked(array: np.ndarray) -> np.ndarray:
@@ -82,11 +84,12 @@ def _checked(array: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def _library() -> Any:
-    library, _ = compiled.load(
-        SOURCE, tuple(ARGUMENTS), FLAGS, "images are cropped by slower means"
-    )
-    for name, types in ARGUMENTS.items() if library else ():
-        function = getattr(library, name)
-        function.argtypes, function.restype = types, _NUMBER if name == "count" else None
-    return library
+def _functions() -> dict[str, Callable[..., int]]:
+    """By name; none where there can be no library."""
+    library, _ = compiled.load(SOURCE, tuple(ARGUMENTS), FLAGS, "images are cropped more slowly")
+    found: dict[str, Callable[..., int]] = {}
+    if library:
+        for name, types in ARGUMENTS.items():
+            kind = ctypes.CFUNCTYPE if name in SLOW else ctypes.PYFUNCTYPE
+            found[name] = kind(_NUMBER, *types)((name, library))
+    return found
