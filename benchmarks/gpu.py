@@ -137,6 +137,9 @@ def measuring(out: pathlib.Path, work: pathlib.Path, tiny: bool) -> dict[str, Pa
         "ops-tf32": Part(
             "operations, TF32", 60, ["ops.py", *operations, *tf32, "--step"], measures=False
         ),
+        "forms": Part(
+            "ways to say an operation", 150, ["forms.py", *operations, *bf16], measures=False
+        ),
         "memory": Part("the peak of a step", 200, ["memory.py", *memory, *bf16], measures=False),
     }
 
