@@ -184,8 +184,9 @@ class Job:
 
     def at(self, place: str) -> None:
         """To be called at every turn of the work, once the first step is done: this rank lives."""
-        self.turn, self.place = self.turn + 1, place
-        self.moved[self.rank] = time.monotonic()
+        with self.changed:
+            self.turn, self.place = self.turn + 1, place
+            self.moved[self.rank] = time.monotonic()
 
     def stop(self, number: int) -> None:
         """Ask all ranks to stop together, for the signal `number`."""
@@ -296,8 +297,11 @@ class Job:
                 self._end(1, f"{verdict}; the same command goes on from the newest checkpoint")
 
     def _forgive(self, slept: float, now: float) -> None:
-        """The seconds for which this process did not run count against nobody."""
-        if slept <= 0:
+        """The seconds for which this process did not run count against nobody.
+
+        To be a little late is not to sleep: else, where that is usual, nothing would ever end.
+        """
+        if slept < BEAT / 2:
             return
         with self.changed:
             self.exchanged = min(self.exchanged + slept, now)

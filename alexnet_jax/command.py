@@ -53,9 +53,10 @@ def keep_compiled(cache_dir: str) -> None:
     Unless JAX_COMPILATION_CACHE_DIR says where. A folder that cannot be written is warned of.
     """
     told = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
-    folder = told or str(pathlib.Path(cache_dir).expanduser() / "compiled")
-    jax.config.update("jax_compilation_cache_dir", folder)
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", folder)
+    if told is None:
+        told = str(pathlib.Path(cache_dir).expanduser() / "compiled")
+        jax.config.update("jax_compilation_cache_dir", told)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = told
 
 
 def define_config(values: flags.FlagValues, argv: Sequence[str]) -> None:

@@ -1,10 +1,11 @@
 """Libraries of the package's C++, compiled where a C++ compiler is found.
 
 What is compiled is for this machine's processor, and kept where JAX_COMPILATION_CACHE_DIR says, as
-JAX's own programs are, if that is a folder. Where there is no compiler, or it fails, what would
-call a library has another way.
+JAX's own programs are, if that is a folder; if not, as long as this process lives, for it and those
+it starts. Where there is no compiler, or it fails, what would call a library has another way.
 """
 
+import atexit
 import contextlib
 import ctypes
 import hashlib
@@ -24,13 +25,15 @@ LONGEST = 300  # seconds, of a compiler
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared", "-w")
 
 log = logging.getLogger(__name__)
+KEPT = "ALEXNET_JAX_COMPILED"  # the folder, where JAX has none
 _one_at_a_time = threading.Lock()
+_found: dict[pathlib.Path, tuple[ctypes.CDLL | None, str]] = {}
 
 
 def load(
     source: pathlib.Path, symbols: Sequence[str], flags: Sequence[str], instead: str
 ) -> tuple[ctypes.CDLL | None, str]:
-    """The library of a source file and the headers beside it, from the cache or made anew.
+    """The library of a source file and the headers beside it, once for all who ask.
 
     Args:
       symbols: what it must have.
@@ -41,19 +44,27 @@ def load(
       The library, and text that is another for every other source, compiler, processor and set of
       flags; None and no text where there can be none.
     """
+    with _one_at_a_time:
+        if source not in _found:
+            _found[source] = _load(source, symbols, flags, instead)
+        return _found[source]
+
+
+def _load(
+    source: pathlib.Path, symbols: Sequence[str], flags: Sequence[str], instead: str
+) -> tuple[ctypes.CDLL | None, str]:
     told = os.environ.get("CXX") or "c++"
-    compiler = shlex.split(told)
-    found = shutil.which(compiler[0]) if compiler else None
-    if found is None:
-        log.info("no C++ compiler %r (CXX names another): %s", told, instead)
-        return None, ""
     try:
-        with _one_at_a_time:
-            return library([found, *compiler[1:]], source, symbols, flags)
-    except (OSError, subprocess.SubprocessError) as error:
+        compiler = shlex.split(told)
+        found = shutil.which(compiler[0]) if compiler else None
+        if found is None:
+            log.info("no C++ compiler %r (CXX names another): %s", told, instead)
+            return None, ""
+        return library([found, *compiler[1:]], source, symbols, flags)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip()
         reason = said.splitlines()[0] if said else str(error)
-        log.info("%s failed (%s; CXX names another): %s", found, reason, instead)
+        log.info("%s failed (%s; CXX names another): %s", told, reason, instead)
         return None, ""
 
 
@@ -76,7 +87,7 @@ def library(
     text = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
     suffix = hashlib.sha256(text + machine + told.encode()).hexdigest()[:16]
     folder, name = _kept(), f"{source.stem}-{suffix}"
-    for path in folder.glob(f"{name}-*.so") if folder else ():
+    for path in folder.glob(f"{name}-*.so"):
         with contextlib.suppress(OSError):
             if path.stem.rpartition("-")[2] == _digest(path):
                 return _loaded(path, symbols), suffix
@@ -85,10 +96,9 @@ def library(
         made = pathlib.Path(scratch) / f"{name}.so"
         run(*FLAGS, *flags, str(source), "-o", str(made))
         loaded = _loaded(made, symbols)
-        if folder:
-            path = folder / f"{name}-{_digest(made)}.so"
-            with contextlib.suppress(OSError), files.whole(path) as partial:
-                shutil.copyfile(made, partial)
+        path = folder / f"{name}-{_digest(made)}.so"
+        with contextlib.suppress(OSError), files.whole(path) as partial:
+            shutil.copyfile(made, partial)
         return loaded, suffix
 
 
@@ -100,15 +110,19 @@ def _loaded(path: pathlib.Path, symbols: Sequence[str]) -> ctypes.CDLL:
     return found
 
 
-def _kept() -> pathlib.Path | None:
-    """Where libraries are kept, if they are."""
-    told = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
-    if not told or "://" in told:
-        return None
-    folder = pathlib.Path(told)
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _kept() -> pathlib.Path:
+    """Where libraries are kept."""
+    for told in (os.environ.get("JAX_COMPILATION_CACHE_DIR"), os.environ.get(KEPT)):
+        if told and "://" not in told:
+            folder = pathlib.Path(told)
+            with contextlib.suppress(OSError):
+                folder.mkdir(parents=True, exist_ok=True)
+                if os.access(folder, os.W_OK):
+                    return folder
+    folder = tempfile.mkdtemp(prefix="alexnet_jax-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ[KEPT] = folder
+    return pathlib.Path(folder)
 
 
 def _digest(path: pathlib.Path) -> str:

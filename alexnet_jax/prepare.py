@@ -56,7 +56,9 @@ def parse(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_integer("allow_broken", 0, "images that may be left out", 0, flag_values=values)
     flags.DEFINE_bool("unofficial", False, "take tars of other sizes", flag_values=values)
     flags.DEFINE_string("tfds_dir", "", "where tfds:NAME lies", flag_values=values)
-    flags.DEFINE_string("cache_dir", Data.cache_dir, "of drawn shapes and more", flag_values=values)
+    flags.DEFINE_string(
+        "cache_dir", Data.cache_dir, "of drawn and compiled things", flag_values=values
+    )
     flags.DEFINE_list("split", "6,2,2", "of a folder that comes without", flag_values=values)
     flags.DEFINE_bool("help", False, "print this", flag_values=values)
     try:

@@ -2,12 +2,12 @@
 
   python benchmarks/forms.py [--batch 1024] [--dtype bfloat16] [--rounds 5] [--json FILE]
 
-Of each convolution of the paper net: the towers as two convolutions (the package's form where it
-has no kernel of its own), as one in groups, or as a batch of two; conv1 over pixels or over squares
-of 4x4 of them (space to depth); maps last or first in memory. Of normalisation: its sums by a
-product with a banded matrix (the package's), by shifted adds, or by reduce_window; of pools the
-package's and XLA's own. Forward and backward, the gradients being those XLA finds but for the
-package's own; milliseconds, medians of rounds in which every form of a row runs in turn.
+Of each convolution of the paper net: the towers as two convolutions (the package's form on a GPU),
+as one in groups, or as a batch of two; conv1 over pixels or over squares of 4x4 of them (space to
+depth); maps last or first in memory. Of normalisation: its sums by a product with a banded matrix
+(the package's), by shifted adds, or by reduce_window; of pools the package's and XLA's own. Forward
+and backward, with the gradients that XLA finds of what is not the package's; milliseconds, medians
+of rounds in which every form of a row runs in turn.
 """
 
 import argparse
@@ -39,15 +39,16 @@ def main() -> None:
     native.available = lambda *arrays: False  # XLA's forms, also where there are others
     print(f"batch {options.batch}, {options.dtype}, on {jax.devices()[0].device_kind}\n")
     print("| operation | pass | forms, the fastest first |\n|---|---|---|")
+    about = {"batch": options.batch, "dtype": options.dtype}
     table = []
     for row in rows_of.rows(options.batch):
         forms = forms_of(row)
         for backward in (False, True) if forms else ():
-            wanted = (1,) if row.name == "conv1" else tuple(range(len(rows_of.arguments(row))))
             calls = {}
             for name, (form, shape) in forms.items():
                 shapes = [shape, row.kernel] if row.kernel else [shape]
-                calls[name] = rows_of.jax_call(form, shapes, wanted, backward, options.dtype)
+                asked = rows_of.wanted(row)
+                calls[name] = rows_of.jax_call(form, shapes, asked, backward, options.dtype)
             found = rows_of.medians(calls, options.rounds)
             way = "backward" if backward else "forward"
             table.append({"operation": row.name, "pass": way, "seconds": found})
@@ -55,7 +56,7 @@ def main() -> None:
             cells = [f"{name} {found[name] * 1e3:,.3f}" for name in order]
             print(f"| {row.name} | {way} | {'; '.join(cells)} |", flush=True)
             if options.json:
-                options.json.write_text(json.dumps(table, indent=1))
+                options.json.write_text(json.dumps(about | {"forms": table}, indent=1))
 
 
 def forms_of(row: rows_of.Row) -> dict[str, tuple[Callable, tuple[int, ...]]]:
@@ -76,7 +77,7 @@ def convolutions(row: rows_of.Row) -> dict[str, tuple[Callable, tuple[int, ...]]
     b, h, w, maps = row.x
     forms = {}
     for place, order, x in (("last", LAST, row.x), ("first", FIRST, (b, maps, h, w))):
-        one = functools.partial(convolve, order=order, stride=stride, padding=padding)
+        one = functools.partial(rows_of.plain_conv, order=order, stride=stride, padding=padding)
         if groups == 1:
             forms[f"maps {place}"] = one, x
             continue
@@ -86,13 +87,6 @@ def convolutions(row: rows_of.Row) -> dict[str, tuple[Callable, tuple[int, ...]]
     if stride > 1:
         forms["squares"] = functools.partial(by_squares, stride=stride, padding=padding), row.x
     return forms
-
-
-def convolve(x: Array, kernel: Array, *, order, stride, padding, groups: int = 1) -> Array:
-    strides = (stride, stride)
-    return lax.conv_general_dilated(
-        x, kernel, strides, padding, dimension_numbers=order, feature_group_count=groups
-    )
 
 
 def in_two(one: Callable, groups: int, axis: int, x: Array, kernel: Array) -> Array:
@@ -111,9 +105,9 @@ def batched(one: Callable, groups: int, axis: int, x: Array, kernel: Array) -> A
 
 
 def by_squares(x: Array, kernel: Array, *, stride: int, padding) -> Array:
-    """Of maps last."""
+    """Maps last, squares of stride x stride pixels for pixels, in steps of 1."""
     y = jax.eval_shape(
-        functools.partial(convolve, order=LAST, stride=stride, padding=padding), x, kernel
+        functools.partial(rows_of.plain_conv, order=LAST, stride=stride, padding=padding), x, kernel
     )
     squares, _ = convolution._space_to_depth(x, y.shape, kernel.shape, stride, padding)
     tall, wide = (-(-side // stride) for side in kernel.shape[:2])
@@ -123,7 +117,7 @@ def by_squares(x: Array, kernel: Array, *, stride: int, padding) -> Array:
         0, 2, 1, 3, 4, 5
     )
     kernel = kernel.reshape(tall, wide, -1, kernel.shape[-1])
-    return convolve(squares, kernel, order=LAST, stride=1, padding=((0, 0), (0, 0)))
+    return rows_of.plain_conv(squares, kernel, order=LAST, stride=1, padding=((0, 0), (0, 0)))
 
 
 @functools.partial(jax.jit, inline=True)

@@ -149,15 +149,19 @@ def arguments(row: Row) -> list[tuple[int, ...]]:
     return [row.x, row.kernel] if row.kernel else [row.x]
 
 
+def wanted(row: Row) -> tuple[int, ...]:
+    """The arguments whose gradients training asks for."""
+    return (1,) if row.name == "conv1" else tuple(range(len(arguments(row))))
+
+
 def measured(row: Row, backward: bool, dtype: str, rounds: int) -> dict[str, float]:
     """Seconds a call takes, medians."""
-    wanted = (1,) if row.name == "conv1" else tuple(range(len(arguments(row))))
     calls = {
-        name: jax_call(form, arguments(row), wanted, backward, dtype)
+        name: jax_call(form, arguments(row), wanted(row), backward, dtype)
         for name, form in (("ours", row.ours), ("plain", row.plain))
     }
     if torch is not None and row.torch is not None:
-        calls["torch"] = torch_call(row.torch, arguments(row), wanted, backward, dtype)
+        calls["torch"] = torch_call(row.torch, arguments(row), wanted(row), backward, dtype)
     return medians(calls, rounds)
 
 
@@ -246,13 +250,13 @@ def update(bandwidth: float, rounds: int) -> dict[str, float]:
     return {"floor": 20 * count / bandwidth, **medians(calls, rounds)}
 
 
-def plain_conv(x, kernel, *, stride, padding, groups):
+def plain_conv(x, kernel, *, stride, padding, groups=1, order=("NHWC", "HWIO", "NHWC")):
     return lax.conv_general_dilated(
         x,
         kernel,
         (stride, stride),
         padding,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        dimension_numbers=order,
         feature_group_count=groups,
     )
 

@@ -1,10 +1,13 @@
 """How C++ is compiled, kept and done without."""
 
+import concurrent.futures
 import logging
 import os
 import pathlib
 import shutil
 import subprocess
+import sys
+import time
 
 import pytest
 
@@ -72,10 +75,49 @@ def test_a_library_that_lacks_what_it_must_have_is_none_and_not_kept(folder, sou
 
 
 @needs_compiler
-def test_a_folder_that_cannot_be_written_is_done_without(folder, source):
-    folder.write_text("a file is in the way")
-    found, _ = compiled.library(COMPILER, source, ["number"], [])
-    assert found.number() == 42
+@pytest.mark.parametrize("place", ["in the way", "gs://bucket/folder", ""])
+def test_without_a_folder_to_keep_it_in_a_library_lives_as_long_as_its_process(
+    place, source, tmp_path, monkeypatch
+):
+    """And is there for the processes that this one starts."""
+    (tmp_path / "in the way").write_text("a file")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", place)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    code = (
+        "import os, pathlib, subprocess, sys, time; from alexnet_jax import compiled;"
+        f"found, _ = compiled.library({COMPILER}, pathlib.Path({str(source)!r}), ['number'], []);"
+        "(kept,) = pathlib.Path(os.environ[compiled.KEPT]).iterdir();"
+        "made = kept.stat().st_mtime_ns;"
+        "print(found.number(), os.environ[compiled.KEPT]);"
+        "sys.argv[1:] and subprocess.run([sys.executable, '-c', sys.argv[1]], check=True);"
+        "assert kept.stat().st_mtime_ns == made"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, code], capture_output=True, text=True, check=True
+    )
+    first, second = ended.stdout.splitlines()
+    assert first == second
+    number, _, folder = first.partition(" ")
+    assert number == "42"
+    assert pathlib.Path(folder).parent == tmp_path
+    assert not pathlib.Path(folder).exists()
+
+
+def test_many_who_ask_at_once_have_it_made_once(source, monkeypatch):
+    made = []
+
+    def library(*arguments: object) -> tuple[None, str]:
+        time.sleep(0.05)
+        made.append(arguments)
+        return None, "made"
+
+    monkeypatch.setattr(compiled, "library", library)
+    monkeypatch.setenv("CXX", "true")
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(compiled.load, source, ["number"], [], "") for _ in range(8)]
+    assert {future.result() for future in asked} == {(None, "made")}
+    assert len(made) == 1
 
 
 @needs_compiler
@@ -90,7 +132,7 @@ def test_an_error_in_the_source_is_said_and_is_no_failure(source, folder, caplog
         compiled.library(COMPILER, source, ["number"], [])
 
 
-@pytest.mark.parametrize("compiler", ["false", "no-such-compiler", "false -with arguments"])
+@pytest.mark.parametrize("compiler", ["false", "no-such-compiler", "false -with arguments", "'"])
 def test_without_a_compiler_that_works_the_log_says_what_is_done(
     compiler, source, monkeypatch, caplog
 ):

@@ -49,10 +49,13 @@ class Images:
 
 
 class _Lent:
-    """What an array and all views of it hold on to; it gives their memory back when they go."""
+    """What an array and all views of it hold on to.
+
+    `give_back`, which is called when they go, holds on to their memory.
+    """
 
     def __init__(self, memory: np.ndarray, give_back: Callable[[], object]):
-        self.memory, self.give_back = memory, give_back
+        self.give_back = give_back
         self.__array_interface__ = memory.__array_interface__
 
     def __del__(self):
@@ -116,9 +119,13 @@ class Slots:
     def _give_back(self, slot: int) -> None:
         self.owner[slot] = next(self.coming)
 
-    def close(self) -> None:
-        """Nobody waits any more. What is held stays."""
+    def release(self) -> None:
+        """Nobody waits any more."""
         self.closed[0] = 1
+
+    def close(self) -> None:
+        """To be called when all who were sent this have come or gone. What is held stays."""
+        self.release()
         os.close(self.descriptor)
         if not self.path.startswith("/proc/"):
             os.unlink(self.path)

@@ -1,14 +1,12 @@
 """Bytes -> checked RGB -> square. What is not an image raises; nothing is guessed."""
 
-import contextlib
-import functools
 import io
+import struct
 import threading
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import scipy.sparse
 import simplejpeg
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
@@ -113,23 +111,18 @@ def _strictly_decoded(data: bytes, name: str, fleeting: bool) -> np.ndarray | No
 
     Raises ValueError where data is lost, which Pillow would fill in.
     """
-    scans, odd = native.look(data) if native.available() else _look(data)
+    scans, odd, height, width = native.look(data) if native.available() else look(data)
     if scans > MAX_SCANS:
         raise ImageError(f"{name}: has {scans} scans; at most {MAX_SCANS} are read")
-    if fleeting and not odd:
-        if not hasattr(_own, "memory"):
-            memory = np.empty(WARM + 32, np.uint8)
-            # Pixels that begin at a multiple of 32 libjpeg-turbo writes past the caches.
-            _own.memory = memory[(16 - memory.ctypes.data) % 32 :]
-        with contextlib.suppress(ValueError):  # too large or damaged: see below
-            pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=_own.memory)
-            _check_size(pixels.shape[1], pixels.shape[0], name)
-            return pixels
     try:
-        height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
+        colour = "RGB"
+        if odd:
+            header: Any = simplejpeg.decode_jpeg_header(data)
+            height, width, colour, _ = header
         _check_size(width, height, name)
         if colour in ("Gray", "YCbCr", "RGB"):
-            pixels = simplejpeg.decode_jpeg(data, colorspace="RGB")
+            memory = _warm_memory() if fleeting and 3 * height * width <= WARM else None
+            pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=memory)
             return _upright(pixels, data) if odd else pixels
         simplejpeg.decode_jpeg(data, colorspace="CMYK")
     except ValueError as error:
@@ -138,19 +131,36 @@ def _strictly_decoded(data: bytes, name: str, fleeting: bool) -> np.ndarray | No
     return None
 
 
-def _look(data: bytes) -> tuple[int, bool]:
-    """A JPEG's scans, and whether there may be EXIF or not one or three channels."""
-    place, channels = 2, 0
+def look(data: bytes) -> tuple[int, bool, int, int]:
+    """What a JPEG's segments say, as far as they can be followed.
+
+    Returns:
+      The number of scans; False if there is no EXIF and there are one or three channels; and if so,
+      height and width.
+    """
+    place, channels, height, width, odd = 2, 0, 0, 0, True
     while place + 10 <= len(data):
         sign, kind = data[place : place + 2]
         if sign != 0xFF or kind < 0xC0 or kind == 0xFF or data[place + 4 : place + 10] == _EXIF:
             break
         if kind == 0xDA:
-            return data.count(_SCAN), channels not in (1, 3)
+            odd = channels not in (1, 3)
+            break
         if kind in (0xC0, 0xC1, 0xC2):  # the frame
-            channels = data[place + 9]
+            height, width, channels = struct.unpack_from(">HHB", data, place + 5)
         place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    return data.count(_SCAN), True
+    return data.count(_SCAN), odd, height, width
+
+
+def _warm_memory() -> np.ndarray:
+    """WARM bytes, this thread's own.
+
+    They do not begin at a multiple of 32: pixels that do libjpeg-turbo writes past the caches.
+    """
+    if not hasattr(_own, "memory"):
+        memory = np.empty(WARM + 32, np.uint8)
+        _own.memory = memory[(16 - memory.ctypes.data) % 32 :][:WARM]
+    return _own.memory
 
 
 def _upright(pixels: np.ndarray, data: bytes) -> np.ndarray:
@@ -221,36 +231,22 @@ def crop(
 def _resized(
     image: np.ndarray, outputs: tuple[int, int], first: tuple[int, int], side: int
 ) -> np.ndarray:
-    """(side, side, 3) uint8 from `first` on of the image made `outputs`."""
-    rows, down = _filter(image.shape[0], outputs[0], first[0], side, 1)
-    columns, across = _filter(image.shape[1], outputs[1], first[1], side, 3)
-    region = image[rows, columns].astype(np.float32)
-    lines = down @ region.reshape(len(region), -1)  # (side, columns * 3)
-    turned = across @ lines.T  # (side * 3, side)
-    turned = np.rint(np.clip(turned, 0, 255)).astype(np.uint8)
-    return turned.reshape(side, 3, side).transpose(2, 0, 1)
+    """(side, side, 3) uint8 from `first` on of the image made `outputs`.
 
-
-@functools.lru_cache(maxsize=4096)
-def _filter(
-    inputs: int, outputs: int, first: int, count: int, channels: int
-) -> tuple[slice, scipy.sparse.csr_array]:
-    """From `inputs` pixels to `outputs`, for `count` of these from `first` on.
-
-    Returns:
-      The input pixels it reads, and for these its shares, (count * channels, pixels * channels)
-      float32; channels lie beside each other.
+    Sums are of one product after another: elsewhere two roundings may be made one.
     """
-    pixels, shares = (_areas if outputs <= inputs else _cubics)(inputs, outputs, first, count)
-    low, high = int(pixels[0, 0]), min(int(pixels[-1, -1]) + 1, inputs)
-    places = np.minimum(pixels, high - 1) - low  # where clipped, the share is 0
-    channel = np.arange(channels)[:, None]
-    indices = places[:, None] * channels + channel  # (count, channels, taps)
-    data = np.broadcast_to(shares.astype(np.float32)[:, None], indices.shape)
-    ends_of_rows = np.arange(count * channels + 1) * pixels.shape[1]
-    shape = (count * channels, (high - low) * channels)
-    csr = scipy.sparse.csr_array((data.ravel(), indices.ravel(), ends_of_rows), shape=shape)
-    return slice(low, high), csr
+    found = image.astype(np.float32)
+    for axis in (0, 1):
+        inputs = image.shape[axis]
+        form = _areas if outputs[axis] <= inputs else _cubics
+        pixels, shares = form(inputs, outputs[axis], first[axis], side)
+        shape = (-1, 1, 1) if axis == 0 else (1, -1, 1)
+        sums: Any = 0
+        for place, share in zip(pixels.T, shares.T.astype(np.float32)):
+            taken = found.take(np.minimum(place, inputs - 1), axis)  # where clipped, the share is 0
+            sums = sums + taken * share.reshape(shape)
+        found = sums
+    return np.rint(np.clip(found, 0, 255)).astype(np.uint8)
 
 
 def _areas(inputs: int, outputs: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -21,7 +21,7 @@ from alexnet_jax.data import augment, buffers, images, native, workers
 from alexnet_jax.data.augment import Statistics
 from alexnet_jax.data.examples import Source
 
-PIECE = 64  # rows at most
+PIECE = 128  # rows at most
 
 Batch = dict[str, np.ndarray]
 Batches = Generator[Batch, None, None]  # its close() ends the workers
@@ -218,8 +218,11 @@ def _by_processes(
     working = grain.experimental.WithOptionsIterDataset(
         one_by_one.mp_prefetch(options, worker_init_fn=_live_with_parent), in_pipes
     )
-    with contextlib.closing(iter(working)) as arriving, contextlib.closing(slots):
-        yield batches(arriving)
+    with contextlib.closing(slots), contextlib.closing(iter(working)) as arriving:
+        try:
+            yield batches(arriving)
+        finally:
+            slots.release()
 
 
 def _places(pieces: list[range]) -> list[slice]:

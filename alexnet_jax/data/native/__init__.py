@@ -30,10 +30,10 @@ def available() -> bool:
     return bool(_functions())
 
 
-def look(data: bytes) -> tuple[int, bool]:
-    """A JPEG's scans, and whether there may be EXIF or not one or three channels."""
+def look(data: bytes) -> tuple[int, bool, int, int]:
+    """`look` of `data.images`."""
     found = _functions()["look"](data, len(data))
-    return found >> 1, bool(found & 1)
+    return found >> 33, bool(found >> 32 & 1), found >> 16 & 0xFFFF, found & 0xFFFF
 
 
 def copy(window: np.ndarray, mirror: bool, out: np.ndarray) -> None:
@@ -70,7 +70,8 @@ def resize(
     """
     side, (height, width, _) = len(_checked(out)), _checked(image).shape
     inside = all(0 <= begin <= whole - side for begin, whole in zip(first, outputs))
-    if not inside or out.shape[1] != side:
+    alike = (outputs[0] > height) == (outputs[1] > width)
+    if not inside or not alike or out.shape[1] != side:
         raise ValueError(f"{out.shape} at {first} is no window of {image.shape} made {outputs}")
     place = (out.ctypes.data, out.strides[0])
     size = (height, width, *outputs, *first, side, int(mirror))

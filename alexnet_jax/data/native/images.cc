@@ -1,5 +1,6 @@
-// Bytes of JPEGs looked at; windows of RGB images copied, mirrored, made smaller or larger. No two roundings are made one (the compiler
-// is told -ffp-contract=off), so that the results are those of numpy and scipy, bit for bit.
+// Bytes of JPEGs looked at; windows of RGB images copied, mirrored, made smaller or larger. No two
+// roundings are made one (the compiler is told -ffp-contract=off), so that the results are those of
+// numpy, bit for bit.
 
 #include <algorithm>
 #include <cmath>
@@ -18,20 +19,22 @@ constexpr int64_t kChannels = 3;
 typedef uint8_t Bytes __attribute__((vector_size(16)));
 typedef float Pixel __attribute__((vector_size(16)));  // and a lane that is never looked at
 
+#if defined(__clang__)
+#define SHUFFLED(bytes, ...) __builtin_shufflevector(bytes, bytes, __VA_ARGS__)
+#else
+#define SHUFFLED(bytes, ...) __builtin_shuffle(bytes, Bytes{__VA_ARGS__})
+#endif
+
 // A row of pixels, the last one first.
 void Mirror(const uint8_t* from, uint8_t* to, int64_t count) {
   int64_t done = 0;
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
   // Five pixels at once; the sixteenth byte is of the next pixel, which is written over it.
   for (const uint8_t* end = from + kChannels * count; done + 6 <= count; done += 5) {
     Bytes five;
     std::memcpy(&five, end - kChannels * done - 16, 16);
-    five = __builtin_shufflevector(five, five, 13, 14, 15, 10, 11, 12, 7, 8, 9, 4, 5, 6, 1, 2, 3, 0);
+    five = SHUFFLED(five, 13, 14, 15, 10, 11, 12, 7, 8, 9, 4, 5, 6, 1, 2, 3, 0);
     std::memcpy(to + kChannels * done, &five, 16);
   }
-#endif
-#endif
   for (; done < count; ++done) {
     std::memcpy(to + kChannels * done, from + kChannels * (count - 1 - done), kChannels);
   }
@@ -64,14 +67,16 @@ struct Cover {
   std::vector<int64_t> start, taps;
   std::vector<float> shares;  // of pixel i from i * most on
   int64_t most;
+  bool cubic;
 
   Cover(int64_t inputs, int64_t outputs, int64_t first, int64_t count) : start(count), taps(count) {
     const double scale = double(inputs) / double(outputs);
-    most = outputs <= inputs ? int64_t(scale) + 2 : 5;
+    cubic = outputs > inputs;
+    most = cubic ? 5 : int64_t(scale) + 2;
     shares.resize(count * most);
     for (int64_t i = 0; i < count; ++i) {
       float* share = shares.data() + i * most;
-      if (outputs <= inputs) {
+      if (!cubic) {
         const double begin = double(first + i) * scale;
         const double end = std::min(double(first + i + 1) * scale, double(inputs));
         start[i] = int64_t(begin);
@@ -136,11 +141,11 @@ void Across(const Cover& across, const float* line, int64_t side, uint8_t* to) {
       std::memcpy(&pixel, input, sizeof(pixel));
       sum += shares[tap] * pixel;
     }
-    if (kMost == 5) sum = sum < 0.0f ? Pixel{} : sum > 255.0f ? Pixel{} + 255.0f : sum;  // the cubic
-    // The nearest whole number, of two the even one, in the last bits of the sum.
-    Bytes bits = reinterpret_cast<Bytes>(sum + 8388608.0f);
-    bits = __builtin_shufflevector(bits, bits, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
-    std::memcpy(to, &bits, 4);
+    if (across.cubic) sum = sum < 0.0f ? Pixel{} : sum > 255.0f ? Pixel{} + 255.0f : sum;
+    // The nearest whole number, of two the even one, is in the last bits of the sum.
+    const Bytes bits = reinterpret_cast<Bytes>(sum + 8388608.0f);
+    const Bytes first = SHUFFLED(bits, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
+    std::memcpy(to, &first, 4);
   }
 }
 
@@ -148,10 +153,10 @@ void Across(const Cover& across, const float* line, int64_t side, uint8_t* to) {
 
 extern "C" {
 
-// Twice the number of a JPEG's scans, and one more unless the segments before them show one or three
-// channels and no EXIF.
+// What a JPEG's segments say, from the last bit on: its width and height, 16 bits each; 1 unless they
+// show one or three channels and no EXIF; the number of scans.
 int64_t look(const uint8_t* data, int64_t length) {
-  int64_t scans = 0, channels = 0;
+  int64_t scans = 0, size = 0, odd = 1, channels = 0;
   for (const uint8_t *place = data, *last = data + length - 3; place <= last; ++place) {
     place = static_cast<const uint8_t*>(std::memchr(place, 0xFF, last + 1 - place));
     if (place == nullptr) break;
@@ -161,16 +166,22 @@ int64_t look(const uint8_t* data, int64_t length) {
     const uint8_t *segment = data + place, kind = segment[1];
     if (segment[0] != 0xFF || kind < 0xC0 || kind == 0xFF) break;
     if (std::memcmp(segment + 4, "Exif\0", 6) == 0) break;
-    if (kind == 0xDA) return 2 * scans + (channels != 1 && channels != 3);
-    if (kind == 0xC0 || kind == 0xC1 || kind == 0xC2) channels = segment[9];
+    if (kind == 0xDA) {
+      odd = channels != 1 && channels != 3;
+      break;
+    }
+    if (kind == 0xC0 || kind == 0xC1 || kind == 0xC2) {  // the frame
+      size = int64_t(segment[5]) << 24 | segment[6] << 16 | segment[7] << 8 | segment[8];
+      channels = segment[9];
+    }
     place += 2 + (segment[2] << 8 | segment[3]);
   }
-  return 2 * scans + 1;
+  return scans << 33 | odd << 32 | size;
 }
 
 // A window of `rows` times `columns` pixels; pitches are the bytes from row to row.
 int64_t copy(const uint8_t* from, int64_t pitch, uint8_t* to, int64_t to_pitch, int64_t rows,
-          int64_t columns, int64_t mirror) {
+             int64_t columns, int64_t mirror) {
   std::vector<uint8_t> turned(mirror ? kChannels * columns : 0);
   for (int64_t row = 0; row < rows; ++row, from += pitch, to += to_pitch) {
     if (mirror) Mirror(from, turned.data(), columns);
@@ -183,8 +194,8 @@ int64_t copy(const uint8_t* from, int64_t pitch, uint8_t* to, int64_t to_pitch, 
 // A window of `side` times `side` pixels at (top, left) of the image of (height, width) made
 // (tall, wide).
 int64_t resize(const uint8_t* from, int64_t pitch, int64_t height, int64_t width, int64_t tall,
-            int64_t wide, int64_t top, int64_t left, int64_t side, int64_t mirror, uint8_t* to,
-            int64_t to_pitch) {
+               int64_t wide, int64_t top, int64_t left, int64_t side, int64_t mirror, uint8_t* to,
+               int64_t to_pitch) {
   if (side <= 0) return 0;
   const Cover down(height, tall, top, side), across(width, wide, left, side);
   const int64_t low = across.low(), count = kChannels * (across.high() - low);
@@ -194,7 +205,6 @@ int64_t resize(const uint8_t* from, int64_t pitch, int64_t height, int64_t width
     const uint8_t* input = from + down.start[row] * pitch + kChannels * low;
     Down(input, pitch, down.shares.data() + row * down.most, down.taps[row], line.data(), count);
     switch (across.most) {
-      case 2: Across<2>(across, line.data(), side, pixels.data()); break;
       case 3: Across<3>(across, line.data(), side, pixels.data()); break;
       case 4: Across<4>(across, line.data(), side, pixels.data()); break;
       case 5: Across<5>(across, line.data(), side, pixels.data()); break;

@@ -4,6 +4,7 @@ Where there is none, or it fails, what calls these kernels has a form for XLA to
 """
 
 import functools
+import importlib.metadata
 import numbers
 import pathlib
 from typing import Any
@@ -71,10 +72,10 @@ def _suffix() -> str:
 
     A program that XLA has kept finds these very kernels under its name for them, or none.
     """
-    headers = f"-I{jax.ffi.include_dir()}"  # in a folder with JAX's version
-    library, suffix = compiled.load(
-        SOURCE, KERNELS, [headers, f"-DJAX={jax.__version__}"], "XLA's slower convolutions are used"
-    )
+    whose = importlib.metadata.version("jaxlib")  # another's headers make another library
+    flags = (f"-I{jax.ffi.include_dir()}", f"-DJAXLIB={whose}")
+    instead = "XLA's slower convolutions are used"
+    library, suffix = compiled.load(SOURCE, KERNELS, flags, instead)
     for kernel in KERNELS if library else ():
         capsule = jax.ffi.pycapsule(getattr(library, kernel))
         jax.ffi.register_ffi_target(f"{kernel}_{suffix}", capsule, platform="cpu")
