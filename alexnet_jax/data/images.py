@@ -235,18 +235,16 @@ def _resized(
 
     Sums are of one product after another: elsewhere two roundings may be made one.
     """
-    found = image.astype(np.float32)
-    for axis in (0, 1):
+    for axis, shape in ((0, (-1, 1, 1)), (1, (1, -1, 1))):
         inputs = image.shape[axis]
         form = _areas if outputs[axis] <= inputs else _cubics
         pixels, shares = form(inputs, outputs[axis], first[axis], side)
-        shape = (-1, 1, 1) if axis == 0 else (1, -1, 1)
         sums: Any = 0
         for place, share in zip(pixels.T, shares.T.astype(np.float32)):
-            taken = found.take(np.minimum(place, inputs - 1), axis)  # where clipped, the share is 0
+            taken = image.take(np.minimum(place, inputs - 1), axis)  # where clipped, the share is 0
             sums = sums + taken * share.reshape(shape)
-        found = sums
-    return np.rint(np.clip(found, 0, 255)).astype(np.uint8)
+        image = sums
+    return np.rint(np.clip(image, 0, 255)).astype(np.uint8)
 
 
 def _areas(inputs: int, outputs: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
