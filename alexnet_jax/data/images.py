@@ -135,8 +135,8 @@ def look(data: bytes) -> tuple[int, bool, int, int]:
     """What a JPEG's segments say, as far as they can be followed.
 
     Returns:
-      The number of scans; False if there is no EXIF and there are one or three channels; and if so,
-      height and width.
+      The number of scans; False if there are some pixels of one or three channels and no EXIF; and
+      if so, height and width.
     """
     place, channels, height, width, odd = 2, 0, 0, 0, True
     while place + 10 <= len(data):
@@ -144,7 +144,7 @@ def look(data: bytes) -> tuple[int, bool, int, int]:
         if sign != 0xFF or kind < 0xC0 or kind == 0xFF or data[place + 4 : place + 10] == _EXIF:
             break
         if kind == 0xDA:
-            odd = channels not in (1, 3)
+            odd = channels not in (1, 3) or not height * width
             break
         if kind in (0xC0, 0xC1, 0xC2):  # the frame
             height, width, channels = struct.unpack_from(">HHB", data, place + 5)

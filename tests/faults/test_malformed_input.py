@@ -285,7 +285,7 @@ IMAGES: dict[str, tuple[Content, str]] = {
     "a JPEG taller than its pixels": (jpeg_of_size(48, 600), "Corrupt JPEG data"),
     "a JPEG of no height": (jpeg_of_size(48, 0), BROKEN),
     "a JPEG of no width": (jpeg_of_size(0, 48), BROKEN),
-    "a JPEG of 65535x65535": (jpeg_of_size(65535, 65535), BROKEN),
+    "a JPEG of 65535x65535": (jpeg_of_size(65535, 65535), "claims 65535 x 65535 pixels"),
     "a JPEG of 65500x65500": (jpeg_of_size(65500, 65500), "claims 65500 x 65500 pixels"),
     "a JPEG of 9999x9999 in 5 kB": (jpeg_of_size(9999, 9999), "Corrupt JPEG data"),
     "a JPEG of 1000 scans": (jpeg_of_scans(1000), "scans; at most 100 are read"),

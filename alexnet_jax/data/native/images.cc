@@ -154,7 +154,7 @@ void Across(const Cover& across, const float* line, int64_t side, uint8_t* to) {
 extern "C" {
 
 // What a JPEG's segments say, from the last bit on: its width and height, 16 bits each; 1 unless they
-// show one or three channels and no EXIF; the number of scans.
+// show some pixels of one or three channels and no EXIF; the number of scans.
 int64_t look(const uint8_t* data, int64_t length) {
   int64_t scans = 0, size = 0, odd = 1, channels = 0;
   for (const uint8_t *place = data, *last = data + length - 3; place <= last; ++place) {
@@ -167,7 +167,7 @@ int64_t look(const uint8_t* data, int64_t length) {
     if (segment[0] != 0xFF || kind < 0xC0 || kind == 0xFF) break;
     if (std::memcmp(segment + 4, "Exif\0", 6) == 0) break;
     if (kind == 0xDA) {
-      odd = channels != 1 && channels != 3;
+      odd = (channels != 1 && channels != 3) || size >> 16 == 0 || (size & 0xFFFF) == 0;
       break;
     }
     if (kind == 0xC0 || kind == 0xC1 || kind == 0xC2) {  // the frame
