@@ -1,11 +1,15 @@
 """What the package's commands share: their log, their flags, their exit status."""
 
+import _thread
+import functools
 import logging
 import os
 import pathlib
 import re
 import sys
+import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from absl import flags
@@ -30,6 +34,8 @@ def status(work: Callable[[], int], failures: tuple[type[Exception], ...]) -> in
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    before = sys.unraisablehook
+    sys.unraisablehook = functools.partial(_ctrl_c_again, otherwise=before)
     try:
         return work()
     except (UserError, *failures) as error:
@@ -38,6 +44,17 @@ def status(work: Callable[[], int], failures: tuple[type[Exception], ...]) -> in
     except KeyboardInterrupt as stop:
         print("stopped; the same command goes on from what was saved", file=sys.stderr)
         return cluster.exit_status(stop)
+    finally:
+        sys.unraisablehook = before
+
+
+def _ctrl_c_again(ignored: Any, otherwise: Callable[[Any], object]) -> None:
+    """Ctrl-C that comes where Python drops it, as in JAX's callback of the garbage collector, comes
+    once more a moment later."""
+    if issubclass(ignored.exc_type, KeyboardInterrupt):
+        threading.Timer(0.01, _thread.interrupt_main).start()
+    else:
+        otherwise(ignored)
 
 
 def be_deterministic() -> None:

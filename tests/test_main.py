@@ -5,6 +5,8 @@ import os
 import pathlib
 import shutil
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -117,6 +119,31 @@ def test_records_after_the_restored_step_are_taken_out(run, tmp_path):
     assert run(tmp_path, "--config.train.num_steps=3") == 0
     assert [record["step"] for record in records(tmp_path, "train")] == [1, 2, 3]
     assert records(tmp_path, "train")[-1]["loss"] < 9
+
+
+LOST = """
+import gc, sys, time
+from alexnet_jax import command
+
+def lose(phase, found):
+    gc.callbacks.remove(lose)
+    raise KeyboardInterrupt  # Python drops it
+
+def work():
+    gc.callbacks.append(lose)
+    gc.collect()
+    time.sleep(20)
+    return 0
+
+sys.exit(command.status(work, ()))
+"""
+
+
+def test_a_ctrl_c_that_python_drops_comes_again():
+    """JAX has such a callback of the garbage collector's."""
+    ended = subprocess.run([sys.executable, "-c", LOST], capture_output=True, text=True, timeout=50)
+    assert ended.returncode == 130
+    assert ended.stderr == "stopped; the same command goes on from what was saved\n"
 
 
 def test_compiled_programs_are_kept_in_the_cache_unless_jax_was_told_another_place(
