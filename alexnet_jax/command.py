@@ -1,11 +1,11 @@
 """What the package's commands share: their log, their flags, their exit status."""
 
-import _thread
 import functools
 import logging
 import os
 import pathlib
 import re
+import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -52,7 +52,8 @@ def _ctrl_c_again(ignored: Any, otherwise: Callable[[Any], object]) -> None:
     """Ctrl-C that comes where Python drops it, as in JAX's callback of the garbage collector, comes
     once more a moment later."""
     if issubclass(ignored.exc_type, KeyboardInterrupt):
-        threading.Timer(0.01, _thread.interrupt_main).start()
+        main = threading.main_thread().ident
+        threading.Timer(0.01, signal.pthread_kill, (main, signal.SIGINT)).start()
     else:
         otherwise(ignored)
 

@@ -122,8 +122,10 @@ def test_records_after_the_restored_step_are_taken_out(run, tmp_path):
 
 
 LOST = """
-import gc, sys, time
+import gc, signal, sys, time
 from alexnet_jax import command
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs behind a shell ignores it
 
 def lose(phase, found):
     gc.callbacks.remove(lose)
