@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -85,16 +84,19 @@ def lockless(monkeypatch) -> None:
 def elsewhere(path: pathlib.Path, lives: bool) -> Iterator[None]:
     """The lock of a run on another host, which goes on counting if it lives."""
     over = threading.Event()
+    record = "process 7 on elsewhere since 2012, beat {:09d}\n"
+    path.write_text(record.format(0))
 
     def count() -> None:
-        for beat in itertools.count():
-            path.write_text(f"process 7 on elsewhere since 2012, beat {beat:09d}\n")
-            if over.wait(0.05) or not lives:
-                return
+        with path.open("r+b", buffering=0) as file:  # in place: it is never seen empty
+            for beat in itertools.count(1):
+                if over.wait(0.01) or not lives:
+                    return
+                file.seek(0)
+                file.write(record.format(beat).encode())
 
     counting = threading.Thread(target=count)
     counting.start()
-    time.sleep(0.1)
     yield
     over.set()
     counting.join()
