@@ -120,7 +120,6 @@ def by_squares(x: Array, kernel: Array, *, stride: int, padding) -> Array:
     return rows_of.plain_conv(squares, kernel, order=LAST, stride=1, padding=((0, 0), (0, 0)))
 
 
-@functools.partial(jax.jit, inline=True)
 def shifted(x: Array) -> Array:
     """Two towers' normalisation; what is beyond a tower counts as zeros."""
     size, k, alpha = rows_of.LRN["size"], rows_of.LRN["k"], rows_of.LRN["alpha"]

@@ -1,4 +1,4 @@
-"""What workers do to bytes and pixels, in C++.
+"""What workers do to bytes and pixels, in C++; the interpreter is free for others meanwhile.
 
 To be called where `available`; `data.images` does the same without, to the bit.
 """
@@ -6,7 +6,7 @@ To be called where `available`; `data.images` does the same without, to the bit.
 import ctypes
 import functools
 import pathlib
-from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -15,8 +15,6 @@ from alexnet_jax import compiled
 SOURCE = pathlib.Path(__file__).parent / "images.cc"
 # Two roundings made one would be other results than numpy's.
 FLAGS = ("-ffp-contract=off",)
-# The others hold the interpreter: to get it back would take longer than they do.
-SLOW = ("resize",)
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 ARGUMENTS = {
     "look": [ctypes.c_char_p, _NUMBER],
@@ -27,12 +25,12 @@ ARGUMENTS = {
 
 def available() -> bool:
     """Whether a library could be compiled."""
-    return bool(_functions())
+    return _library() is not None
 
 
 def look(data: bytes) -> tuple[int, bool, int, int]:
     """`look` of `data.images`."""
-    found = _functions()["look"](data, len(data))
+    found = _library().look(data, len(data))
     return found >> 33, bool(found >> 32 & 1), found >> 16 & 0xFFFF, found & 0xFFFF
 
 
@@ -49,7 +47,7 @@ def copy(window: np.ndarray, mirror: bool, out: np.ndarray) -> None:
     if _checked(out).shape != window.shape:
         raise ValueError(f"{window.shape} does not fit into {out.shape}")
     places = (window.ctypes.data, window.strides[0], out.ctypes.data, out.strides[0])
-    _functions()["copy"](*places, rows, columns, int(mirror))
+    _library().copy(*places, rows, columns, int(mirror))
 
 
 def resize(
@@ -75,7 +73,7 @@ def resize(
         raise ValueError(f"{out.shape} at {first} is no window of {image.shape} made {outputs}")
     place = (out.ctypes.data, out.strides[0])
     size = (height, width, *outputs, *first, side, int(mirror))
-    _functions()["resize"](image.ctypes.data, image.strides[0], *size, *place)
+    _library().resize(image.ctypes.data, image.strides[0], *size, *place)
 
 
 def _checked(array: np.ndarray) -> np.ndarray:
@@ -85,12 +83,10 @@ def _checked(array: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def _functions() -> dict[str, Callable[..., int]]:
-    """By name; none where there can be no library."""
+def _library() -> Any:
+    """None where there can be none."""
     library, _ = compiled.load(SOURCE, tuple(ARGUMENTS), FLAGS, "images are cropped more slowly")
-    found: dict[str, Callable[..., int]] = {}
-    if library:
-        for name, types in ARGUMENTS.items():
-            kind = ctypes.CFUNCTYPE if name in SLOW else ctypes.PYFUNCTYPE
-            found[name] = kind(_NUMBER, *types)((name, library))
-    return found
+    for name, types in ARGUMENTS.items() if library else ():
+        function = getattr(library, name)
+        function.argtypes, function.restype = types, _NUMBER
+    return library
