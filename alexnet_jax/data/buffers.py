@@ -15,6 +15,7 @@ from collections.abc import Callable
 import numpy as np
 
 LENT = 3  # batches at once: one arrives, one is sent to the devices, one is there
+LONGEST_PAUSE = 0.01  # seconds; whoever waits does not keep others from working
 HELD = -1
 _WORD = np.dtype(np.int64)
 
@@ -99,11 +100,13 @@ class Slots:
 
     def __call__(self, number: int) -> np.ndarray:
         """The slot of a batch, waited for; for the processes that write it."""
+        pause = 0.0005
         while not self.closed[0]:
             found = np.flatnonzero(self.owner == number)
             if len(found):
                 return self.memory[found[0]]
-            time.sleep(0.0005)
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
         return np.empty(self.shape, np.uint8)  # for nobody
 
     def take(self, number: int) -> np.ndarray:

@@ -135,21 +135,23 @@ def look(data: bytes) -> tuple[int, bool, int, int]:
     """What a JPEG's segments say, as far as they can be followed.
 
     Returns:
-      The number of scans; False if there are some pixels of one or three channels and no EXIF; and
-      if so, height and width.
+      The number of scans that are read; False if there are some pixels of one or three channels and
+      no EXIF; and if so, height and width.
     """
-    place, channels, height, width, odd = 2, 0, 0, 0, True
+    place, channels, height, width, odd, scans, sequential = 2, 0, 0, 0, True, 0, False
     while place + 10 <= len(data):
         sign, kind = data[place : place + 2]
         if sign != 0xFF or kind < 0xC0 or kind == 0xFF or data[place + 4 : place + 10] == _EXIF:
             break
         if kind == 0xDA:
             odd = channels not in (1, 3) or not height * width
+            scans = int(sequential and data[place + 4] == channels)  # what follows is not read
             break
         if kind in (0xC0, 0xC1, 0xC2):  # the frame
             height, width, channels = struct.unpack_from(">HHB", data, place + 5)
+            sequential = kind != 0xC2
         place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    return data.count(_SCAN), odd, height, width
+    return scans or data.count(_SCAN), odd, height, width
 
 
 def _warm_memory() -> np.ndarray:

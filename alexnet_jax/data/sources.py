@@ -83,13 +83,20 @@ def read_file(path: str) -> bytes:
       OSError: the disk refuses; its message names the file.
     """
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > images.MAX_BYTES:
-                raise images.ImageError(
-                    f"{path}: has {size} bytes; at most {images.MAX_BYTES} are read"
-                )
-            return file.read()
+        file = os.open(path, os.O_RDONLY)
+        try:
+            size = os.fstat(file).st_size
+            data = os.read(file, size) if size <= images.MAX_BYTES else b""
+            while size <= images.MAX_BYTES and (more := os.read(file, 1 << 16)):
+                data += more  # some file systems give less than asked for, or do not know the size
+                size = max(size, len(data))
+        finally:
+            os.close(file)
+        if size > images.MAX_BYTES:
+            raise images.ImageError(
+                f"{path}: has {size} bytes; at most {images.MAX_BYTES} are read"
+            )
+        return data
     except OSError as error:
         message = f"{images.printable(path)} cannot be read ({error.strerror})"
         raise OSError(message) from error

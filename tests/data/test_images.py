@@ -1,7 +1,13 @@
 """What is an image is read to its last pixel, what is not is refused by name; squares are exact."""
 
+import ctypes
 import io
 import itertools
+import math
+import mmap
+import os
+import platform
+import shlex
 import struct
 import threading
 import zlib
@@ -10,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
+from alexnet_jax import compiled
 from alexnet_jax.data import images, native
 
 HEIGHT, WIDTH = 61, 87
@@ -419,13 +426,36 @@ def test_windows_of_every_width_are_copied_and_mirrored(form, pictures, side, mi
     assert (out == 7).all()
 
 
-@pytest.mark.skipif(not native.available(), reason="no C++ compiler")
-def test_without_a_compiler_the_bits_are_the_same(monkeypatch):
+@pytest.fixture(params=["this processor", "without wide vectors"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sets the library that native functions are of."""
+    if not native.available():
+        pytest.skip("no C++ compiler")
+    if request.param == "without wide vectors":
+        if platform.machine() != "x86_64":
+            pytest.skip("no such processor")
+        compiler = shlex.split(os.environ.get("CXX") or "c++")
+        flags = (*native.FLAGS, "-mno-avx512f")
+        narrow, _ = compiled.library(compiler, native.SOURCE, tuple(native.ARGUMENTS), flags)
+        for name, types in native.ARGUMENTS.items():
+            getattr(narrow, name).argtypes = types
+        monkeypatch.setattr(native, "_library", lambda: narrow)
+
+
+# Of the ratios at which more, or fewer, pixels are made at once.
+RATIOS = [(7, 4), (700, 401), (16, 9), (15, 8), (199, 100), (2, 1), (9, 4), (1, 1)]
+
+
+def test_without_a_compiler_the_bits_are_the_same(library, monkeypatch):
     """Processes of one job need not all have one."""
     rng = np.random.default_rng(0)
-    for trial in range(150):
+    for trial in range(200):
         height, width = rng.integers(1, 30 if trial % 3 else 500, 2)
         size = int(rng.integers(1, 2 * min(height, width) + 1))
+        if trial >= 150:
+            larger, smaller = RATIOS[trial % len(RATIOS)]
+            size = int(rng.integers(1, 150))
+            height, width = size * larger // smaller, size * larger // smaller + int(trial % 7)
         side = int(rng.integers(1, size + 1))
         offset, mirror = rng.integers(0, size - side + 1, 2), bool(trial % 2)
         image = rng.integers(0, 256, (height, width, 3), np.uint8)
@@ -437,6 +467,31 @@ def test_without_a_compiler_the_bits_are_the_same(monkeypatch):
         np.testing.assert_array_equal(found[0], found[1])
 
 
+def walled(shape: tuple[int, ...], last: bool) -> np.ndarray:
+    """Zeros that nobody may read or write beside: before, or if `last` behind, is no memory."""
+    page, size = mmap.PAGESIZE, math.prod(shape)
+    inside = -(-size // page) * page
+    memory = np.frombuffer(mmap.mmap(-1, inside + 2 * page), np.uint8)
+    for wall in (0, page + inside):
+        place, length = ctypes.c_void_p(memory.ctypes.data + wall), ctypes.c_size_t(page)
+        assert ctypes.CDLL(None).mprotect(place, length, 0) == 0
+    first = page + inside - size if last else page
+    return memory[first : first + size].reshape(shape)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_nothing_beside_an_image_or_its_crop_is_touched(library, pictures, last):
+    """It would be the end of the process, by a signal."""
+    for side in (*range(1, 20), 32):
+        for height, width in [(side, side), (side + side // 3, 2 * side), (5 * side, 6 * side)]:
+            image, out = walled((height, width, 3), last), walled((side, side, 3), last)
+            image[:] = pictures.rough(height, width)
+            for mirror in (False, True):
+                images.crop(image, side, (0, 0), mirror, out)
+                square = images.square(image.copy(), side)
+                np.testing.assert_array_equal(out, square[:, ::-1] if mirror else square)
+
+
 @pytest.mark.skipif(not native.available(), reason="no C++ compiler")
 def test_without_a_compiler_a_jpeg_looks_the_same(pictures, monkeypatch):
     """Whole, cut, and with bytes changed."""
@@ -446,8 +501,13 @@ def test_without_a_compiler_a_jpeg_looks_the_same(pictures, monkeypatch):
     assert [native.look(data)[1] for data in files] == [False, False, False, True, True]
     assert native.look(files[0]) == (1, False, 9, 14)
     assert native.look(files[1])[0] > 1
-    for trial in range(2000):
-        data = np.frombuffer(files[trial % 5], np.uint8)[: rng.integers(len(files[0]) + 1)].copy()
+    frame = b"\xff\xd8\xff\xc0\0\x11\x08\0\x09\0\x0e\3" + bytes(9)
+    together, apart = (b"\xff\xda\0\x0c" + bytes([channels]) + bytes(9) for channels in (3, 1))
+    assert native.look(frame + together * 9) == (1, False, 9, 14)  # an image ends with such a scan
+    assert native.look(frame + apart * 9) == (9, False, 9, 14)
+    files += [frame + together * 9, frame + apart * 9]
+    for trial in range(3000):
+        data = np.frombuffer(files[trial % 7], np.uint8)[: rng.integers(len(files[0]) + 1)].copy()
         if len(data):
             data[rng.integers(len(data), size=trial % 4)] = rng.choice([0xFF, 0xDA, 0xC0, 0, 9])
         assert native.look(data.tobytes()) == images.look(data.tobytes())

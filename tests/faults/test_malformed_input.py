@@ -213,6 +213,21 @@ def jpeg_of_scans(count: int) -> bytes:
     return whole[:-2] + whole[whole.rindex(b"\xff\xda") : -2] * count + whole[-2:]
 
 
+def jpeg_of_scans_by_channel(count: int) -> bytes:
+    """Sequential, its three channels one after another, the last of them again and again."""
+    buffer = io.BytesIO()
+    Image.new("L", (1000, 1000)).save(buffer, "JPEG")
+    whole = buffer.getvalue()
+    frame, scan = whole.index(b"\xff\xc0"), whole.index(b"\xff\xda")
+    size = whole[frame + 4 : frame + 9]  # bits, height and width
+    channels = b"".join(bytes([channel, 0x11, 0]) for channel in (1, 2, 3))
+    start = whole[:frame] + b"\xff\xc0\0\x11" + size + b"\3" + channels + whole[frame + 13 : scan]
+    scans = [
+        b"\xff\xda\0\x08\1" + bytes([c, 0, 0, 63, 0]) + whole[scan + 10 : -2] for c in (1, 2, 3)
+    ]
+    return start + b"".join(scans) + scans[2] * count + whole[-2:]
+
+
 def flipped(data: bytes, place: int) -> bytes:
     return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
 
@@ -289,6 +304,10 @@ IMAGES: dict[str, tuple[Content, str]] = {
     "a JPEG of 65500x65500": (jpeg_of_size(65500, 65500), "claims 65500 x 65500 pixels"),
     "a JPEG of 9999x9999 in 5 kB": (jpeg_of_size(9999, 9999), "Corrupt JPEG data"),
     "a JPEG of 1000 scans": (jpeg_of_scans(1000), "scans; at most 100 are read"),
+    "a JPEG of 1000 scans, each of a channel": (
+        jpeg_of_scans_by_channel(1000),
+        "scans; at most 100 are read",
+    ),
     "a PNG's signature": (PNG[:8], BROKEN),
     "half a PNG": (PNG[: len(PNG) // 2], BROKEN),
     "a PNG without its end": (PNG[:-12], BROKEN),

@@ -9,12 +9,13 @@
 #include <vector>
 
 #if defined(__SSE2__)
-#include <emmintrin.h>
+#include <immintrin.h>
 #endif
 
 namespace {
 
 constexpr int64_t kChannels = 3;
+constexpr int64_t kBehind = 32;  // numbers behind a line and its pixels that may be read or written
 
 typedef uint8_t Bytes __attribute__((vector_size(16)));
 typedef float Pixel __attribute__((vector_size(16)));  // and a lane that is never looked at
@@ -53,10 +54,14 @@ void Stream(const uint8_t* from, uint8_t* to, int64_t size) {
   std::memcpy(to, from, size);
 }
 
-// Every such row is there before whatever is told of it.
-void Streamed() {
+// Every such row is there before whatever is told of it. And the upper halves of the registers are
+// clear, which a compiler may forget: what is compiled for SSE, as decoders are, is slower otherwise.
+void Finish() {
 #if defined(__SSE2__)
   _mm_sfence();
+#endif
+#if defined(__AVX__)
+  _mm256_zeroupper();
 #endif
 }
 
@@ -111,9 +116,99 @@ struct Cover {
   }
 };
 
+// Added to this, a number is rounded, half to even, and its last byte is the pixel's.
+constexpr float kRound = 8388608.0f;
+
+#if defined(__AVX512F__)
+
+constexpr int64_t kLanes = 16;
+
+// `Down` in lanes; the last of them end where the row does.
+template <int64_t kTaps>
+void DownInLanes(const uint8_t* from, int64_t pitch, const float* shares, float* sums,
+                 int64_t count) {
+  for (int64_t next = 0; next < count; next += kLanes) {
+    const int64_t i = std::min(next, count - kLanes);
+    const auto part = [=](int64_t tap) {
+      __m128i bytes;
+      std::memcpy(&bytes, from + tap * pitch + i, sizeof(bytes));
+      return shares[tap] * _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+    };
+    __m512 sum = part(0);
+    for (int64_t tap = 1; tap < kTaps; ++tap) sum += part(tap);
+    _mm512_storeu_ps(sums + i, sum);
+  }
+}
+
+// `Across` in lanes, where less than two pixels become one: some pixels at once, that are made of
+// 32 numbers of the line.
+class AcrossInLanes {
+ public:
+  static bool Can(const Cover& across) { return across.most == kTaps && !across.cubic; }
+
+  AcrossInLanes(const Cover& across, int64_t inputs, int64_t outputs, int64_t side)
+      : pixels_(4 * inputs <= 7 * outputs ? 5 : 4), groups_((side + pixels_ - 1) / pixels_) {
+    for (int64_t column = 0; column < side; ++column) {
+      Group& group = groups_[column / pixels_];
+      const int64_t start = kChannels * (across.start[column] - across.low());
+      int64_t lane = kChannels * (column % pixels_);
+      if (lane == 0) group.start = start;
+      for (int64_t channel = 0; channel < kChannels; ++channel, ++lane) {
+        for (int64_t tap = 0; tap < kTaps; ++tap) {
+          group.picks[tap][lane] = int32_t(start - group.start + kChannels * tap + channel);
+          group.shares[tap][lane] = across.shares[column * kTaps + tap];
+        }
+      }
+    }
+  }
+
+  void operator()(const float* line, uint8_t* to) const {
+    for (const Group& group : groups_) {
+      const __m512 low = _mm512_loadu_ps(line + group.start);
+      const __m512 high = _mm512_loadu_ps(line + group.start + kLanes);
+      const auto part = [&](int64_t tap) {
+        const __m512i picks = _mm512_load_si512(group.picks[tap]);
+        return _mm512_load_ps(group.shares[tap]) * _mm512_permutex2var_ps(low, picks, high);
+      };
+      const __m512 sum = part(0) + part(1) + part(2);
+      const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_castps_si512(sum + kRound));
+      std::memcpy(to, &bytes, sizeof(bytes));
+      to += kChannels * pixels_;
+    }
+  }
+
+ private:
+  static constexpr int64_t kTaps = 3;
+  struct alignas(64) Group {
+    int32_t picks[kTaps][kLanes];
+    float shares[kTaps][kLanes];
+    int64_t start;
+  };
+  const int64_t pixels_;
+  std::vector<Group> groups_;
+};
+#endif
+
+// Has rows of `count` bytes brought near: they may have left the caches since they were decoded.
+void Fetch(const uint8_t* from, int64_t pitch, int64_t rows, int64_t count) {
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t i = 0; i < count; i += 64) __builtin_prefetch(from + row * pitch + i);
+  }
+}
+
 // Sums of `taps` rows of `count` bytes.
 void Down(const uint8_t* from, int64_t pitch, const float* shares, int64_t taps, float* sums,
           int64_t count) {
+#if defined(__AVX512F__)
+  if (count >= kLanes) {
+    switch (taps) {
+      case 1: return DownInLanes<1>(from, pitch, shares, sums, count);
+      case 2: return DownInLanes<2>(from, pitch, shares, sums, count);
+      case 3: return DownInLanes<3>(from, pitch, shares, sums, count);
+      case 4: return DownInLanes<4>(from, pitch, shares, sums, count);
+    }
+  }
+#endif
   const uint8_t* second = from + pitch;
   if (taps == 1) {
     for (int64_t i = 0; i < count; ++i) sums[i] = shares[0] * float(from[i]);
@@ -128,7 +223,7 @@ void Down(const uint8_t* from, int64_t pitch, const float* shares, int64_t taps,
   }
 }
 
-// Pixels of a line of sums, and a byte behind them.
+// Pixels of a line of sums.
 template <int64_t kMost>
 void Across(const Cover& across, const float* line, int64_t side, uint8_t* to) {
   const int64_t most = kMost ? kMost : across.most, low = across.low();
@@ -142,8 +237,7 @@ void Across(const Cover& across, const float* line, int64_t side, uint8_t* to) {
       sum += shares[tap] * pixel;
     }
     if (across.cubic) sum = sum < 0.0f ? Pixel{} : sum > 255.0f ? Pixel{} + 255.0f : sum;
-    // The nearest whole number, of two the even one, is in the last bits of the sum.
-    const Bytes bits = reinterpret_cast<Bytes>(sum + 8388608.0f);
+    const Bytes bits = reinterpret_cast<Bytes>(sum + kRound);
     const Bytes first = SHUFFLED(bits, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
     std::memcpy(to, &first, 4);
   }
@@ -154,27 +248,31 @@ void Across(const Cover& across, const float* line, int64_t side, uint8_t* to) {
 extern "C" {
 
 // What a JPEG's segments say, from the last bit on: its width and height, 16 bits each; 1 unless they
-// show some pixels of one or three channels and no EXIF; the number of scans.
+// show some pixels of one or three channels and no EXIF; the number of scans that are read.
 int64_t look(const uint8_t* data, int64_t length) {
   int64_t scans = 0, size = 0, odd = 1, channels = 0;
-  for (const uint8_t *place = data, *last = data + length - 3; place <= last; ++place) {
-    place = static_cast<const uint8_t*>(std::memchr(place, 0xFF, last + 1 - place));
-    if (place == nullptr) break;
-    scans += place[1] == 0xDA && place[2] == 0;
-  }
+  bool sequential = false;
   for (int64_t place = 2; place + 10 <= length;) {
     const uint8_t *segment = data + place, kind = segment[1];
     if (segment[0] != 0xFF || kind < 0xC0 || kind == 0xFF) break;
     if (std::memcmp(segment + 4, "Exif\0", 6) == 0) break;
     if (kind == 0xDA) {
       odd = (channels != 1 && channels != 3) || size >> 16 == 0 || (size & 0xFFFF) == 0;
+      scans = sequential && segment[4] == channels;  // whatever follows is no part of the image
       break;
     }
     if (kind == 0xC0 || kind == 0xC1 || kind == 0xC2) {  // the frame
       size = int64_t(segment[5]) << 24 | segment[6] << 16 | segment[7] << 8 | segment[8];
-      channels = segment[9];
+      channels = segment[9], sequential = kind != 0xC2;
     }
     place += 2 + (segment[2] << 8 | segment[3]);
+  }
+  if (scans == 0) {
+    for (const uint8_t *place = data, *last = data + length - 3; place <= last; ++place) {
+      place = static_cast<const uint8_t*>(std::memchr(place, 0xFF, last + 1 - place));
+      if (place == nullptr) break;
+      scans += place[1] == 0xDA && place[2] == 0;
+    }
   }
   return scans << 33 | odd << 32 | size;
 }
@@ -187,7 +285,7 @@ int64_t copy(const uint8_t* from, int64_t pitch, uint8_t* to, int64_t to_pitch, 
     if (mirror) Mirror(from, turned.data(), columns);
     Stream(mirror ? turned.data() : from, to, kChannels * columns);
   }
-  Streamed();
+  Finish();
   return 0;
 }
 
@@ -199,21 +297,35 @@ int64_t resize(const uint8_t* from, int64_t pitch, int64_t height, int64_t width
   if (side <= 0) return 0;
   const Cover down(height, tall, top, side), across(width, wide, left, side);
   const int64_t low = across.low(), count = kChannels * (across.high() - low);
-  std::vector<float> line(count + kChannels * across.most + 1);
-  std::vector<uint8_t> pixels(kChannels * side + 1), turned(kChannels * side);
-  for (int64_t row = 0; row < side; ++row, to += to_pitch) {
-    const uint8_t* input = from + down.start[row] * pitch + kChannels * low;
-    Down(input, pitch, down.shares.data() + row * down.most, down.taps[row], line.data(), count);
-    switch (across.most) {
-      case 3: Across<3>(across, line.data(), side, pixels.data()); break;
-      case 4: Across<4>(across, line.data(), side, pixels.data()); break;
-      case 5: Across<5>(across, line.data(), side, pixels.data()); break;
-      default: Across<0>(across, line.data(), side, pixels.data());
+  std::vector<float> line(count + kChannels * across.most + kBehind);
+  std::vector<uint8_t> pixels(kChannels * side + kBehind), turned(kChannels * side);
+  const auto input = [&](int64_t row) { return from + down.start[row] * pitch + kChannels * low; };
+  const auto rows = [&](const auto& pixels_of) {
+    for (int64_t row = 0; row < side; ++row, to += to_pitch) {
+      if (row + 1 < side) Fetch(input(row + 1), pitch, down.taps[row + 1], count);
+      const float* shares = down.shares.data() + row * down.most;
+      Down(input(row), pitch, shares, down.taps[row], line.data(), count);
+      pixels_of(line.data(), pixels.data());
+      if (mirror) Mirror(pixels.data(), turned.data(), side);
+      Stream(mirror ? turned.data() : pixels.data(), to, kChannels * side);
     }
-    if (mirror) Mirror(pixels.data(), turned.data(), side);
-    Stream(mirror ? turned.data() : pixels.data(), to, kChannels * side);
+  };
+#if defined(__AVX512F__)
+  if (AcrossInLanes::Can(across)) {
+    rows(AcrossInLanes(across, width, wide, side));
+    Finish();
+    return 0;
   }
-  Streamed();
+#endif
+  rows([&](const float* line, uint8_t* to) {
+    switch (across.most) {
+      case 3: return Across<3>(across, line, side, to);
+      case 4: return Across<4>(across, line, side, to);
+      case 5: return Across<5>(across, line, side, to);
+      default: return Across<0>(across, line, side, to);
+    }
+  });
+  Finish();
   return 0;
 }
 
