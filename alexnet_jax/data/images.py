@@ -135,23 +135,45 @@ def look(data: bytes) -> tuple[int, bool, int, int]:
     """What a JPEG's segments say, as far as they can be followed.
 
     Returns:
-      The number of scans that are read; False if there are some pixels of one or three channels and
-      no EXIF; and if so, height and width.
+      The number of scans that are read; False if there are some pixels of one or three channels
+      that, as far as is known, stand; and if so, height and width.
     """
     place, channels, height, width, odd, scans, sequential = 2, 0, 0, 0, True, 0, False
     while place + 10 <= len(data):
         sign, kind = data[place : place + 2]
-        if sign != 0xFF or kind < 0xC0 or kind == 0xFF or data[place + 4 : place + 10] == _EXIF:
+        if sign != 0xFF or kind < 0xC0 or kind == 0xFF:
             break
-        if kind == 0xDA:
+        end = place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+        if data[place + 4 : place + 10] == _EXIF:
+            if not _stands(data[place + 10 : end]):
+                break
+        elif kind == 0xDA:
             odd = channels not in (1, 3) or not height * width
             scans = int(sequential and data[place + 4] == channels)  # what follows is not read
             break
-        if kind in (0xC0, 0xC1, 0xC2):  # the frame
+        elif kind in (0xC0, 0xC1, 0xC2):  # the frame
             height, width, channels = struct.unpack_from(">HHB", data, place + 5)
             sequential = kind != 0xC2
-        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+        place = end
     return scans or data.count(_SCAN), odd, height, width
+
+
+def _stands(tiff: bytes) -> bool:
+    """Whether the first directory of a TIFF, as which EXIF comes, says that the image stands."""
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
+    if order is None:
+        return False
+    try:
+        (first,) = struct.unpack_from(f"{order}I", tiff, 4)
+        (count,) = struct.unpack_from(f"{order}H", tiff, first)
+        entries = [
+            struct.unpack_from(f"{order}HHIHxx", tiff, first + 2 + 12 * place)
+            for place in range(count)
+        ]
+    except struct.error:
+        return False
+    found = [entry[1:] for entry in entries if entry[0] == ExifTags.Base.Orientation]
+    return bool(found) and all(entry == (3, 1, 1) for entry in found)  # one number of 16 bits
 
 
 def _warm_memory() -> np.ndarray:
@@ -212,7 +234,8 @@ def crop(
     """
     height, width, _ = image.shape
     shorter, side = min(height, width), len(out)
-    tall, wide = (max(size, round(length * size / shorter)) for length in (height, width))
+    tall = max(size, round(height * size / shorter))
+    wide = max(size, round(width * size / shorter))
     top, left = (tall - size) // 2 + int(offset[0]), (wide - size) // 2 + int(offset[1])
     if shorter == size:
         window = image[top : top + side, left : left + side]

@@ -98,9 +98,9 @@ def train_batches(
     def read(step: int, local: range, image: np.ndarray) -> Batch:
         indices, how = drawn(step, local)
         label = np.empty(len(local), np.int32)
-        for row, index in enumerate(indices):
-            crop = (how["offset"][row], how["mirror"][row])
-            label[row] = _read(source, int(index), stored, *crop, image[row])
+        asked = zip(indices.tolist(), how["offset"].tolist(), how["mirror"].tolist())
+        for row, one in enumerate(asked):
+            label[row] = _read(source, stored, *one, image[row])
         return {"label": label, **how}
 
     def without_pixels() -> Batches:
@@ -127,7 +127,7 @@ def evaluation_batches(source: Source, data: Data, *, stored: int, rows: Rows) -
         valid, label = places < num_examples, np.zeros(len(local), np.int32)
         image[~valid] = 0
         for row in np.flatnonzero(valid):
-            label[row] = _read(source, int(places[row]), stored, (0, 0), False, image[row])
+            label[row] = _read(source, stored, int(places[row]), (0, 0), False, image[row])
         return {"label": label, "valid": valid}
 
     return _batches(read, rows.local, stored, range(-(-num_examples // rows.batch_size)), data)
@@ -135,9 +135,9 @@ def evaluation_batches(source: Source, data: Data, *, stored: int, rows: Rows) -
 
 def _read(
     source: Source,
-    index: int,
     stored: int,
-    offset: Sequence[int] | np.ndarray,
+    index: int,
+    offset: Sequence[int],
     mirror: bool,
     out: np.ndarray,
 ) -> int:

@@ -505,12 +505,46 @@ def test_without_a_compiler_a_jpeg_looks_the_same(pictures, monkeypatch):
     together, apart = (b"\xff\xda\0\x0c" + bytes([channels]) + bytes(9) for channels in (3, 1))
     assert native.look(frame + together * 9) == (1, False, 9, 14)  # an image ends with such a scan
     assert native.look(frame + apart * 9) == (9, False, 9, 14)
-    files += [frame + together * 9, frame + apart * 9]
+    files += [frame + together * 9, frame + apart * 9, with_exif(files[0], ">", (3, 1, 1))]
     for trial in range(3000):
-        data = np.frombuffer(files[trial % 7], np.uint8)[: rng.integers(len(files[0]) + 1)].copy()
+        data = np.frombuffer(files[trial % 8], np.uint8)[: rng.integers(len(files[0]) + 1)].copy()
         if len(data):
             data[rng.integers(len(data), size=trial % 4)] = rng.choice([0xFF, 0xDA, 0xC0, 0, 9])
         assert native.look(data.tobytes()) == images.look(data.tobytes())
+
+
+def with_exif(jpeg: bytes, order: str, *orientations: tuple[int, int, int]) -> bytes:
+    """A JPEG with an EXIF of these orientations: type, count and value; and another tag."""
+    entries = [struct.pack(f"{order}HHIHxx", ORIENTATION, *numbers) for numbers in orientations]
+    entries.insert(0, struct.pack(f"{order}HHII", 0x0100, 4, 1, WIDTH))
+    tiff = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}IH", 8, len(entries))
+    return with_segment(jpeg, 0xE1, b"Exif\0\0" + tiff + b"".join(entries) + bytes(4))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_an_exif_that_says_upright_is_taken_at_its_word_and_no_other(form, pictures, order):
+    """Never where Pillow reads another orientation, whatever is broken."""
+    look = native.look if form == "native" else images.look
+    jpeg, rng = pictures.encode(pictures.rough(9, 14), "JPEG"), np.random.default_rng(0)
+    for orientations, upright in [
+        ([(3, 1, 1)], True),
+        ([], False),  # another standard may say it
+        ([(3, 1, 0)], False),
+        ([(4, 1, 1)], False),
+        ([(3, 2, 1)], False),
+        *[([(3, 1, turned)], False) for turned in range(2, 10)],
+        ([(3, 1, 1), (3, 1, 6)], False),
+        ([(3, 1, 6), (3, 1, 1)], False),
+    ]:
+        data = with_exif(jpeg, order, *orientations)
+        assert look(data) == ((1, False, 9, 14) if upright else (1, True, 0, 0))
+        for _ in range(200):
+            broken = np.frombuffer(data, np.uint8).copy()
+            broken[rng.integers(4, 60, 2)] = rng.choice([0, 1, 3, 6, 8, 0x12, 0x49, 0x4D, 0xFF], 2)
+            if look(broken.tobytes())[1:] == (False, 9, 14):
+                with Image.open(io.BytesIO(broken.tobytes())) as image:
+                    assert image.getexif().get(ORIENTATION, 1) not in range(2, 9)
 
 
 @pytest.mark.skipif(not native.available(), reason="no C++ compiler")

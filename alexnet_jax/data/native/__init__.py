@@ -67,13 +67,13 @@ def resize(
       ValueError: the window is not all in the image, or these are no such arrays.
     """
     side, (height, width, _) = len(_checked(out)), _checked(image).shape
-    inside = all(0 <= begin <= whole - side for begin, whole in zip(first, outputs))
-    alike = (outputs[0] > height) == (outputs[1] > width)
+    (tall, wide), (top, left) = outputs, first
+    inside = 0 <= top <= tall - side and 0 <= left <= wide - side
+    alike = (tall > height) == (wide > width)
     if not inside or not alike or out.shape[1] != side:
         raise ValueError(f"{out.shape} at {first} is no window of {image.shape} made {outputs}")
-    place = (out.ctypes.data, out.strides[0])
-    size = (height, width, *outputs, *first, side, int(mirror))
-    _library().resize(image.ctypes.data, image.strides[0], *size, *place)
+    place, to = (image.ctypes.data, image.strides[0]), (out.ctypes.data, out.strides[0])
+    _library().resize(*place, height, width, tall, wide, top, left, side, int(mirror), *to)
 
 
 def _checked(array: np.ndarray) -> np.ndarray:

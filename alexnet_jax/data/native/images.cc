@@ -243,29 +243,56 @@ void Across(const Cover& across, const float* line, int64_t side, uint8_t* to) {
   }
 }
 
+// Whether the first directory of a TIFF, as which EXIF comes, says that the image stands.
+bool Stands(const uint8_t* tiff, int64_t length) {
+  if (length < 8) return false;
+  const bool little = std::memcmp(tiff, "II*\0", 4) == 0;
+  if (!little && std::memcmp(tiff, "MM\0*", 4) != 0) return false;
+  const auto number = [=](int64_t place, int64_t bytes) {
+    int64_t found = 0;
+    for (int64_t i = 0; i < bytes; ++i) {
+      found = found << 8 | tiff[place + (little ? bytes - 1 - i : i)];
+    }
+    return found;
+  };
+  const int64_t first = number(4, 4);
+  if (first + 2 > length) return false;
+  const int64_t end = first + 2 + 12 * number(first, 2);
+  if (end > length) return false;
+  bool stands = false;
+  for (int64_t entry = first + 2; entry < end; entry += 12) {
+    if (number(entry, 2) != 0x0112) continue;  // the orientation: one number of 16 bits
+    stands = number(entry + 2, 2) == 3 && number(entry + 4, 4) == 1 && number(entry + 8, 2) == 1;
+    if (!stands) return false;
+  }
+  return stands;
+}
+
 }  // namespace
 
 extern "C" {
 
-// What a JPEG's segments say, from the last bit on: its width and height, 16 bits each; 1 unless they
-// show some pixels of one or three channels and no EXIF; the number of scans that are read.
+// What a JPEG's segments say, from the last bit on: its width and height, 16 bits each; 1 unless
+// they show some pixels of one or three channels that, as far as is known, stand; the number of
+// scans that are read.
 int64_t look(const uint8_t* data, int64_t length) {
   int64_t scans = 0, size = 0, odd = 1, channels = 0;
   bool sequential = false;
   for (int64_t place = 2; place + 10 <= length;) {
     const uint8_t *segment = data + place, kind = segment[1];
     if (segment[0] != 0xFF || kind < 0xC0 || kind == 0xFF) break;
-    if (std::memcmp(segment + 4, "Exif\0", 6) == 0) break;
-    if (kind == 0xDA) {
+    const int64_t next = place + 2 + (segment[2] << 8 | segment[3]);
+    if (std::memcmp(segment + 4, "Exif\0", 6) == 0) {
+      if (!Stands(segment + 10, std::min(next, length) - (place + 10))) break;
+    } else if (kind == 0xDA) {
       odd = (channels != 1 && channels != 3) || size >> 16 == 0 || (size & 0xFFFF) == 0;
       scans = sequential && segment[4] == channels;  // whatever follows is no part of the image
       break;
-    }
-    if (kind == 0xC0 || kind == 0xC1 || kind == 0xC2) {  // the frame
+    } else if (kind == 0xC0 || kind == 0xC1 || kind == 0xC2) {  // the frame
       size = int64_t(segment[5]) << 24 | segment[6] << 16 | segment[7] << 8 | segment[8];
       channels = segment[9], sequential = kind != 0xC2;
     }
-    place += 2 + (segment[2] << 8 | segment[3]);
+    place = next;
   }
   if (scans == 0) {
     for (const uint8_t *place = data, *last = data + length - 3; place <= last; ++place) {
