@@ -1,5 +1,7 @@
 """Every operation of the paper net on this device, against the tests' oracle in float64.
 
+Those of `kernels.py`, too.
+
   python benchmarks/check_ops.py [--batch 2] [--json FILE]
 
 In float32, as TF32 (which a CPU does not have) and in bfloat16, at the net's own sizes, of the
@@ -18,6 +20,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import kernels
 import numpy as np
 import timing
 from ops import LRN, Row, arguments, rows, torch
@@ -51,6 +54,8 @@ def main() -> int:
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
     everything = rows(options.batch)
+    for row in [row for row in everything if kernels.of(row)]:
+        everything.append(row._replace(name=f"{row.name}, as a kernel", ours=kernels.of(row)))
     with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
         for row, found in zip(everything, pool.map(checked, everything)):
             add(row.name, found)

@@ -5,9 +5,10 @@
 Of each convolution of the paper net: the towers as two convolutions (the package's form on a GPU),
 as one in groups, or as a batch of two; conv1 over pixels or over squares of 4x4 of them (space to
 depth); maps last or first in memory. Of normalisation: its sums by a product with a banded matrix
-(the package's), by shifted adds, or by reduce_window; of pools the package's and XLA's own. Forward
-and backward, with the gradients that XLA finds of what is not the package's; milliseconds, medians
-of rounds in which every form of a row runs in turn.
+(the package's), by shifted adds, or by reduce_window; of pools the package's and XLA's own; of both
+a kernel by itself (`kernels.py`). Forward and backward, with the gradients that XLA finds of what
+is neither a kernel nor the package's; milliseconds, medians of rounds in which every form of a row
+runs in turn.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import kernels
 import ops as rows_of
 import timing
 from jax import Array, lax
@@ -65,10 +67,12 @@ def forms_of(row: rows_of.Row) -> dict[str, tuple[Callable, tuple[int, ...]]]:
         return convolutions(row)
     if row.name.startswith("normalisation"):
         forms = {"banded product": row.ours, "shifted adds": shifted, "reduce_window": row.plain}
-        return {name: (form, row.x) for name, form in forms.items()}
-    if row.name.startswith("pool"):
-        return {"strided slices": (row.ours, row.x), "reduce_window": (row.plain, row.x)}
-    return {}
+    elif row.name.startswith("pool"):
+        forms = {"strided slices": row.ours, "reduce_window": row.plain}
+    else:
+        return {}
+    forms["a kernel"] = kernels.of(row)
+    return {name: (form, row.x) for name, form in forms.items()}
 
 
 def convolutions(row: rows_of.Row) -> dict[str, tuple[Callable, tuple[int, ...]]]:
