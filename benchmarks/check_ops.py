@@ -1,14 +1,12 @@
-"""Every operation of the paper net on this device, against the tests' oracle in float64.
-
-Those of `kernels.py`, too.
+"""Every operation of the paper net, and every kernel, against the tests' oracle in float64.
 
   python benchmarks/check_ops.py [--batch 2] [--json FILE]
 
-In float32, as TF32 (which a CPU does not have) and in bfloat16, at the net's own sizes, of the
-numbers that the type holds: |found - oracle| / |oracle|, the larger of output and gradients, and
-the most it may be. Crops and dropout's masks must be numpy's and the CPU's exactly. Where PyTorch
-is installed, also the whole net, gradients and three updates against PyTorch in float64. Ends with
-status 1 where something is further away.
+On this device, in float32, as TF32 (which a CPU does not have) and in bfloat16, at the net's own
+sizes, of the numbers that the type holds: |found - oracle| / |oracle|, the larger of output and
+gradients, and the most it may be. Crops and dropout's masks must be numpy's and the CPU's exactly.
+Where PyTorch is installed, also the whole net, gradients and three updates against PyTorch in
+float64. Ends with status 1 where something is further away.
 """
 
 import argparse

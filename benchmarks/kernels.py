@@ -1,8 +1,8 @@
 """Normalisation and pools as kernels of a GPU, for where XLA's fusions move more than they must.
 
-Each reads what it takes from memory once, and writes what it makes once. `forms.py` sets them
-beside the package's own, `check_ops.py` beside the oracle. Elsewhere than on a GPU they are
-interpreted.
+Each writes what it makes once and reads what it takes once, or, where windows overlap, from caches.
+`forms.py` sets them beside the package's own, `check_ops.py` beside the oracle. Elsewhere than on a
+GPU they are interpreted.
 """
 
 import functools
@@ -213,7 +213,7 @@ def _max_pool(x_ref: Any, y_ref: Any, place_ref: Any, *, pool: Pool) -> None:
             )
             pixels.append(found.astype(jnp.float32))
     most = functools.reduce(lambda a, b: jnp.where((a > b) | (a != a), a, b), pixels)
-    first = jnp.full(most.shape, pool.window**2, jnp.int32)  # none, where none is a number
+    first = jnp.full(most.shape, pool.window**2, jnp.int32)  # none, where one is no number
     for index, found in reversed([*enumerate(pixels)]):
         first = jnp.where(found == most, index, first)
     place, inside = _flat(pool.y, image, row, column, one), column < pool.y[2]

@@ -9,7 +9,7 @@ import numpy as np
 import oracle
 import pytest
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
 import kernels
 
 LRN = {"size": 5, "k": 2.0, "alpha": 1e-2, "beta": 0.75}

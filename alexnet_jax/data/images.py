@@ -23,7 +23,7 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF"
 HARMLESS = ("extraneous bytes before marker 0xd9", "unknown JFIF revision")
 WARM = 2**22  # bytes; what caches do not hold is no faster for being used again
 _own = threading.local()
-_SCAN, _EXIF = b"\xff\xda\0", b"Exif\0\0"
+_SCAN, _EXIF, _XMP = b"\xff\xda\0", b"Exif\0\0", b"http:/"
 
 
 class ImageError(Exception):
@@ -135,17 +135,20 @@ def look(data: bytes) -> tuple[int, bool, int, int]:
     """What a JPEG's segments say, as far as they can be followed.
 
     Returns:
-      The number of scans that are read; False if there are some pixels of one or three channels
-      that, as far as is known, stand; and if so, height and width.
+      At least as many scans as are read; False if there are some pixels of one or three channels,
+      upright as far as the segments say; and if so, height and width.
     """
     place, channels, height, width, odd, scans, sequential = 2, 0, 0, 0, True, 0, False
     while place + 10 <= len(data):
         sign, kind = data[place : place + 2]
-        if sign != 0xFF or kind < 0xC0 or kind == 0xFF:
+        if sign != 0xFF or kind < 0xC0 or kind == 0xFF or 0xD0 <= kind <= 0xD9:
             break
         end = place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-        if data[place + 4 : place + 10] == _EXIF:
-            if not _stands(data[place + 10 : end]):
+        start = data[place + 4 : place + 10]
+        if start == _XMP:
+            break
+        if start == _EXIF:
+            if not _is_upright(data[place + 10 : end]):
                 break
         elif kind == 0xDA:
             odd = channels not in (1, 3) or not height * width
@@ -158,8 +161,8 @@ def look(data: bytes) -> tuple[int, bool, int, int]:
     return scans or data.count(_SCAN), odd, height, width
 
 
-def _stands(tiff: bytes) -> bool:
-    """Whether the first directory of a TIFF, as which EXIF comes, says that the image stands."""
+def _is_upright(tiff: bytes) -> bool:
+    """Whether the first directory of a TIFF, as EXIF comes, says that the image is upright."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
     if order is None:
         return False

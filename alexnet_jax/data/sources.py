@@ -85,18 +85,19 @@ def read_file(path: str) -> bytes:
     try:
         file = os.open(path, os.O_RDONLY)
         try:
-            size = os.fstat(file).st_size
-            data = os.read(file, size) if size <= images.MAX_BYTES else b""
-            while size <= images.MAX_BYTES and (more := os.read(file, 1 << 16)):
-                data += more  # some file systems give less than asked for, or do not know the size
-                size = max(size, len(data))
+            size, parts, read = os.fstat(file).st_size, [], 0
+            # Some file systems give less than asked for, and some files do not know their size.
+            while size <= images.MAX_BYTES and (part := os.read(file, max(size - read, 1 << 16))):
+                parts.append(part)
+                read += len(part)
+                size = max(size, read)
         finally:
             os.close(file)
         if size > images.MAX_BYTES:
             raise images.ImageError(
                 f"{path}: has {size} bytes; at most {images.MAX_BYTES} are read"
             )
-        return data
+        return b"".join(parts)
     except OSError as error:
         message = f"{images.printable(path)} cannot be read ({error.strerror})"
         raise OSError(message) from error

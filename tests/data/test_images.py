@@ -438,7 +438,8 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         flags = (*native.FLAGS, "-mno-avx512f")
         narrow, _ = compiled.library(compiler, native.SOURCE, tuple(native.ARGUMENTS), flags)
         for name, types in native.ARGUMENTS.items():
-            getattr(narrow, name).argtypes = types
+            function = getattr(narrow, name)
+            function.argtypes, function.restype = types, ctypes.c_int64
         monkeypatch.setattr(native, "_library", lambda: narrow)
 
 
@@ -483,7 +484,8 @@ def walled(shape: tuple[int, ...], last: bool) -> np.ndarray:
 def test_nothing_beside_an_image_or_its_crop_is_touched(library, pictures, last):
     """It would be the end of the process, by a signal."""
     for side in (*range(1, 20), 32):
-        for height, width in [(side, side), (side + side // 3, 2 * side), (5 * side, 6 * side)]:
+        ratios = [(1, 1), (5 / 3, 2), (15 / 8, 15 / 8), (5, 6)]
+        for height, width in [(int(side * tall), int(side * wide)) for tall, wide in ratios]:
             image, out = walled((height, width, 3), last), walled((side, side, 3), last)
             image[:] = pictures.rough(height, width)
             for mirror in (False, True):
@@ -511,6 +513,13 @@ def test_without_a_compiler_a_jpeg_looks_the_same(pictures, monkeypatch):
         if len(data):
             data[rng.integers(len(data), size=trial % 4)] = rng.choice([0xFF, 0xDA, 0xC0, 0, 9])
         assert native.look(data.tobytes()) == images.look(data.tobytes())
+
+
+def test_an_orientation_in_xmp_counts_as_one_in_exif_does(form, pictures):
+    jpeg = pictures.encode(pictures.smooth(9, 14), "JPEG")
+    text = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="6"/></x:xmpmeta>'
+    told = with_segment(jpeg, 0xE1, b"http://ns.adobe.com/xap/1.0/\0" + text)
+    np.testing.assert_array_equal(images.decode(told, "x"), np.rot90(images.decode(jpeg, "x"), -1))
 
 
 def with_exif(jpeg: bytes, order: str, *orientations: tuple[int, int, int]) -> bytes:

@@ -228,6 +228,16 @@ def jpeg_of_scans_by_channel(count: int) -> bytes:
     return start + b"".join(scans) + scans[2] * count + whole[-2:]
 
 
+def behind_a_decoy(jpeg: bytes) -> bytes:
+    """A JPEG; and a harmless one for who follows a marker without length as if it had one."""
+    frame = b"\xff\xc0\0\x11\x08\0\x09\0\x0e\3" + bytes(9)
+    decoy = frame + b"\xff\xda\0\x0c\3" + bytes(9)
+    comments = bytearray(b"\xff\xfe" + struct.pack(">H", 40000) + bytes(39998)) * 2
+    place = 0xFFFE - 2  # in the comments: the first one's marker taken for a length
+    comments[place : place + len(decoy)] = decoy
+    return jpeg[:2] + b"\xff\xd0" + bytes(comments) + jpeg[2:]
+
+
 def flipped(data: bytes, place: int) -> bytes:
     return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
 
@@ -304,6 +314,10 @@ IMAGES: dict[str, tuple[Content, str]] = {
     "a JPEG of 65500x65500": (jpeg_of_size(65500, 65500), "claims 65500 x 65500 pixels"),
     "a JPEG of 9999x9999 in 5 kB": (jpeg_of_size(9999, 9999), "Corrupt JPEG data"),
     "a JPEG of 1000 scans": (jpeg_of_scans(1000), "scans; at most 100 are read"),
+    "a JPEG of 1000 scans behind a decoy": (
+        behind_a_decoy(jpeg_of_scans(1000)),
+        "scans; at most 100 are read",
+    ),
     "a JPEG of 1000 scans, each of a channel": (
         jpeg_of_scans_by_channel(1000),
         "scans; at most 100 are read",

@@ -140,7 +140,7 @@ void DownInLanes(const uint8_t* from, int64_t pitch, const float* shares, float*
   }
 }
 
-// `Across` in lanes, where less than two pixels become one: some pixels at once, that are made of
+// `Across` in lanes, where fewer than two pixels become one: some pixels at once, which are made of
 // 32 numbers of the line.
 class AcrossInLanes {
  public:
@@ -243,8 +243,8 @@ void Across(const Cover& across, const float* line, int64_t side, uint8_t* to) {
   }
 }
 
-// Whether the first directory of a TIFF, as which EXIF comes, says that the image stands.
-bool Stands(const uint8_t* tiff, int64_t length) {
+// Whether the first directory of a TIFF, as EXIF comes, says that the image is upright.
+bool IsUpright(const uint8_t* tiff, int64_t length) {
   if (length < 8) return false;
   const bool little = std::memcmp(tiff, "II*\0", 4) == 0;
   if (!little && std::memcmp(tiff, "MM\0*", 4) != 0) return false;
@@ -259,13 +259,13 @@ bool Stands(const uint8_t* tiff, int64_t length) {
   if (first + 2 > length) return false;
   const int64_t end = first + 2 + 12 * number(first, 2);
   if (end > length) return false;
-  bool stands = false;
+  bool upright = false;
   for (int64_t entry = first + 2; entry < end; entry += 12) {
     if (number(entry, 2) != 0x0112) continue;  // the orientation: one number of 16 bits
-    stands = number(entry + 2, 2) == 3 && number(entry + 4, 4) == 1 && number(entry + 8, 2) == 1;
-    if (!stands) return false;
+    upright = number(entry + 2, 2) == 3 && number(entry + 4, 4) == 1 && number(entry + 8, 2) == 1;
+    if (!upright) return false;
   }
-  return stands;
+  return upright;
 }
 
 }  // namespace
@@ -273,17 +273,19 @@ bool Stands(const uint8_t* tiff, int64_t length) {
 extern "C" {
 
 // What a JPEG's segments say, from the last bit on: its width and height, 16 bits each; 1 unless
-// they show some pixels of one or three channels that, as far as is known, stand; the number of
-// scans that are read.
+// they show some pixels of one or three channels, upright as far as they say; at least as many
+// scans as are read.
 int64_t look(const uint8_t* data, int64_t length) {
   int64_t scans = 0, size = 0, odd = 1, channels = 0;
   bool sequential = false;
   for (int64_t place = 2; place + 10 <= length;) {
     const uint8_t *segment = data + place, kind = segment[1];
     if (segment[0] != 0xFF || kind < 0xC0 || kind == 0xFF) break;
+    if (kind >= 0xD0 && kind <= 0xD9) break;  // what has no length
     const int64_t next = place + 2 + (segment[2] << 8 | segment[3]);
+    if (std::memcmp(segment + 4, "http:/", 6) == 0) break;  // XMP, which may say how it lies
     if (std::memcmp(segment + 4, "Exif\0", 6) == 0) {
-      if (!Stands(segment + 10, std::min(next, length) - (place + 10))) break;
+      if (!IsUpright(segment + 10, std::min(next, length) - (place + 10))) break;
     } else if (kind == 0xDA) {
       odd = (channels != 1 && channels != 3) || size >> 16 == 0 || (size & 0xFFFF) == 0;
       scans = sequential && segment[4] == channels;  // whatever follows is no part of the image
