@@ -507,11 +507,15 @@ def test_without_a_compiler_a_jpeg_looks_the_same(pictures, monkeypatch):
     together, apart = (b"\xff\xda\0\x0c" + bytes([channels]) + bytes(9) for channels in (3, 1))
     assert native.look(frame + together * 9) == (1, False, 9, 14)  # an image ends with such a scan
     assert native.look(frame + apart * 9) == (9, False, 9, 14)
+    without_length = frame[:2] + b"\xff\xd0\0\2" + frame[2:] + together
+    assert native.look(without_length) == images.look(without_length) == (1, True, 0, 0)
     files += [frame + together * 9, frame + apart * 9, with_exif(files[0], ">", (3, 1, 1))]
     for trial in range(3000):
         data = np.frombuffer(files[trial % 8], np.uint8)[: rng.integers(len(files[0]) + 1)].copy()
         if len(data):
-            data[rng.integers(len(data), size=trial % 4)] = rng.choice([0xFF, 0xDA, 0xC0, 0, 9])
+            data[rng.integers(len(data), size=trial % 4)] = rng.choice(
+                [0xFF, 0xDA, 0xC0, 0xD0, 0, 9]
+            )
         assert native.look(data.tobytes()) == images.look(data.tobytes())
 
 

@@ -233,7 +233,7 @@ def behind_a_decoy(jpeg: bytes) -> bytes:
     frame = b"\xff\xc0\0\x11\x08\0\x09\0\x0e\3" + bytes(9)
     decoy = frame + b"\xff\xda\0\x0c\3" + bytes(9)
     comments = bytearray(b"\xff\xfe" + struct.pack(">H", 40000) + bytes(39998)) * 2
-    place = 0xFFFE - 2  # in the comments: the first one's marker taken for a length
+    place = 0xFFFE  # in the comments: the first one's marker taken for a length
     comments[place : place + len(decoy)] = decoy
     return jpeg[:2] + b"\xff\xd0" + bytes(comments) + jpeg[2:]
 
