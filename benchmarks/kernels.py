@@ -72,7 +72,12 @@ def _over_rows(kernel: Callable, rule: Rule, *arrays: Array) -> Array:
 
 def _call(kernel: Callable, grid: tuple[int, ...], out: Any, arrays: tuple[Array, ...]) -> Any:
     flat = [array.reshape(-1) for array in arrays]
-    outs = jax.tree.map(lambda one: jax.ShapeDtypeStruct((math.prod(one.shape),), one.dtype), out)
+    axes = jax.typeof(arrays[0]).manual_axis_type  # it differs from device to device as they do
+
+    def like(one: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((math.prod(one.shape),), one.dtype, manual_axis_type=axes)
+
+    outs = jax.tree.map(like, out)
     call = pl.pallas_call(
         kernel,
         grid=grid,

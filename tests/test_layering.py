@@ -18,6 +18,7 @@ ROOMS = (
     "compiled",
     "ops.native",
     "ops.varying",
+    "ops.activation",
     "ops.convolution",
     "ops.dense",
     "ops.pooling",

@@ -11,7 +11,6 @@ share of each is a contiguous half of that axis; so a checkpoint knows nothing o
 
 from collections.abc import Iterator
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
@@ -178,7 +177,7 @@ class AlexNet(nnx.Module):
         return lax.all_gather(x, self.axis_name, axis=x.ndim - 1, tiled=True)
 
     def activation(self, x: Array) -> Array:
-        return jnp.tanh(x) if self.config.activation == "tanh" else jax.nn.relu(x)
+        return ops.activation(x, self.config.activation)
 
     def stage(self, x: Array, name: str) -> Array:
         """What follows convolution `name`: (b, h, w, c) -> (b, h', w', c)."""

@@ -6,8 +6,6 @@ since the figure's nets are not regularised. One tower.
 
 from collections.abc import Iterator
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
@@ -70,4 +68,4 @@ class Cifar(nnx.Module):
         yield "fc4", self.fc4(x.reshape(x.shape[0], -1))  # (b, 10)
 
     def activation(self, x: Array) -> Array:
-        return jnp.tanh(x) if self.config.activation == "tanh" else jax.nn.relu(x)
+        return ops.activation(x, self.config.activation)

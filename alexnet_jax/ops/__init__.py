@@ -1,5 +1,6 @@
 """What layers compute: pure functions on one device's arrays."""
 
+from alexnet_jax.ops.activation import activation
 from alexnet_jax.ops.convolution import Padding, conv
 from alexnet_jax.ops.dense import dense
 from alexnet_jax.ops.dropout import dropout, keep_mask
@@ -8,6 +9,7 @@ from alexnet_jax.ops.pooling import max_pool, mean_pool, pooled_size
 
 __all__ = [
     "Padding",
+    "activation",
     "conv",
     "dense",
     "dropout",
