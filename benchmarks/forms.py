@@ -4,10 +4,10 @@
 
 Of each convolution of the paper net: the towers as two convolutions (the package's form on a GPU),
 as one in groups, or as a batch of two; conv1 over pixels or over squares of 4x4 of them (space to
-depth); maps last or first in memory. Of normalisation: its sums by a product with a banded matrix
-(the package's), by shifted adds, or by reduce_window; of pools the package's and XLA's own; of both
-a kernel by itself (`kernels.py`). Forward and backward, with the gradients that XLA finds of what
-is neither a kernel nor the package's; milliseconds, medians of rounds in which every form of a row
+depth); maps last or first in memory. Of normalisation: its sums by shifted adds (the package's), by
+a product with a banded matrix, or by reduce_window; of pools the package's and XLA's own; of both a
+kernel by itself (`kernels.py`). Forward and backward, with the gradients that XLA finds of what is
+neither a kernel nor the package's; milliseconds, medians of rounds in which every form of a row
 runs in turn.
 """
 
@@ -20,6 +20,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import kernels
+import numpy as np
 import ops as rows_of
 import timing
 from jax import Array, lax
@@ -66,7 +67,7 @@ def forms_of(row: rows_of.Row) -> dict[str, tuple[Callable, tuple[int, ...]]]:
     if row.name.startswith("conv"):
         return convolutions(row)
     if row.name.startswith("normalisation"):
-        forms = {"banded product": row.ours, "shifted adds": shifted, "reduce_window": row.plain}
+        forms = {"shifted adds": row.ours, "banded product": banded, "reduce_window": row.plain}
     elif row.name.startswith("pool"):
         forms = {"strided slices": row.ours, "reduce_window": row.plain}
     else:
@@ -125,15 +126,16 @@ def by_squares(x: Array, kernel: Array, *, stride: int, padding) -> Array:
     return rows_of.plain_conv(squares, kernel, order=LAST, stride=1, padding=((0, 0), (0, 0)))
 
 
-def shifted(x: Array) -> Array:
-    """Two towers' normalisation; what is beyond a tower counts as zeros."""
+def banded(x: Array) -> Array:
+    """Two towers' normalisation; the band ends where a tower does."""
     size, k, alpha = rows_of.LRN["size"], rows_of.LRN["k"], rows_of.LRN["alpha"]
-    b, h, w, maps = x.shape
-    towers = x.reshape(b, h, w, 2, maps // 2).astype(jnp.float32)
-    padded = jnp.pad(towers * towers, [(0, 0)] * 4 + [(size // 2, size // 2)])
-    sums = sum(lax.slice_in_dim(padded, i, i + maps // 2, axis=4) for i in range(size))
+    maps = np.arange(x.shape[-1])
+    near = abs(maps[:, None] - maps) <= size // 2
+    together = maps[:, None] * 2 // len(maps) == maps * 2 // len(maps)
+    x32, band = x.astype(jnp.float32), jnp.asarray(near & together, jnp.float32)
+    sums = jnp.einsum("bhwj,ji->bhwi", x32 * x32, band, precision=lax.Precision.HIGHEST)
     total = k + alpha * sums
-    return (towers * lax.rsqrt(total) * lax.rsqrt(jnp.sqrt(total))).reshape(x.shape).astype(x.dtype)
+    return (x32 * lax.rsqrt(total) * lax.rsqrt(jnp.sqrt(total))).astype(x.dtype)
 
 
 if __name__ == "__main__":
