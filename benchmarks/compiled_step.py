@@ -3,10 +3,11 @@
   JAX_PLATFORMS=cpu python benchmarks/compiled_step.py [--batch 1024] [--dtype bfloat16]
     [--devices 1] [--form here] [--most 20]
 
-Needs `.[cuda13]`, and no GPU: XLA compiles for an H200 by its description. Every kernel counts with
-the bytes of its arguments and results, each once: what it moves at least. That says nothing of
-time, nor of what cuDNN needs inside. The forms: `here`, the package's; `groups`, with the two
-towers as one convolution in groups; `kernels`, with normalisation and pools from `kernels.py`.
+Needs `.[cuda13]`, and no GPU: XLA compiles for an H200 by its description. Every kernel counts
+with the bytes of its arguments and results, each once and whole, also where it takes a slice.
+That says nothing of time, nor of what cuDNN needs inside. The forms: `here`, the package's;
+`groups`, with the two towers as one convolution in groups; `kernels`, with normalisation and
+pools from `kernels.py`.
 """
 
 import argparse

@@ -62,9 +62,9 @@ def _normalised_forward(x, size, k, alpha, beta, groups):
 def _normalised_backward(size, k, alpha, beta, groups, x, dy):
     """dx[i] = dy[i] s[i]**-beta - 2 alpha beta x[i] * sum_j dy[j] x[j] s[j]**(-beta - 1)
 
-    over the same neighbours j, since whoever is near is so both ways; s is the sum with k. A GPU
-    adds five numbers sooner than it writes and reads one: of what forward computed only x is kept,
-    and what is summed here lies in memory in the dtype of x. The barriers see to both.
+    over the same neighbours j, since whoever is near is so both ways; s is the sum with k. So that
+    a GPU moves few bytes, only x is kept of what forward computed, and what is summed here lies in
+    memory in the dtype of x. The barriers see to both.
     """
     x = lax.optimization_barrier(x)
     x32, dy32 = x.astype(jnp.float32), dy.astype(jnp.float32)
