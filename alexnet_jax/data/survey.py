@@ -24,7 +24,7 @@ from alexnet_jax.data.statistics import Sums
 
 log = logging.getLogger(__name__)
 
-VERSION = "2"  # raised when the same files would give another survey
+VERSION = "3"  # raised when the same files would give another survey
 CHUNK = 64  # images a worker takes at a time
 
 
