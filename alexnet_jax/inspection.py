@@ -90,7 +90,7 @@ def _groups(line: str) -> set[frozenset[int]]:
 
 def exchanged_bytes(config: Config, num_classes: int, mesh: Mesh) -> list[int]:
     """Bytes each tower sends the other per image, exchange by exchange, in the traced forward."""
-    step, arguments = _step(config, num_classes, mesh)
+    step, arguments = training_step(config, num_classes, mesh)
     sent = []
 
     def visit(jaxpr: Any) -> None:
@@ -120,7 +120,7 @@ def inspect(config: Config) -> dict[str, Any]:
     reads_both = [layer for layer in found if layer.groups == 1][1:] if splits else []
     sent = exchanged_bytes(config, num_classes, mesh) if splits else []
     into = dict(zip((layer.name for layer in reads_both), sent))
-    step, arguments = _step(config, num_classes, mesh)
+    step, arguments = training_step(config, num_classes, mesh)
     hlo = step.lower(*arguments).compile().as_text()
     rows = [_row(layer, model.towers, into.get(layer.name, 0)) for layer in found]
     return {
@@ -197,7 +197,9 @@ def _row(layer: Layer, towers: int, exchanged: int) -> dict[str, Any]:
     }
 
 
-def _step(config: Config, num_classes: int, mesh: Mesh) -> tuple[Any, tuple]:
+def training_step(
+    config: Config, num_classes: int, mesh: Mesh, batch_size: int = BATCH_SIZE
+) -> tuple[Any, tuple]:
     """The training step, and arguments of the right shapes to trace it with."""
     model, size, stored = (
         config.model,
@@ -208,7 +210,7 @@ def _step(config: Config, num_classes: int, mesh: Mesh) -> tuple[Any, tuple]:
     step = make_train_step(
         make_apply(model, num_classes, mesh.shape["model"]),
         optim.make_update(config.optim),
-        optim.make_schedule(config.optim, num_examples=1000, batch_size=BATCH_SIZE, num_steps=1000),
+        optim.make_schedule(config.optim, num_examples=1000, batch_size=batch_size, num_steps=1000),
         mesh,
         seed=config.seed,
         mean=config.data.mean,
@@ -219,12 +221,12 @@ def _step(config: Config, num_classes: int, mesh: Mesh) -> tuple[Any, tuple]:
 
     rows = functools.partial(shaped, P("data"))
     batch = {
-        "image": rows(jnp.uint8, BATCH_SIZE, size, size, 3),
-        "label": rows(jnp.int32, BATCH_SIZE),
-        "offset": rows(jnp.int32, BATCH_SIZE, 2),
-        "mirror": rows(jnp.bool_, BATCH_SIZE),
-        "shift": rows(jnp.float32, BATCH_SIZE, 3),
-        "gain": rows(jnp.float32, BATCH_SIZE),
+        "image": rows(jnp.uint8, batch_size, size, size, 3),
+        "label": rows(jnp.int32, batch_size),
+        "offset": rows(jnp.int32, batch_size, 2),
+        "mirror": rows(jnp.bool_, batch_size),
+        "shift": rows(jnp.float32, batch_size, 3),
+        "gain": rows(jnp.float32, batch_size),
     }
     whole = functools.partial(shaped, P(), jnp.float32)
     statistics = Statistics._make(

@@ -102,9 +102,7 @@ def program(batch: int, dtype: str, devices: int, form: str) -> list[Kernel]:
     if form == "groups":
         ops.conv = in_groups
     if form == "kernels":
-        kernels.ops = argparse.Namespace(max_pool=ops.max_pool)
         ops.local_response_norm, ops.max_pool = kernels.local_response_norm, kernels.max_pool
-    inspection.BATCH_SIZE = batch
     user = configs.blank()
     user.model.dtype = dtype
     target = topologies.get_topology_desc(
@@ -112,7 +110,7 @@ def program(batch: int, dtype: str, devices: int, form: str) -> list[Kernel]:
     )
     places = np.array(target.devices).reshape(1, devices)
     mesh = Mesh(places, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    step, arguments = inspection._step(configs.resolve(user), 1000, mesh)
+    step, arguments = inspection.training_step(configs.resolve(user), 1000, mesh, batch)
     return read(step.lower(*arguments).compile().as_text())
 
 
