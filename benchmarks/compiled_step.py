@@ -6,8 +6,8 @@
 Needs `.[cuda13]`, and no GPU: XLA compiles for an H200 by its description. Every kernel counts
 with the bytes of its arguments and results, each once and whole, also where it takes a slice.
 That says nothing of time, nor of what cuDNN needs inside. The forms: `here`, the package's;
-`groups`, with the two towers as one convolution in groups; `kernels`, with normalisation and
-pools from `kernels.py`.
+`fusions`, without its kernels for normalisation and pools; `groups`, with the two towers as one
+convolution in groups.
 """
 
 import argparse
@@ -21,14 +21,13 @@ from typing import NamedTuple
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # which asks a driver
 
 import jax
-import kernels
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from alexnet_jax import config as configs
 from alexnet_jax import inspection, ops
-from alexnet_jax.ops import convolution, native, varying
+from alexnet_jax.ops import convolution, gpu, native, varying
 
 # As CUDA and NVIDIA's data sheet describe an H200.
 H200 = """
@@ -76,7 +75,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--devices", type=int, choices=(1, 2), default=1)
-    parser.add_argument("--form", choices=("here", "groups", "kernels"), default="here")
+    parser.add_argument("--form", choices=("here", "fusions", "groups"), default="here")
     parser.add_argument("--most", type=int, default=20, help="kernels to show")
     options = parser.parse_args()
     found = program(options.batch, options.dtype, options.devices, options.form)
@@ -100,9 +99,9 @@ def program(batch: int, dtype: str, devices: int, form: str) -> list[Kernel]:
     native.available = lambda *arrays: False
     jax.default_backend = lambda: "gpu"  # for those who choose a form by it
     if form == "groups":
-        ops.conv = in_groups
-    if form == "kernels":
-        ops.local_response_norm, ops.max_pool = kernels.local_response_norm, kernels.max_pool
+        ops.conv, ops.groups_at_once = in_groups, lambda x: True
+    if form == "fusions":
+        gpu.available = lambda *shape, **rule: False
     user = configs.blank()
     user.model.dtype = dtype
     target = topologies.get_topology_desc(

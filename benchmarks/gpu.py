@@ -3,12 +3,13 @@
   benchmarks/gpu.sh OUT [PART ...] [--tiny] [--limit=SECONDS] [--work=FOLDER]
   benchmarks/gpu.sh OUT train --caltech101=folder:PATH --cifar10=records:PATH
 
-Without a PART, all that are measured: eight minutes. `train` are the real runs, to convergence,
-and the same recipes in PyTorch. A part that fails or takes too long is told of, keeps what it has
-found, and the next one begins. OUT/results.json and OUT/results.md hold what all parts found that
-were ever run with this OUT; OUT/parts what each printed, its log and its trace. --limit is shared
-by the parts named, in proportion, and what one leaves goes to the others. Records, runs and
-checkpoints, some gigabytes, are written to --work, OUT/work by default. --tiny only shows that all
+Without a PART, those that make up eight minutes. `train` are the real runs, to convergence, and the
+same recipes in PyTorch. What is timed runs alone; the others, side by side behind it. A part that
+fails or takes too long is told of, keeps what it has found, and the next one begins.
+OUT/results.json and OUT/results.md hold what all parts found that were ever run with this OUT;
+OUT/parts what each printed, its log and its trace. --limit is shared by the parts named, in
+proportion, and what one leaves goes to the others. Records, runs and checkpoints, some gigabytes,
+are written to --work, OUT/work by default. --tiny only shows that all
 of it works.
 """
 
@@ -21,21 +22,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 HERE = pathlib.Path(__file__).resolve().parent
-ALL_FORMS = ["eager", "channels_last", "compile+channels_last", "compile", "graphs"]
+SOME_FORMS = ["eager", "channels_last", "compile+channels_last"]
+ALL_FORMS = [*SOME_FORMS, "compile", "graphs"]
 FLAGS = [  # the first ones matter most: time may be short
     "--xla_gpu_deterministic_ops=true",
     "--xla_gpu_enable_command_buffer=",  # none
-    "--xla_gpu_enable_latency_hiding_scheduler=true",
     "--xla_gpu_autotune_level=0",
+    "--xla_gpu_enable_latency_hiding_scheduler=true",
     "--xla_gpu_enable_triton_gemm=false",
-    "--xla_gpu_force_conv_nhwc=true",
-    "--xla_gpu_force_conv_nchw=true",
     "--xla_gpu_graph_min_graph_size=1",
-    "--xla_gpu_enable_cublaslt=true",
-    "--xla_gpu_autotune_level=2",
 ]
 MACHINE = """
 import importlib.metadata as m, json, platform, jax
@@ -55,7 +54,8 @@ class Part(NamedTuple):
     about: str
     seconds: float  # its share of the time
     command: list[str]  # {limit}: its seconds, less some to come to an end in; none: not possible
-    measures: bool = True  # is run where no part is named
+    named: bool = True  # is run where no part is named
+    timed: bool = True  # is run alone
 
 
 def main() -> int:
@@ -72,7 +72,7 @@ def main() -> int:
     out = options.out.resolve()
     work = (options.work or out / "work").resolve()
     known = measuring(out, work, options.tiny) | training(out, work, options)
-    names = [name for name in known if known[name].measures]
+    names = [name for name in known if known[name].named]
     if options.parts:
         several = {"train": [name for name in known if name.startswith(("caltech", "cifar"))]}
         names = [name for part in options.parts for name in several.get(part, [part])]
@@ -82,22 +82,33 @@ def main() -> int:
     chosen = {name: known[name] for name in names}
     for folder in (out / "parts", work):
         folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(work / "compiled"))
     results = out / "results.json"
     found = json.loads(results.read_text()) if results.exists() else {"parts": {}}
     found["machine"] = machine()
     share = 10 if options.tiny else 1
-    left = options.limit or share * sum(part.seconds for part in chosen.values())
-    waiting = sum(part.seconds for part in chosen.values())
-    for name, part in chosen.items():
-        limit = max(0.0, left * part.seconds / waiting)
-        print(f"{name}: {part.about}; {limit:.0f} s at most", flush=True)
-        found["parts"][name] = one = run(name, part, out / "parts", limit)
-        print(f"{name}: {one['outcome']} after {one['seconds']:.0f} s", flush=True)
-        left, waiting = left - one["seconds"], waiting - part.seconds
-        results.write_text(json.dumps(found, indent=1))
-        (out / "results.md").write_text(page(found, known, out / "parts"))
+    alone = [[name] for name in chosen if chosen[name].timed]
+    beside = [name for name in chosen if not chosen[name].timed]
+    turns = [*alone, beside] if beside else alone
+    waiting = sum(turn_seconds(chosen, turn) for turn in turns)
+    left = options.limit or share * waiting
+    for turn in turns:
+        started, seconds = time.perf_counter(), turn_seconds(chosen, turn)
+        limit = max(0.0, left * seconds / waiting)
+        for name in turn:
+            print(f"{name}: {chosen[name].about}; {limit:.0f} s at most", flush=True)
+        for name, one in run({name: chosen[name] for name in turn}, out / "parts", limit):
+            found["parts"][name] = one
+            print(f"{name}: {one['outcome']} after {one['seconds']:.0f} s", flush=True)
+            results.write_text(json.dumps(found, indent=1))
+            (out / "results.md").write_text(page(found, known, out / "parts"))
+        left, waiting = left - (time.perf_counter() - started), waiting - seconds
     print(out / "results.md")
     return int(any(found["parts"][name]["outcome"] != "done" for name in chosen))
+
+
+def turn_seconds(parts: dict[str, Part], turn: list[str]) -> float:
+    return max(parts[name].seconds for name in turn)
 
 
 def measuring(out: pathlib.Path, work: pathlib.Path, tiny: bool) -> dict[str, Part]:
@@ -112,35 +123,42 @@ def measuring(out: pathlib.Path, work: pathlib.Path, tiny: bool) -> dict[str, Pa
         bits = ["--size=73", "--steps=12", "--batch=8", *small]
         stream, memory = ["--size=73", "--batch", "8", *small], ["--batch", "2", "--forms", "eager"]
     else:
-        forms = [*step, "--batch", "128", "1024", "256", "2048", "--rounds=5", "--seconds=0.5"]
-        forms += ["--keep=2", "--forms", *ALL_FORMS]
+        forms = [*step, "--rounds=5", "--seconds=0.5", "--keep=1", "--forms", *SOME_FORMS]
         flags = [*step, "--batch", "128", "--rounds=5", "--seconds=0.5", "--forms"]
         flags += [f"--xla={flag}" for flag in FLAGS]
-        checks, operations, trace = [], ["--batch=1024", "--rounds=5"], []
+        checks, operations, trace = [], ["--batch=1024", "--rounds=5"], ["--batch=1024"]
         bits, stream = ["--at_once"], ["--batch", "128", "1024"]
-        memory = ["--batch", "128", "1024", "--forms", *ALL_FORMS[:3]]
+        memory = ["--batch", "128", "1024", "--forms", *SOME_FORMS]
     at = [f"--work={work}"]
     bf16, tf32 = ["--dtype=bfloat16"], ["--dtype=tf32"]
+    first, more = (["--batch", "1024", "128"], ["--batch", "256", "2048"]) if not tiny else ([], [])
+    every = ["--batch", "1024", "128", "--rounds=5", "--seconds=0.5", "--forms", *ALL_FORMS]
     return {
-        "correctness": Part("every operation against the oracle", 45, ["check_ops.py", *checks]),
-        "step-bf16": Part("a training step beside PyTorch's", 110, [*forms, *bf16]),
-        "step-tf32": Part("the same in float32 with TF32 products", 65, [*forms, *tf32]),
-        "ops": Part("operations and their floors", 65, ["ops.py", *operations, *bf16, "--step"]),
-        "determinism": Part("the same bits each time", 50, ["determinism.py", *at, *bits]),
-        "flags": Part("XLA's flags, one at a time, each to a step", 75, [*flags, *bf16]),
+        "step-bf16": Part("a training step beside PyTorch's", 125, [*forms, *first, *bf16]),
+        "step-tf32": Part("the same, float32 by TF32 products", 70, [*forms, *first[:2], *tf32]),
+        "ops": Part("operations and their floors", 80, ["ops.py", *operations, *bf16, "--step"]),
         "end-to-end": Part(
-            "the stream and the step", 55, ["end_to_end.py", "--limit={limit}", *at, *stream]
+            "the stream and the step", 60, ["end_to_end.py", "--limit={limit}", *at, *stream]
         ),
         "profile": Part(
-            "a trace of ten steps", 15, ["step_trace.py", f"--output={out}/parts/trace", *trace]
+            "a trace of ten steps", 25, ["step_trace.py", f"--output={out}/parts/trace", *trace]
         ),
+        "flags": Part("XLA's flags, one at a time, each to a step", 60, [*flags, *bf16]),
+        "correctness": Part(
+            "every operation against the oracle", 60, ["check_ops.py", *checks], timed=False
+        ),
+        "determinism": Part(
+            "the same bits each time", 60, ["determinism.py", *at, *bits], timed=False
+        ),
+        "step-more": Part("more sizes", 120, [*forms, *more, *bf16], named=False),
+        "step-every": Part("more forms of PyTorch", 200, [*step, *every, *bf16], named=False),
         "ops-tf32": Part(
-            "operations, TF32", 60, ["ops.py", *operations, *tf32, "--step"], measures=False
+            "operations, TF32", 80, ["ops.py", *operations, *tf32, "--step"], named=False
         ),
         "forms": Part(
-            "ways to say an operation", 150, ["forms.py", *operations, *bf16], measures=False
+            "ways to say a convolution", 150, ["forms.py", *operations, *bf16], named=False
         ),
-        "memory": Part("the peak of a step", 200, ["memory.py", *memory, *bf16], measures=False),
+        "memory": Part("the peak of a step", 150, ["memory.py", *memory, *bf16], named=False),
     }
 
 
@@ -158,40 +176,61 @@ def training(out: pathlib.Path, work: pathlib.Path, options: Any) -> dict[str, P
         ours += [f"--figures={out}/parts/{name}", *small]
         again = ["torch_train.py", f"--workdir={run}", *form]
         told = f"the full net on {name}"
-        parts[name] = Part(told, seconds, ours if source else [], False)
-        parts[f"{name}-pytorch"] = Part(f"{told}, in PyTorch", seconds, again, False)
+        parts[name] = Part(told, seconds, ours if source else [], named=False)
+        # It tells the level, and not the time; the runs it repeats are timed, and so come first.
+        parts[f"{name}-pytorch"] = Part(
+            f"{told}, in PyTorch", seconds, again, named=False, timed=False
+        )
     return parts
 
 
-def run(name: str, part: Part, folder: pathlib.Path, limit: float) -> dict[str, Any]:
-    """The part's outcome in words, its seconds, and what it found."""
-    if not part.command:
-        return {"outcome": f"left out: no data; name it by --{name}=folder:PATH", "seconds": 0.0}
+def run(
+    parts: dict[str, Part], folder: pathlib.Path, limit: float
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Of each part, side by side, as it ends: the outcome in words, seconds, and what it found."""
+    started, running = time.perf_counter(), {}
+    try:
+        for name, part in parts.items():
+            if part.command:
+                running[name] = start(name, part, folder, limit)
+            else:
+                why = f"left out: no data; name it by --{name}=folder:PATH"
+                yield name, {"outcome": why, "seconds": 0.0}
+        while running:
+            time.sleep(0.05)
+            seconds = time.perf_counter() - started
+            for name, process in [*running.items()]:
+                status = process.poll()
+                if status is None and seconds < limit:
+                    continue
+                outcome = f"failed, status {status}; see {name}.log" if status else "done"
+                if status is None:
+                    outcome = f"stopped: it took more than {limit:.0f} s"
+                end(running.pop(name))
+                answer = folder / f"{name}.json"
+                found = json.loads(answer.read_text()) if answer.exists() else None
+                about = {"seconds": seconds, "command": process.args, "found": found}
+                yield name, {"outcome": outcome} | about
+    finally:
+        for process in running.values():
+            end(process)
+
+
+def start(name: str, part: Part, folder: pathlib.Path, limit: float) -> subprocess.Popen:
+    """A part's process, leader of a group of its own."""
     answer = folder / f"{name}.json"
     answer.unlink(missing_ok=True)
     enough = str(round(0.85 * limit))
     script, *flags = (word.replace("{limit}", enough) for word in part.command)
-    command = [sys.executable, str(HERE / script), *flags, f"--json={answer}"]
-    started = time.perf_counter()
     with (folder / f"{name}.md").open("w") as page, (folder / f"{name}.log").open("w") as log:
-        process = subprocess.Popen(
-            command,
+        return subprocess.Popen(
+            [sys.executable, str(HERE / script), *flags, f"--json={answer}"],
             stdout=page,
             stderr=log,
             stdin=subprocess.DEVNULL,
             env=os.environ | {"PYTHONUNBUFFERED": "1"},
             start_new_session=True,
         )
-        try:
-            status = process.wait(limit)
-            outcome = f"failed, status {status}; see {name}.log" if status else "done"
-        except subprocess.TimeoutExpired:
-            outcome = f"stopped: it took more than {limit:.0f} s"
-        finally:
-            end(process)
-    found = json.loads(answer.read_text()) if answer.exists() else None
-    seconds = time.perf_counter() - started
-    return {"outcome": outcome, "seconds": seconds, "command": command, "found": found}
 
 
 def end(process: subprocess.Popen) -> None:

@@ -7,7 +7,8 @@ its bytes at the rate of a large array's, both measured in the same run, the bes
 caches hold moves faster: there it is an estimate and no bound); forward reads x and the kernel
 and writes y, backward reads x, the kernel and dy and writes the gradients; the update reads
 weights, velocities and gradients in float32 and writes the first two. Medians of rounds in which
-every row runs in turn, milliseconds; PyTorch, where it is installed, without torch.compile, in its
+every row runs in turn, milliseconds; behind the sum, what stages 1 and 2 (rectifier, normalisation
+and pool) consist of; PyTorch, where it is installed, without torch.compile, in its
 own layout, on a GPU in channels_last. --step sets the sum of all rows beside a whole training step.
 On a GPU short calls are timed many at once, each with the time it takes to be sent there, which is
 printed too.
@@ -44,6 +45,7 @@ except ImportError:
     torch = None
 
 LRN = {"size": 5, "k": 2.0, "alpha": 1e-4, "beta": 0.75}
+POOL = {"window": 3, "stride": 2}
 
 
 class Row(NamedTuple):
@@ -86,11 +88,14 @@ def main() -> None:
         if options.json:
             options.json.write_text(json.dumps(about | {"seconds": table}, indent=1))
 
-    for row in rows(options.batch):
-        for backward in (False, True):
-            found = measured(row, backward, options.dtype, options.rounds)
-            least = floor(row, backward, width, flops, bandwidth)
-            add(row.name, "backward" if backward else "forward", {"floor": least, **found})
+    def add_rows(rows: list[Row]) -> None:
+        for row in rows:
+            for backward in (False, True):
+                found = measured(row, backward, options.dtype, options.rounds)
+                least = floor(row, backward, width, flops, bandwidth)
+                add(row.name, "backward" if backward else "forward", {"floor": least, **found})
+
+    add_rows(rows(options.batch))
     add("update", "", update(bandwidth, options.rounds))
     whole = [name for name in ("floor", "ours", "torch") if all(name in row for row in table)]
     total = {name: sum(row[name] for row in table) for name in whole}
@@ -100,6 +105,8 @@ def main() -> None:
         made.warm()
         step = statistics.median(made.seconds() for _ in range(options.rounds))
         add("training step", "", {"floor": total["floor"], "ours": step})
+    add_rows(parts(options.batch))
+    if options.step:
         print(f"\nThe floors add up to {total['floor'] / step:.0%} of the step.")
 
 
@@ -117,18 +124,30 @@ def rows(batch: int) -> list[Row]:
         forms = (functools.partial(form, **options) for form in (ops.conv, plain_conv, torch_conv))
         found.append(Row(layer.name, (batch, side, side, maps), layer.kernel, flops, *forms))
         side, _, maps = layer.stage_output
+    stage = functools.partial(ops.relu_lrn_pool, **LRN, groups=2, **POOL)
     for name, side, width in (("1", 55, 96), ("2", 27, 256)):
         x = (batch, side, side, width)
-        norm = functools.partial(ops.local_response_norm, **LRN, groups=2)
-        found.append(Row(f"normalisation {name}", x, (), 0, norm, plain_norm, torch_norm))
-    for name, side, width in (("1", 55, 96), ("2", 27, 256), ("5", 13, 256)):
-        pool = functools.partial(ops.max_pool, window=3, stride=2)
-        x = (batch, side, side, width)
-        found.append(Row(f"pool {name}", x, (), 0, lambda x, p=pool: p(x), plain_pool, torch_pool))
+        found.append(Row(f"stage {name}", x, (), 0, stage, plain_stage, torch_stage))
+    found.append(pool_row("5", (batch, 13, 13, 256)))
     for layer in layers[-3:]:
         x, flops = (batch, layer.kernel[0]), 2 * layer.multiply_adds * batch
         found.append(Row(layer.name, x, layer.kernel, flops, ops.dense, jnp.matmul, product))
     return found
+
+
+def parts(batch: int) -> list[Row]:
+    """What the stages behind conv1 and conv2 consist of, less the rectifier."""
+    norm = functools.partial(ops.local_response_norm, **LRN, groups=2)
+    found = []
+    for name, x in (("1", (batch, 55, 55, 96)), ("2", (batch, 27, 27, 256))):
+        found.append(Row(f"normalisation {name}", x, (), 0, norm, plain_norm, torch_norm))
+        found.append(pool_row(name, x))
+    return found
+
+
+def pool_row(name: str, x: tuple[int, ...]) -> Row:
+    pool = functools.partial(ops.max_pool, **POOL)
+    return Row(f"pool {name}", x, (), 0, lambda x: pool(x), plain_pool, torch_pool)
 
 
 def floor(row: Row, backward: bool, dtype: str, flops: float, bandwidth: float) -> float:
@@ -279,6 +298,10 @@ def plain_pool(x):
     return lax.reduce_window(x, lowest, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "VALID")
 
 
+def plain_stage(x):
+    return plain_pool(plain_norm(jnp.maximum(x, 0)))
+
+
 def torch_conv(x, kernel, *, stride, padding, groups):
     (top, bottom), (left, right) = padding
     if (top, left) != (bottom, right):
@@ -292,6 +315,10 @@ def torch_norm(x):
 
 def torch_pool(x):
     return F.max_pool2d(x, 3, 2)
+
+
+def torch_stage(x):
+    return torch_pool(torch_norm(F.relu(x)))
 
 
 def product(x, kernel):

@@ -82,14 +82,17 @@ class Contender:
     def __init__(self, name: str, what: str, batch: int, dtype: str, seconds: float):
         arguments = [f"--worker={name}", f"--what={what}", f"--batch={batch}"]
         arguments += [f"--dtype={dtype}", f"--seconds={seconds}"]
-        flags = [os.environ.get("XLA_FLAGS", ""), name.removeprefix(OURS).removeprefix(", ")]
-        own = {"XLA_FLAGS": " ".join(flags).strip()} if name.startswith(OURS) else {}
+        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        more = name.removeprefix(OURS).removeprefix(", ") if name.startswith(OURS) else ""
+        if more:
+            environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {more}".strip()
+            environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # what it chose without the flag
         self.process = subprocess.Popen(
             [sys.executable, __file__, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | own,
+            env=environment,
         )
 
     def ask(self) -> str:

@@ -10,6 +10,7 @@ share of each is a contiguous half of that axis; so a checkpoint knows nothing o
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -21,6 +22,7 @@ from alexnet_jax.models.layers import Affine, Dropout, Layer, Parameters, connec
 
 SPATIAL_LRN = {"size": 5, "k": 1.0, "alpha": 4e-5, "beta": 0.75}  # layers-145.cfg, rnorm2's second
 POOLED: tuple[str, ...] = ("conv1", "conv2", "conv5")
+RELU_LRN_POOL = ("activation", "lrn", "pool")  # the paper's order
 
 
 def shapes(config: Model, num_classes: int, size: int) -> tuple[Layer, ...]:
@@ -157,10 +159,16 @@ class AlexNet(nnx.Module):
 
         (b, h, w, c/n) -> (b, h', w', c'/n). A layer left out hands on what it is given, pooled.
         """
-        if name not in self.config.without:
-            layer = getattr(self, name)
-            x = layer(self.exchange(x) if both else x)
-        return self.stage(x, name)
+        local = self.config.towers // self.shards
+        across = self.config.lrn and self.config.lrn_across_towers
+        if name in self.config.without:
+            return self.stage(x, name, local)
+        layer: Affine = getattr(self, name)
+        x = self.exchange(x) if both else x
+        if layer.groups == 1 or across or ops.groups_at_once(x):
+            return self.stage(layer(x), name, local)
+        # From here to the next layer that reads both, no array holds both.
+        return jnp.concatenate([self.stage(part, name, 1) for part in layer.apart(x)], axis=-1)
 
     def connected(self, name: str, x: Array, dropout: Dropout | None) -> Array:
         """A fully connected layer over both towers: (b, ..., c/n) -> (b, c'/n); see above."""
@@ -179,26 +187,32 @@ class AlexNet(nnx.Module):
     def activation(self, x: Array) -> Array:
         return ops.activation(x, self.config.activation)
 
-    def stage(self, x: Array, name: str) -> Array:
-        """What follows convolution `name`: (b, h, w, c) -> (b, h', w', c)."""
-        config = self.config
-        for step in steps_after(config, name):
+    def stage(self, x: Array, name: str, towers: int) -> Array:
+        """What follows convolution `name`, of x's towers: (b, h, w, c) -> (b, h', w', c)."""
+        config, steps = self.config, steps_after(self.config, name)
+        lrn: dict[str, Any] = {
+            "size": config.lrn_size,
+            "k": config.lrn_k,
+            "alpha": config.lrn_alpha,
+            "beta": config.lrn_beta,
+            "groups": 1 if config.lrn_across_towers else towers,
+        }
+        pool: dict[str, Any] = {}
+        if "pool" in steps:
+            place = POOLED.index(name)
+            sides = config.pool_windows[place], config.pool_strides[place]
+            pool = dict(zip(("window", "stride"), sides))
+        if steps == RELU_LRN_POOL and config.activation == "relu" and config.lrn:
+            return ops.relu_lrn_pool(x, **lrn, **pool)
+        for step in steps:
             if step == "activation":
                 x = self.activation(x)
             elif step == "pool":
-                pool = POOLED.index(name)
-                x = ops.max_pool(x, config.pool_windows[pool], config.pool_strides[pool])
+                x = ops.max_pool(x, **pool)
             elif config.lrn and step == "spatial_lrn":
                 x = ops.spatial_response_norm(x, **SPATIAL_LRN)
             elif config.lrn:
-                x = ops.local_response_norm(
-                    x,
-                    size=config.lrn_size,
-                    k=config.lrn_k,
-                    alpha=config.lrn_alpha,
-                    beta=config.lrn_beta,
-                    groups=1 if config.lrn_across_towers else config.towers // self.shards,
-                )
+                x = ops.local_response_norm(x, **lrn)
         return x
 
     def drop(self, x: Array, place: str, dropout: Dropout | None) -> Array:

@@ -105,8 +105,17 @@ class Affine(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """(b, h, w, i) or (b, i) -> (b, h', w', o) or (b, o), of x's dtype."""
-        kernel, bias = self.kernel[...], self.bias[...].astype(x.dtype)
+        kernel, bias = self.kernel[...], self.bias[...]
+        return self._apply(x, kernel, bias, self.groups)
+
+    def apart(self, x: Array) -> list[Array]:
+        """The same, a group at a time: its share of the maps, (b, h', w', o / groups)."""
+        whole = (x, self.kernel[...], self.bias[...])
+        parts = (jnp.split(array, self.groups, axis=-1) for array in whole)
+        return [self._apply(*part, groups=1) for part in zip(*parts, strict=True)]
+
+    def _apply(self, x: Array, kernel: Array, bias: Array, groups: int) -> Array:
         if x.ndim == 2:
-            return ops.dense(x, kernel) + bias
+            return ops.dense(x, kernel) + bias.astype(x.dtype)
         options: dict[str, Any] = {"stride": self.stride, "padding": self.padding}
-        return ops.conv(x, kernel, groups=self.groups, **options) + bias
+        return ops.conv(x, kernel, groups=groups, **options) + bias.astype(x.dtype)

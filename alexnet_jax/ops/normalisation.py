@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+import alexnet_jax.ops.gpu as gpu
 import alexnet_jax.ops.native as native
 
 
@@ -27,6 +28,8 @@ def local_response_norm(
     """
     if beta == 0.75 and x.shape[-1] % groups == 0 and native.available(x):
         return _normalised_by_lines(x, size, float(k), float(alpha), groups)
+    if gpu.available(x.shape, groups=groups, size=size, beta=beta):
+        return _normalised_by_pixels(x, gpu.Rule(size, k, alpha, groups, rectify=False))
     return _normalised(x, size, k, alpha, beta, groups)
 
 
@@ -46,6 +49,17 @@ def _lines_backward(size, k, alpha, groups, x, dy):
 
 
 _normalised_by_lines.defvjp(_lines_forward, _lines_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _normalised_by_pixels(x: Array, rule: gpu.Rule) -> Array:
+    return gpu.normalise(x, rule)
+
+
+_normalised_by_pixels.defvjp(
+    lambda x, rule: (gpu.normalise(x, rule), x),
+    lambda rule, x, dy: (gpu.normalise_gradient(x, dy, rule),),
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4, 5))
@@ -111,7 +125,8 @@ def spatial_response_norm(x: Array, *, size: int, k: float, alpha: float, beta: 
 
 
 def _power(sums: Array, beta: float) -> Array:
-    """sums ** -beta; for the .75 of the paper from square roots, which are faster than a power."""
+    """sums ** -beta; for the .75 of the paper from roots, which are faster than a power."""
     if beta == 0.75:
-        return lax.rsqrt(sums) * lax.rsqrt(jnp.sqrt(sums))
+        root = lax.rsqrt(sums)
+        return root * lax.rsqrt(sums * root)
     return sums**-beta

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+import alexnet_jax.ops.gpu as gpu
+
 
 def pooled_size(size: int, window: int, stride: int) -> int:
     """Ceil((size - window) / stride) + 1, the original's rule: the last window may overhang.
@@ -28,7 +30,7 @@ def max_pool(x: Array, window: int, stride: int) -> Array:
       maximum of a window in row-major order, as XLA's own pooling gives it, and is built from
       strided slices: no select-and-scatter, which is slow on CPUs and not deterministic on GPUs.
     """
-    return _max_pool_forward(x, window, stride)[0]
+    return max_pool_forward(x, window, stride)[0]
 
 
 def mean_pool(x: Array, window: int, stride: int) -> Array:
@@ -79,13 +81,18 @@ def _fit(x: Array, tall: int, wide: int, value: float) -> Array:
     return lax.pad(x, jnp.array(value, x.dtype), edges)
 
 
-def _max_pool_forward(x, window, stride):
+def max_pool_forward(x: Array, window: int, stride: int) -> tuple[Array, Array]:
+    """`max_pool`, and of each window the place [i * window + j] of its first maximum, if any."""
     slices = _window_slices(x, window, stride)
     y = functools.reduce(jnp.maximum, slices)
-    # Of each window the place of its first maximum; where none is a number, no place.
     place = jnp.full(y.shape, window * window, jnp.uint8 if window < 16 else jnp.uint32)
     for index, pixels in reversed([*enumerate(slices)]):
         place = jnp.where(pixels == y, jnp.asarray(index, place.dtype), place)
+    return y, place
+
+
+def _max_pool_forward(x, window, stride):
+    y, place = max_pool_forward(x, window, stride)
     return y, (place, jnp.empty((*x.shape[1:3], 0)))  # which holds nothing but x's sides
 
 
@@ -97,6 +104,8 @@ def _max_pool_backward(window, stride, residuals, dy):
     """
     place, size = residuals
     h, w, _ = size.shape
+    if gpu.available((dy.shape[0], h, w, dy.shape[3])):
+        return (gpu.pool_gradient(dy, place, window, stride, (h, w)),)
     reach = (window - 1) // stride  # windows behind the square's own that hold a pixel of it
     rows, columns = -(-h // stride), -(-w // stride)
 

@@ -1,0 +1,59 @@
+"""What follows the first two convolutions of the paper, in one."""
+
+import functools
+
+import jax
+from jax import Array
+
+import alexnet_jax.ops.gpu as gpu
+from alexnet_jax.ops.activation import activation
+from alexnet_jax.ops.normalisation import local_response_norm
+from alexnet_jax.ops.pooling import max_pool, max_pool_forward
+
+
+def relu_lrn_pool(
+    x: Array,
+    *,
+    size: int,
+    k: float,
+    alpha: float,
+    beta: float,
+    groups: int,
+    window: int,
+    stride: int,
+) -> Array:
+    """`max_pool` of `local_response_norm` of the rectified x.
+
+    Args:
+      x: (b, h, w, c), any float dtype.
+      size, k, alpha, beta, groups: of `local_response_norm`.
+      window, stride: of `max_pool`.
+
+    Returns:
+      (b, h', w', c) of x's dtype. On a GPU of what lies between x and the output only the places
+      of the maxima are kept, and the rectifier takes no pass over memory of its own.
+    """
+    if gpu.available(x.shape, groups=groups, size=size, beta=beta):
+        return _in_one(x, gpu.Rule(size, k, alpha, groups, rectify=True), window, stride)
+    x = activation(x, "relu")
+    x = local_response_norm(x, size=size, k=k, alpha=alpha, beta=beta, groups=groups)
+    return max_pool(x, window, stride)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _in_one(x: Array, rule: gpu.Rule, window: int, stride: int) -> Array:
+    return _forward(x, rule, window, stride)[0]
+
+
+def _forward(x, rule, window, stride):
+    y, place = max_pool_forward(gpu.normalise(x, rule), window, stride)
+    return y, (x, place)
+
+
+def _backward(rule, window, stride, residuals, dy):
+    x, place = residuals
+    dy = gpu.pool_gradient(dy, place, window, stride, x.shape[1:3])
+    return (gpu.normalise_gradient(x, dy, rule),)
+
+
+_in_one.defvjp(_forward, _backward)
