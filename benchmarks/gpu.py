@@ -170,7 +170,7 @@ def training(out: pathlib.Path, work: pathlib.Path, options: Any) -> dict[str, P
         small += ["--config.train.num_steps=6", "--config.train.batch_size=8"]
         form = ["--form=eager"]
     parts = {}
-    for name, seconds in (("caltech101", 600), ("cifar10", 1200)):
+    for name, seconds in (("caltech101", 400), ("cifar10", 500)):
         source, run = getattr(options, name), work / "runs" / name
         ours = ["real_run.py", f"--recipe={name}", f"--source={source}", f"--workdir={run}"]
         ours += [f"--figures={out}/parts/{name}", *small]
