@@ -11,7 +11,7 @@ from alexnet_jax.config import Config, Data, UserError
 from alexnet_jax.data import stream
 from alexnet_jax.data.augment import Statistics
 from alexnet_jax.data.examples import Source
-from alexnet_jax.mesh import local_rows, put_batch
+from alexnet_jax.mesh import local_rows, put_batch, put_everywhere
 from alexnet_jax.train.state import Apply, Params
 from alexnet_jax.train.step import EvalStep, make_eval_step
 
@@ -35,6 +35,7 @@ def evaluate(
     """
     rows = stream.Rows(batch_size, local_rows(mesh, batch_size))
     stored = statistics.mean_image.shape[0]
+    statistics = put_everywhere(statistics, mesh)
     batches = stream.evaluation_batches(source, data, stored=stored, rows=rows)
     parts: list[metrics.Sums] = []
     for batch in batches:

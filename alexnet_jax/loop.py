@@ -23,7 +23,7 @@ from alexnet_jax.config import Config
 from alexnet_jax.data import stream
 from alexnet_jax.data.augment import Statistics
 from alexnet_jax.data.examples import Source
-from alexnet_jax.mesh import local_rows, over_model, put_batch
+from alexnet_jax.mesh import local_rows, over_model, put_batch, put_everywhere
 from alexnet_jax.models.nets import layers
 from alexnet_jax.report import Report, Silent
 from alexnet_jax.train import optim
@@ -75,9 +75,10 @@ class Interval:
         self.started = time.perf_counter()
 
     def add(self, step: int, results: StepResults) -> None:
+        results.numbers.copy_to_host_async()
         self.results.append((step, results))
         if len(self.results) > 2:  # stay two steps ahead of the devices, no more
-            jax.block_until_ready(self.results[-3][1])
+            self.results[-3][1].numbers.block_until_ready()
 
     def read(self) -> dict[str, float]:
         """Means over the interval; starts the next.
@@ -85,26 +86,27 @@ class Interval:
         Raises:
           TrainingError: a loss or a gradient is not finite.
         """
+        layers, sums = self.results[0][1].layers, []
         gradients, ratios = [], []  # (layers,) of each step
-        every = over_model([[*results.squares.values()] for _, results in self.results], self.mesh)
-        for (step, results), squares in zip(self.results, every):
-            loss = np.asarray(results.sums.loss.addressable_data(0))[0]
+        over_all = over_model([results.numbers for _, results in self.results], self.mesh)
+        for (step, results), numbers in zip(self.results, over_all):
+            mine = np.asarray(results.numbers.addressable_data(0))[:, 0]
+            sums.append(StepResults(mine, layers).sums)
+            squares = np.array([*StepResults(numbers, layers).squares.values()])
             gradients.append(squares[:, 0])
-            if not (np.isfinite(loss) and np.isfinite(gradients[-1]).all()):
-                bad = [
-                    name for name, ok in zip(results.squares, np.isfinite(gradients[-1])) if not ok
-                ]
+            if not (np.isfinite(sums[-1].loss) and np.isfinite(gradients[-1]).all()):
+                bad = [name for name, ok in zip(layers, np.isfinite(gradients[-1])) if not ok]
                 raise TrainingError(
-                    f"step {step}: the loss is {loss / self.batch_size}, and the gradient is not "
-                    f"finite in {', '.join(bad) or 'no layer'}; the last good checkpoint stays; a "
-                    "lower --config.optim.learning_rate is the usual way out"
+                    f"step {step}: the loss is {sums[-1].loss / self.batch_size}, and the gradient "
+                    f"is not finite in {', '.join(bad) or 'no layer'}; the last good checkpoint "
+                    "stays; a lower --config.optim.learning_rate is the usual way out"
                 )
             moved, weights = np.sqrt(squares[:, 1:]).T
             ratios.append(np.divide(moved, weights, out=np.zeros_like(moved), where=weights > 0))
         seconds = time.perf_counter() - self.started
-        values = metrics.errors(evaluate.total(results.sums for _, results in self.results))
+        values = metrics.errors(metrics.Sums(*np.sum(np.array(sums, np.float64), axis=0)))
         values["gradient_norm"] = float(np.sqrt(np.mean(np.sum(gradients, axis=1))))
-        for name, ratio in zip(self.results[0][1].squares, np.mean(ratios, axis=0)):
+        for name, ratio in zip(layers, np.mean(ratios, axis=0)):
             values[f"update_to_weight/{name}"] = float(ratio)
         values["images_per_second"] = len(ratios) * self.batch_size / seconds
         self.restart()
@@ -144,15 +146,16 @@ def _steps(run: setup.Run, first: int, report: Silent, job: Job) -> int:
     """The steps after `first`; the number of the signal that ended them early, or 0."""
     config, calendar, meta, state = run.config, run.calendar, run.meta, run.state
     scale = np.float32(optim.plateau_scale(meta.plateau, config.optim))
+    statistics = put_everywhere(meta.statistics, run.mesh)
     batches = device_batches(
         run.source, meta.statistics, config, run.mesh, first, calendar.num_steps
     )
     ready = next(batches)
-    train_step = _compiled(run.train_step, (state, ready, meta.statistics, scale), report)
+    train_step = _compiled(run.train_step, (state, ready, statistics, scale), report)
     report.start_clock(first)
     interval = Interval(calendar.batch_size, run.mesh)
     for step, batch in enumerate(itertools.chain([ready], batches), first + 1):
-        state, results = train_step(state, batch, meta.statistics, scale)
+        state, results = train_step(state, batch, statistics, scale)
         interval.add(step, results)
         if step > first + 1:
             job.at(f"step {step}")

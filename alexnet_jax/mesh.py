@@ -1,6 +1,6 @@
 """Devices -> mesh; where a batch and a parameter live."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -90,23 +90,34 @@ def local_rows(mesh: jax.sharding.Mesh, batch_size: int) -> range:
     return range(places[0] * share, (places[-1] + 1) * share)
 
 
-def over_model(arrays: Any, mesh: jax.sharding.Mesh) -> np.ndarray:
-    """The sums over shards of nested sequences of (shards,) arrays, one entry a `model` shard.
+def over_model(arrays: Sequence[jax.Array], mesh: jax.sharding.Mesh) -> np.ndarray:
+    """The sums over shards of each of some (n, shards) arrays, a column a `model` shard.
 
-    Float64, with the axes of the nesting. Where the shards lie in several processes, all of these
-    must call this at the same time.
+    (arrays, n) float64. Where the shards lie in several processes, all of these must call this at
+    the same time.
     """
-    local = np.array(jax.tree.map(_local_entries, arrays), np.float64)
+    local = np.stack([_local_columns(array) for array in arrays]).astype(np.float64)
     if local.shape[-1] < mesh.shape["model"]:
-        every = multihost_utils.process_allgather(local)  # (processes, ..., 1)
+        every = multihost_utils.process_allgather(local)  # (processes, arrays, n, 1)
         local = np.concatenate([every[owner.process_index] for owner in mesh.devices[0]], axis=-1)
     return local.sum(axis=-1)
 
 
-def _local_entries(array: jax.Array) -> np.ndarray:
+def _local_columns(array: jax.Array) -> np.ndarray:
     """Of an array split over `model`, what this process has, once."""
-    entries = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
-    return np.concatenate([np.asarray(entries[start]) for start in sorted(entries)])
+    columns = {shard.index[-1].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(columns[start]) for start in sorted(columns)], axis=-1)
+
+
+def put_everywhere(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Arrays that every process has, whole on every device."""
+    everywhere = NamedSharding(mesh, P())
+
+    def put(array: Any) -> jax.Array:
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, everywhere, array.__getitem__)
+
+    return jax.tree.map(put, tree)
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:

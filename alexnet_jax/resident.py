@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from alexnet_jax.config import Data, UserError
 from alexnet_jax.data import stream
 from alexnet_jax.data.examples import Source
+from alexnet_jax.mesh import put_everywhere
 
 READ_AT_ONCE = 256  # images
 SHARE = 0.6  # of a device's memory, at most; the rest is for the net
@@ -44,8 +45,7 @@ def load(source: Source, data: Data, stored: int, size: int, mesh: Mesh) -> Fini
     for first, batch in zip(range(0, len(source), READ_AT_ONCE), batches):
         part = squares[first : first + READ_AT_ONCE]
         part[:] = batch["image"][: len(part)]
-    everywhere = NamedSharding(mesh, P())
-    placed = jax.make_array_from_callback(shape, everywhere, squares.__getitem__)
+    placed = put_everywhere(squares, mesh)
     cut = make_cut(mesh, size)
 
     def finish(batch: dict[str, Array]) -> dict[str, Array]:

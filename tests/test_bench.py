@@ -71,7 +71,7 @@ def test_a_slow_step_waits_for_nothing(config, short, monkeypatch):
 
         def step(batch):
             time.sleep(5 * NAP)
-            advance(batch)
+            return advance(batch)
 
         return step
 

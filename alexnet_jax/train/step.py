@@ -6,6 +6,8 @@ twice, so each takes half of it. Over `model` nothing travels but the exchanges 
 transposes; over `data`, gradients and sums.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -30,7 +32,7 @@ DeviceBatch = dict[str, Array]
 
 
 class Squares(NamedTuple):
-    """Squared norms of one layer: float32, one entry a `model` shard; entries add up.
+    """Squared norms of one layer: float32, of one `model` shard or an entry each; they add up.
 
     Where the loss or a gradient is not finite, nothing is updated: update and weight are 0.
     """
@@ -40,11 +42,35 @@ class Squares(NamedTuple):
     weight: Array  # the kernel, before
 
 
-class StepResults(NamedTuple):
-    """What a training step tells, reduced over `data` alone: no more travels for it."""
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["numbers"], meta_fields=["layers"]
+)
+@dataclasses.dataclass(frozen=True)
+class StepResults:
+    """What a training step tells, reduced over `data` alone: no more travels for it.
 
-    sums: metrics.Sums  # over the global batch; one equal entry a `model` shard
-    squares: dict[str, Squares]  # by layer
+    One array, for each that a host fetches from a GPU costs it as much as a thousand numbers.
+    """
+
+    numbers: Any  # (4 + 3 * layers, shards) float32: `sums`, equal in all shards, and `squares`
+    layers: tuple[str, ...]
+
+    @classmethod
+    def of(cls, sums: metrics.Sums, squares: dict[str, Squares]) -> "StepResults":
+        """One shard's."""
+        numbers = [*sums, *(number for layer in squares.values() for number in layer)]
+        return cls(jnp.stack(numbers)[:, None], tuple(squares))
+
+    @property
+    def sums(self) -> metrics.Sums:
+        """Over the global batch; (shards,)."""
+        return metrics.Sums(*self.numbers[: len(metrics.Sums._fields)])
+
+    @property
+    def squares(self) -> dict[str, Squares]:
+        """By layer; (shards,)."""
+        rest = self.numbers[len(metrics.Sums._fields) :]
+        return {layer: Squares(*rest[3 * i : 3 * i + 3]) for i, layer in enumerate(self.layers)}
 
 
 TrainStep = Callable[
@@ -122,8 +148,7 @@ def make_train_step(
         now = (cast(Params, state.params), state.opt_state)
         params, opt_state, changes = update(good, *now, cast(Params, gradients), rates)
         squares = {layer: Squares(norm, *changes[layer]) for layer, norm in norms.items()}
-        results = jax.tree.map(lambda value: jnp.reshape(value, (1,)), StepResults(sums, squares))
-        return TrainState(state.step + 1, params, opt_state), results
+        return TrainState(state.step + 1, params, opt_state), StepResults.of(sums, squares)
 
     def train_step(state: TrainState, batch: DeviceBatch, statistics: Statistics, scale: Array):
         specs = jax.tree.map(parameter_spec, state)
@@ -131,7 +156,7 @@ def make_train_step(
             local_step,
             mesh=mesh,
             in_specs=(specs, rows_spec, P(), P()),
-            out_specs=(specs, P("model")),
+            out_specs=(specs, P(None, "model")),
         )(state, batch, statistics, scale)
 
     return jax.jit(train_step, donate_argnums=0)
