@@ -24,6 +24,7 @@ from alexnet_jax.train.state import initial_state, make_apply, put
 
 SECONDS = 5.0  # at least, of each measurement
 LEAST = 3  # repetitions of each
+ENDLESS = 10**9  # steps
 STAGE_IMAGES = 256  # taken through one stage after another
 
 
@@ -45,7 +46,7 @@ def bench(config: Config) -> dict[str, Any]:
     source, statistics = survey.surveyed(source, config.data, config.model)
 
     def batches() -> contextlib.closing[Any]:
-        return contextlib.closing(loop.device_batches(source, statistics, config, mesh, 0, 10**9))
+        return contextlib.closing(loop.device_batches(source, statistics, config, mesh, 0, ENDLESS))
 
     found: dict[str, Any] = {"batch_size": batch_size, "device": jax.devices()[0].device_kind}
     with batches() as stream_of:
@@ -96,7 +97,7 @@ def _input(batches: Iterator[Any], batch_size: int, data: Data) -> dict[str, Any
         "images_per_second": batch_size / seconds,
         "images_per_second_per_worker": batch_size / seconds / count,
         "workers": count,
-        "kind": workers.kind(data),
+        "kind": workers.kind(data, ENDLESS * batch_size),
     }
 
 
@@ -135,7 +136,7 @@ def make_advance(
     batch: Any,
 ) -> Callable[[Any], Any]:
     """What trains on a batch, compiled and run once; its result is there when the step is done."""
-    calendar = setup.Calendar(num_examples, config.train.batch_size, 10**9)
+    calendar = setup.Calendar(num_examples, config.train.batch_size, ENDLESS)
     apply = make_apply(config.model, num_classes, mesh.shape["model"])
     step = setup.make_step(apply, config, mesh, calendar)
     optimizer = optim.make_optimizer(config.optim)

@@ -156,7 +156,8 @@ def _batches(read: ReadPiece, local: range, side: int, steps: range, data: Data)
     """The batches of `steps`, whose pixels are (len(local), side, side, 3) uint8."""
     pieces = [local[first : first + PIECE] for first in range(0, len(local), PIECE)]
     count, ahead = workers.count(data.workers), data.prefetch * len(pieces)
-    make = _by_processes if workers.kind(data) == "processes" else _by_threads
+    kind = workers.kind(data, len(steps) * len(local))
+    make = _by_processes if kind == "processes" else _by_threads
     with make(read, pieces, side, steps, count, ahead) as batches:
         for image, parts in batches:
             yield {"image": image} | {

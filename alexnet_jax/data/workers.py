@@ -19,6 +19,7 @@ from alexnet_jax.config import Data, UserError
 
 CPU_QUOTA = pathlib.Path("/sys/fs/cgroup/cpu.max")  # microseconds, of so many
 MOST_THREADS = 4  # beside each other
+WORTH_PROCESSES = 20_000  # images: what threads do while processes start
 
 
 def count(asked: int) -> int:
@@ -34,15 +35,17 @@ def count(asked: int) -> int:
         return cores
 
 
-def kind(data: Data) -> str:
-    """`threads` or `processes`.
+def kind(data: Data, num_images: int) -> str:
+    """`threads` or `processes`, for a stream of so many images.
 
     Decoding and copying leave the interpreter to other threads, what is around them does not:
-    beyond a few threads they wait for each other. Processes take seconds to start.
+    beyond a few threads they wait for each other, the more so the less there is to decode, as in
+    records. Processes take seconds to start.
     """
     if data.worker_kind != "auto":
         return data.worker_kind
-    return "processes" if count(data.workers) > MOST_THREADS else "threads"
+    waiting = count(data.workers) > MOST_THREADS or data.source.startswith("records:")
+    return "processes" if waiting and num_images >= WORTH_PROCESSES else "threads"
 
 
 def live_with_parent() -> None:

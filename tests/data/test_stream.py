@@ -1,5 +1,6 @@
 """Batch n is a stretch of one endless stream: whoever reads it, from where, with what around it."""
 
+import dataclasses
 import gc
 import itertools
 import math
@@ -414,11 +415,21 @@ def test_workers_are_as_many_as_asked_for(asked):
 
 
 @pytest.mark.parametrize(
-    ("asked", "kind"), [((1, "auto"), "threads"), ((64, "auto"), "processes"),
-                        ((1, "processes"), "processes"), ((64, "threads"), "threads")],
-)  # fmt: skip
-def test_few_workers_are_threads_and_many_processes_unless_told(asked, kind):
-    assert workers.kind(Data(workers=asked[0], worker_kind=asked[1])) == kind
+    ("workers_", "source", "images", "kind"),
+    [
+        (1, "folder:x", 10**6, "threads"),
+        (64, "folder:x", 10**6, "processes"),
+        (64, "folder:x", 400, "threads"),  # done before processes have started
+        (2, "records:x", 10**6, "processes"),
+        (2, "records:x", 400, "threads"),
+    ],
+)
+def test_workers_are_of_the_kind_that_suits_the_stream(workers_, source, images, kind):
+    data = Data(workers=workers_, source=source)
+    assert workers.kind(data, images) == kind
+    for asked in ("threads", "processes"):
+        told = dataclasses.replace(data, worker_kind=asked)
+        assert workers.kind(told, images) == asked
 
 
 @pytest.mark.parametrize(
