@@ -127,36 +127,40 @@ def measuring(out: pathlib.Path, work: pathlib.Path, tiny: bool) -> dict[str, Pa
         flags = [*step, "--batch", "128", "--rounds=5", "--seconds=0.5", "--forms"]
         flags += [f"--xla={flag}" for flag in FLAGS]
         checks, operations, trace = [], ["--batch=1024", "--rounds=5"], ["--batch=1024"]
-        bits, stream = ["--at_once"], ["--batch", "128", "1024"]
+        bits, stream = ["--at_once"], ["--batch", "1024"]
         memory = ["--batch", "128", "1024", "--forms", *SOME_FORMS]
     at = [f"--work={work}"]
     bf16, tf32 = ["--dtype=bfloat16"], ["--dtype=tf32"]
     first, more = (["--batch", "1024", "128"], ["--batch", "256", "2048"]) if not tiny else ([], [])
     every = ["--batch", "1024", "128", "--rounds=5", "--seconds=0.5", "--forms", *ALL_FORMS]
     return {
-        "step-bf16": Part("a training step beside PyTorch's", 125, [*forms, *first, *bf16]),
-        "step-tf32": Part("the same, float32 by TF32 products", 70, [*forms, *first[:2], *tf32]),
-        "ops": Part("operations and their floors", 80, ["ops.py", *operations, *bf16, "--step"]),
+        "step-bf16": Part("a training step beside PyTorch's", 165, [*forms, *first, *bf16]),
+        "ops": Part("operations and their floors", 100, ["ops.py", *operations, *bf16, "--step"]),
         "end-to-end": Part(
-            "the stream and the step", 60, ["end_to_end.py", "--limit={limit}", *at, *stream]
+            "the stream and the step", 80, ["end_to_end.py", "--limit={limit}", *at, *stream]
         ),
         "profile": Part(
-            "a trace of ten steps", 25, ["step_trace.py", f"--output={out}/parts/trace", *trace]
+            "a trace of ten steps", 15, ["step_trace.py", f"--output={out}/parts/trace", *trace]
         ),
-        "flags": Part("XLA's flags, one at a time, each to a step", 60, [*flags, *bf16]),
         "correctness": Part(
-            "every operation against the oracle", 60, ["check_ops.py", *checks], timed=False
+            "every operation against the oracle", 110, ["check_ops.py", *checks], timed=False
         ),
         "determinism": Part(
-            "the same bits each time", 60, ["determinism.py", *at, *bits], timed=False
+            "the same bits each time", 110, ["determinism.py", *at, *bits], timed=False
         ),
-        "step-more": Part("more sizes", 120, [*forms, *more, *bf16], named=False),
-        "step-every": Part("more forms of PyTorch", 200, [*step, *every, *bf16], named=False),
+        "step-tf32": Part(
+            "the same, float32 by TF32 products", 165, [*forms, *first, *tf32], named=False
+        ),
+        "step-more": Part("more sizes", 130, [*forms, *more, *bf16], named=False),
+        "step-every": Part("more forms of PyTorch", 250, [*step, *every, *bf16], named=False),
+        "flags": Part(
+            "XLA's flags, one at a time, each to a step", 200, [*flags, *bf16], named=False
+        ),
         "ops-tf32": Part(
-            "operations, TF32", 80, ["ops.py", *operations, *tf32, "--step"], named=False
+            "operations, TF32", 100, ["ops.py", *operations, *tf32, "--step"], named=False
         ),
         "forms": Part(
-            "ways to say a convolution", 150, ["forms.py", *operations, *bf16], named=False
+            "ways to say a convolution", 130, ["forms.py", *operations, *bf16], named=False
         ),
         "memory": Part("the peak of a step", 150, ["memory.py", *memory, *bf16], named=False),
     }

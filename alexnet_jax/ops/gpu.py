@@ -76,7 +76,7 @@ def pool_gradient(
 
 
 def _over_maps(
-    kernel: Callable,
+    kernel: functools.partial,
     places: int,
     most: int,
     groups: int,
@@ -95,6 +95,7 @@ def _over_maps(
         grid=(pl.cdiv(places * (all_maps // maps), THREADS),),
         out_shape=jax.ShapeDtypeStruct((math.prod(shape),), first.dtype, manual_axis_type=axes),
         compiler_params=triton.CompilerParams(num_warps=THREADS // 32),
+        name=kernel.func.__name__[1:],  # in profiles
         interpret=jax.default_backend() != "gpu",
     )
     return call(*(array.reshape(-1) for array in arrays)).reshape(shape)
