@@ -110,6 +110,7 @@ def inspect(config: Config) -> dict[str, Any]:
 
     The step is compiled for two CPU devices where the net splits, for one where it does not.
     """
+    jax.config.update("jax_platforms", "cpu")  # operations choose their form by it
     start_cpu_devices(2, at_least=True)
     model = config.model
     num_classes = model.num_classes or IMAGENET_CLASSES

@@ -23,7 +23,13 @@ from alexnet_jax.config import Config
 from alexnet_jax.data import stream
 from alexnet_jax.data.augment import Statistics
 from alexnet_jax.data.examples import Source
-from alexnet_jax.mesh import local_rows, over_model, put_batch, put_everywhere
+from alexnet_jax.mesh import (
+    local_columns,
+    local_rows,
+    over_model,
+    put_batch,
+    put_everywhere,
+)
 from alexnet_jax.models.nets import layers
 from alexnet_jax.report import Report, Silent
 from alexnet_jax.train import optim
@@ -88,11 +94,10 @@ class Interval:
         """
         layers, sums = self.results[0][1].layers, []
         gradients, ratios = [], []  # (layers,) of each step
-        over_all = over_model([results.numbers for _, results in self.results], self.mesh)
-        for (step, results), numbers in zip(self.results, over_all):
-            mine = np.asarray(results.numbers.addressable_data(0))[:, 0]
-            sums.append(StepResults(mine, layers).sums)
-            squares = np.array([*StepResults(numbers, layers).squares.values()])
+        local = np.stack([local_columns(results.numbers) for _, results in self.results])
+        for (step, _), mine, all_shards in zip(self.results, local, over_model(local, self.mesh)):
+            sums.append(StepResults(mine[:, 0], layers).sums)
+            squares = np.array([*StepResults(all_shards, layers).squares.values()])
             gradients.append(squares[:, 0])
             if not (np.isfinite(sums[-1].loss) and np.isfinite(gradients[-1]).all()):
                 bad = [name for name, ok in zip(layers, np.isfinite(gradients[-1])) if not ok]

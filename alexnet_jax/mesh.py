@@ -1,6 +1,6 @@
 """Devices -> mesh; where a batch and a parameter live."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -90,23 +90,29 @@ def local_rows(mesh: jax.sharding.Mesh, batch_size: int) -> range:
     return range(places[0] * share, (places[-1] + 1) * share)
 
 
-def over_model(arrays: Sequence[jax.Array], mesh: jax.sharding.Mesh) -> np.ndarray:
-    """The sums over shards of each of some (n, shards) arrays, a column a `model` shard.
+def local_columns(array: jax.Array) -> np.ndarray:
+    """Of an array (n, shards) split over `model`, the columns this process has, each once.
 
-    (arrays, n) float64. Where the shards lie in several processes, all of these must call this at
-    the same time.
+    What `copy_to_host_async` has sent for is not fetched again.
     """
-    local = np.stack([_local_columns(array) for array in arrays]).astype(np.float64)
+    if array.is_fully_replicated:
+        return np.asarray(array)
+    columns: dict[int, jax.Array] = {}
+    for shard in array.addressable_shards:
+        columns.setdefault(shard.index[-1].start or 0, shard.data)
+    return np.concatenate([np.asarray(columns[start]) for start in sorted(columns)], axis=-1)
+
+
+def over_model(local: np.ndarray, mesh: jax.sharding.Mesh) -> np.ndarray:
+    """The sums over shards of `local_columns`, (..., columns), of any process: (...) float64.
+
+    Where the shards lie in several processes, all of these must call this at the same time.
+    """
+    local = local.astype(np.float64)
     if local.shape[-1] < mesh.shape["model"]:
-        every = multihost_utils.process_allgather(local)  # (processes, arrays, n, 1)
+        every = multihost_utils.process_allgather(local)  # (processes, ..., 1)
         local = np.concatenate([every[owner.process_index] for owner in mesh.devices[0]], axis=-1)
     return local.sum(axis=-1)
-
-
-def _local_columns(array: jax.Array) -> np.ndarray:
-    """Of an array split over `model`, what this process has, once."""
-    columns = {shard.index[-1].start or 0: shard.data for shard in array.addressable_shards}
-    return np.concatenate([np.asarray(columns[start]) for start in sorted(columns)], axis=-1)
 
 
 def put_everywhere(tree: Any, mesh: jax.sharding.Mesh) -> Any:

@@ -19,7 +19,7 @@ from alexnet_jax.data import images, sources, stream, survey
 from alexnet_jax.data.examples import Source
 from alexnet_jax.evaluate import batch_size, check_labels
 from alexnet_jax.files import write_arrays
-from alexnet_jax.mesh import local_rows, make_mesh, put_batch
+from alexnet_jax.mesh import local_rows, make_mesh, put_batch, put_everywhere
 from alexnet_jax.models.nets import layers
 from alexnet_jax.train.state import Params, make_apply, put
 from alexnet_jax.train.step import PredictStep, make_features_step, make_predict_step
@@ -129,9 +129,10 @@ def _outputs(net: Net, source: Source, step: PredictStep) -> Iterator[np.ndarray
     size = batch_size(net.config, net.mesh)
     rows = stream.Rows(size, local_rows(net.mesh, size))
     stored = net.meta.statistics.mean_image.shape[0]
+    statistics = put_everywhere(net.meta.statistics, net.mesh)
     for batch in stream.evaluation_batches(source, net.config.data, stored=stored, rows=rows):
         placed = put_batch(batch, net.mesh)
-        output = step(net.params, placed, net.meta.statistics)
+        output = step(net.params, placed, statistics)
         yield np.asarray(multihost_utils.process_allgather(output, tiled=True))
 
 

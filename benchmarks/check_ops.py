@@ -12,6 +12,7 @@ against PyTorch in float64. Ends with status 1 where something is further away.
 
 import argparse
 import concurrent.futures
+import functools
 import json
 import os
 import pathlib
@@ -24,7 +25,7 @@ import timing
 from ops import LRN, POOL, Row, arguments, parts, rows, torch
 
 from alexnet_jax import config as configs
-from alexnet_jax import mesh, metrics, resident
+from alexnet_jax import mesh, metrics, ops, resident
 from alexnet_jax.ops import keep_mask
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests"))
@@ -55,6 +56,7 @@ def main() -> int:
     with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
         for row, found in zip(everything, pool.map(checked, everything)):
             add(row.name, found)
+    add("what is no number, behind a stage", {"float32": no_number()})
     add("cross-entropy", {"float32": cross_entropy()})
     add("crop and mirror on the device", {"float32": crops()})
     add("dropout's mask", {"float32": masks()})
@@ -114,6 +116,15 @@ def reference(row: Row, *given: np.ndarray) -> tuple[np.ndarray, ...]:
 
 def error(found: jax.Array, wanted: np.ndarray) -> float:
     return float(np.linalg.norm(np.float64(found) - wanted) / np.linalg.norm(wanted))
+
+
+def no_number() -> float:
+    """0, or 1 where a stage or its gradient loses it."""
+    x = np.ones((1, 55, 55, 96), np.float32)
+    x[0, 30, 30, 50] = np.nan
+    stage = functools.partial(ops.relu_lrn_pool, **LRN, groups=2, **POOL)
+    y, back = jax.vjp(jax.jit(stage), jnp.asarray(x))
+    return float(not (np.isnan(y).any() and np.isnan(back(jnp.ones_like(y))[0]).any()))
 
 
 def cross_entropy() -> float:

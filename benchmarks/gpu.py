@@ -210,7 +210,8 @@ def run(
                 outcome = f"failed, status {status}; see {name}.log" if status else "done"
                 if status is None:
                     outcome = f"stopped: it took more than {limit:.0f} s"
-                end(running.pop(name))
+                end(process)
+                del running[name]
                 answer = folder / f"{name}.json"
                 found = json.loads(answer.read_text()) if answer.exists() else None
                 about = {"seconds": seconds, "command": process.args, "found": found}

@@ -139,9 +139,9 @@ def measured(
         devices[name] = ask(name)
     rates = {name: [] for name in there}
     for turn in range(options.rounds):
-        if turn and time.perf_counter() > options.limit:
-            break
         for name in list(there):
+            if turn and time.perf_counter() > options.limit:
+                break
             answer = ask(name)
             if answer:
                 rates[name].append(batch / float(answer))

@@ -46,9 +46,11 @@ def test_normalisation_and_its_gradient(maps, groups, size):
     assert calls(norm, x) == 1
 
 
-@pytest.mark.parametrize("rule", [{"size": 11}, {"beta": 0.5}, {"groups": 5}, {"groups": 1}])
-def test_what_there_is_no_kernel_for_is_left_to_xla(rule):
-    x = numbers(1, 2, 3, 20)
+@pytest.mark.parametrize(
+    ("maps", "rule"), [(16, {"size": 11}), (16, {"beta": 0.5}), (20, {}), (48, {"groups": 4})]
+)
+def test_what_there_is_no_kernel_for_is_left_to_xla(maps, rule):
+    x = numbers(1, 2, 3, maps)
     rule = LRN | rule
     np.testing.assert_allclose(
         ops.local_response_norm(x, **rule), oracle.lrn(np.float64(x), **{"groups": 1} | rule), 1e-5
@@ -115,6 +117,25 @@ def test_what_is_no_number_stays_visible():
     assert np.isnan(y).all()
     assert not np.asarray(back(jnp.ones_like(y))[0]).any()
     assert np.isnan(ops.local_response_norm(jnp.asarray(x), **LRN)[0, 1, 1]).all()
+
+
+def test_the_rectifier_is_no_maximum():
+    """Triton's maximum, unlike XLA's and the interpreter's, is the one of two that is a number."""
+    x = jnp.zeros((1, 4, 4, 16), jnp.bfloat16)
+    rule = gpu.Rule(5, 2.0, 1e-2, 1, rectify=True)
+    for kernel in (gpu.normalise, lambda x, rule: gpu.normalise_gradient(x, x, rule)):
+        found = str(jax.make_jaxpr(lambda x, kernel=kernel: kernel(x, rule))(x))
+        assert " rsqrt " in found  # what the kernel does is shown
+        assert " max " not in found
+
+
+def test_what_is_no_number_passes_the_stage():
+    x = np.ones((1, 7, 7, 16), np.float32)
+    x[0, 3, 3, 5] = np.nan
+    stage = LRN | {"groups": 1, "window": 3, "stride": 2}
+    y, back = jax.vjp(lambda x: ops.relu_lrn_pool(x, **stage), x)
+    assert np.isnan(y).any()
+    assert np.isnan(np.asarray(back(jnp.ones_like(y))[0])).any()
 
 
 def test_more_numbers_than_an_index_counts_are_left_to_xla():

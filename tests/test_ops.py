@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 from alexnet_jax import ops
+from alexnet_jax.ops import convolution
 
 PAPER = {"size": 5, "k": 2.0, "alpha": 1e-4, "beta": 0.75}
 CAFFE = {"size": 5, "k": 1.0, "alpha": 2e-5, "beta": 0.75}  # 1e-4 over the window of 5
@@ -152,6 +153,30 @@ def test_convolution_and_its_gradients_are_the_oracles(
         assert_winograd((y, dx, dkernel), (expected, *wanted))
         return
     # Sums of at most 968 products of numbers near 1: 30 in size, 1e-6 of that in error.
+    np.testing.assert_allclose(y, expected, atol=1e-4)
+    np.testing.assert_allclose(dx, wanted[0], atol=1e-4)
+    np.testing.assert_allclose(dkernel, wanted[1], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("sides", "maps", "window", "stride", "padding"),
+    [
+        ((19, 22), 3, (11, 11), 4, ((0, 3), (0, 3))),
+        ((17, 17), 3, (11, 11), 4, ((2, 2), (2, 2))),
+        ((9, 10), 6, (4, 3), 3, ((2, 1), (0, 3))),
+        ((8, 8), 1, (4, 4), 2, ((0, 0), (0, 0))),
+    ],
+)
+def test_a_convolution_over_squares_is_the_oracles(sides, maps, window, stride, padding):
+    """What other devices than CPUs are given for conv1."""
+    x = normal(1, 3, *sides, maps).astype(np.float32)
+    kernel = normal(2, *window, maps, 6).astype(np.float32)
+    expected = oracle.conv(x, kernel, np.zeros(6), stride, padding)
+    dy = normal(3, *expected.shape).astype(np.float32)
+    y, (dx, dkernel) = with_gradient(
+        lambda x, kernel: convolution.conv_by_squares(x, kernel, stride, padding), x, kernel, dy=dy
+    )
+    wanted = oracle.conv_grad(x, kernel, dy, stride, padding)
     np.testing.assert_allclose(y, expected, atol=1e-4)
     np.testing.assert_allclose(dx, wanted[0], atol=1e-4)
     np.testing.assert_allclose(dkernel, wanted[1], atol=1e-4)

@@ -169,7 +169,8 @@ class _Line:
 
     def x(self, one: int) -> Array:
         x = self._x(one // AT_ONCE)[one % AT_ONCE]
-        return jnp.maximum(x, 0) if self.rule.rectify else x
+        # No maximum: Triton's is 0 where x is no number.
+        return jnp.where(x < 0, 0, x) if self.rule.rectify else x
 
     def dy(self, one: int) -> Array:
         return self._dy(one // AT_ONCE)[one % AT_ONCE]
