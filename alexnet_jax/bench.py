@@ -73,6 +73,7 @@ def table(found: dict[str, Any]) -> str:
     """What `bench` found, for people."""
     given, stages = found["input"], found["input"]["stages"]
     times = ", ".join(f"{name} {value:.0f}" for name, value in stages.items())
+    shared = ", or their cores read images," if found["device"] == "cpu" else ""
     return "\n".join(
         [
             f"{found['device']}, batches of {found['batch_size']}",
@@ -83,7 +84,7 @@ def table(found: dict[str, Any]) -> str:
             f"step alone    {found['step']['images_per_second']:10,.1f} images/s, "
             f"{found['step']['share_of_matmul']:.0%} of a matrix product's speed",
             f"both          {found['both']['images_per_second']:10,.1f} images/s, "
-            f"the devices waited {found['both']['waited']:.1%} of the time",
+            f"the devices waited{shared} {found['both']['waited']:.1%} of the time",
         ]
     )
 
