@@ -129,6 +129,8 @@ def put_everywhere(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 def put_batch(batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
     """This process's rows of a batch as arrays split over `data`, on their way to the devices."""
     sharding = NamedSharding(mesh, P("data"))
+    if sharding.is_fully_addressable:
+        return jax.device_put(dict(batch), sharding)  # at once, which is faster
     return {
         name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
     }
