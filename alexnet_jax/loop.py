@@ -23,13 +23,7 @@ from alexnet_jax.config import Config
 from alexnet_jax.data import stream
 from alexnet_jax.data.augment import Statistics
 from alexnet_jax.data.examples import Source
-from alexnet_jax.mesh import (
-    local_columns,
-    local_rows,
-    over_model,
-    put_batch,
-    put_everywhere,
-)
+from alexnet_jax.mesh import local_columns, local_rows, over_model, put_batch, put_everywhere
 from alexnet_jax.models.nets import layers
 from alexnet_jax.report import Report, Silent
 from alexnet_jax.train import optim
@@ -92,15 +86,15 @@ class Interval:
         Raises:
           TrainingError: a loss or a gradient is not finite.
         """
-        layers, sums = self.results[0][1].layers, []
+        names, sums = self.results[0][1].layers, []
         gradients, ratios = [], []  # (layers,) of each step
         local = np.stack([local_columns(results.numbers) for _, results in self.results])
         for (step, _), mine, all_shards in zip(self.results, local, over_model(local, self.mesh)):
-            sums.append(StepResults(mine[:, 0], layers).sums)
-            squares = np.array([*StepResults(all_shards, layers).squares.values()])
+            sums.append(StepResults(mine[:, 0], names).sums)
+            squares = np.array([*StepResults(all_shards, names).squares.values()])
             gradients.append(squares[:, 0])
             if not (np.isfinite(sums[-1].loss) and np.isfinite(gradients[-1]).all()):
-                bad = [name for name, ok in zip(layers, np.isfinite(gradients[-1])) if not ok]
+                bad = [name for name, ok in zip(names, np.isfinite(gradients[-1])) if not ok]
                 raise TrainingError(
                     f"step {step}: the loss is {sums[-1].loss / self.batch_size}, and the gradient "
                     f"is not finite in {', '.join(bad) or 'no layer'}; the last good checkpoint "
@@ -111,7 +105,7 @@ class Interval:
         seconds = time.perf_counter() - self.started
         values = metrics.errors(metrics.Sums(*np.sum(np.array(sums, np.float64), axis=0)))
         values["gradient_norm"] = float(np.sqrt(np.mean(np.sum(gradients, axis=1))))
-        for name, ratio in zip(layers, np.mean(ratios, axis=0)):
+        for name, ratio in zip(names, np.mean(ratios, axis=0)):
             values[f"update_to_weight/{name}"] = float(ratio)
         values["images_per_second"] = len(ratios) * self.batch_size / seconds
         self.restart()

@@ -54,7 +54,7 @@ class Part(NamedTuple):
     about: str
     seconds: float  # its share of the time
     command: list[str]  # {limit}: its seconds, less some to come to an end in; none: not possible
-    named: bool = True  # is run where no part is named
+    usual: bool = True  # is run where no part is named
     timed: bool = True  # is run alone
 
 
@@ -72,7 +72,7 @@ def main() -> int:
     out = options.out.resolve()
     work = (options.work or out / "work").resolve()
     known = measuring(out, work, options.tiny) | training(out, work, options)
-    names = [name for name in known if known[name].named]
+    names = [name for name in known if known[name].usual]
     if options.parts:
         several = {"train": [name for name in known if name.startswith(("caltech", "cifar"))]}
         names = [name for part in options.parts for name in several.get(part, [part])]
@@ -122,6 +122,8 @@ def measuring(out: pathlib.Path, work: pathlib.Path, tiny: bool) -> dict[str, Pa
         checks, operations, trace = ["--batch=1"], ["--batch=2", "--rounds=1"], ["--batch=2"]
         bits = ["--size=73", "--steps=12", "--batch=8", *small]
         stream, memory = ["--size=73", "--batch", "8", *small], ["--batch", "2", "--forms", "eager"]
+        first = more = []
+        every = forms
     else:
         forms = [*step, "--rounds=5", "--seconds=0.5", "--keep=1", "--forms", *SOME_FORMS]
         flags = [*step, "--batch", "128", "--rounds=5", "--seconds=0.5", "--forms"]
@@ -129,10 +131,10 @@ def measuring(out: pathlib.Path, work: pathlib.Path, tiny: bool) -> dict[str, Pa
         checks, operations, trace = [], ["--batch=1024", "--rounds=5"], ["--batch=1024"]
         bits, stream = ["--at_once"], ["--batch", "1024"]
         memory = ["--batch", "128", "1024", "--forms", *SOME_FORMS]
+        first, more = ["--batch", "1024", "128"], ["--batch", "256", "2048"]
+        every = [*step, *first, "--rounds=5", "--seconds=0.5", "--forms", *ALL_FORMS]
     at = [f"--work={work}"]
     bf16, tf32 = ["--dtype=bfloat16"], ["--dtype=tf32"]
-    first, more = (["--batch", "1024", "128"], ["--batch", "256", "2048"]) if not tiny else ([], [])
-    every = ["--batch", "1024", "128", "--rounds=5", "--seconds=0.5", "--forms", *ALL_FORMS]
     return {
         "step-bf16": Part("a training step beside PyTorch's", 165, [*forms, *first, *bf16]),
         "ops": Part("operations and their floors", 100, ["ops.py", *operations, *bf16, "--step"]),
@@ -149,20 +151,20 @@ def measuring(out: pathlib.Path, work: pathlib.Path, tiny: bool) -> dict[str, Pa
             "the same bits each time", 110, ["determinism.py", *at, *bits], timed=False
         ),
         "step-tf32": Part(
-            "the same, float32 by TF32 products", 165, [*forms, *first, *tf32], named=False
+            "the same, float32 by TF32 products", 165, [*forms, *first, *tf32], usual=False
         ),
-        "step-more": Part("more sizes", 130, [*forms, *more, *bf16], named=False),
-        "step-every": Part("more forms of PyTorch", 250, [*step, *every, *bf16], named=False),
+        "step-more": Part("more sizes", 130, [*forms, *more, *bf16], usual=False),
+        "step-every": Part("more forms of PyTorch", 250, [*every, *bf16], usual=False),
         "flags": Part(
-            "XLA's flags, one at a time, each to a step", 200, [*flags, *bf16], named=False
+            "XLA's flags, one at a time, each to a step", 200, [*flags, *bf16], usual=False
         ),
         "ops-tf32": Part(
-            "operations, TF32", 100, ["ops.py", *operations, *tf32, "--step"], named=False
+            "operations, TF32", 100, ["ops.py", *operations, *tf32, "--step"], usual=False
         ),
         "forms": Part(
-            "ways to say a convolution", 130, ["forms.py", *operations, *bf16], named=False
+            "ways to say a convolution", 130, ["forms.py", *operations, *bf16], usual=False
         ),
-        "memory": Part("the peak of a step", 150, ["memory.py", *memory, *bf16], named=False),
+        "memory": Part("the peak of a step", 150, ["memory.py", *memory, *bf16], usual=False),
     }
 
 
@@ -180,10 +182,10 @@ def training(out: pathlib.Path, work: pathlib.Path, options: Any) -> dict[str, P
         ours += [f"--figures={out}/parts/{name}", *small]
         again = ["torch_train.py", f"--workdir={run}", *form]
         told = f"the full net on {name}"
-        parts[name] = Part(told, seconds, ours if source else [], named=False)
+        parts[name] = Part(told, seconds, ours if source else [], usual=False)
         # It tells the level, and not the time; the runs it repeats are timed, and so come first.
         parts[f"{name}-pytorch"] = Part(
-            f"{told}, in PyTorch", seconds, again, named=False, timed=False
+            f"{told}, in PyTorch", seconds, again, usual=False, timed=False
         )
     return parts
 

@@ -2,7 +2,7 @@
 
 A thread has eight maps or more in a row, at one pixel or a few, in its registers, and reads those
 around them too, which threads beside it have read and caches hold. XLA's fusions, with a thread to
-each number, compute a number's neighbours anew for each: on an H200 they take two to five times as
+each number, compute a number's neighbours anew for each: on an H200 they take two to four times as
 long as memory does, and these kernels a fifth longer.
 """
 

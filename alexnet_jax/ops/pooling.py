@@ -30,7 +30,7 @@ def max_pool(x: Array, window: int, stride: int) -> Array:
       maximum of a window in row-major order, as XLA's own pooling gives it, and is built from
       strided slices: no select-and-scatter, which is slow on CPUs and not deterministic on GPUs.
     """
-    return max_pool_forward(x, window, stride)[0]
+    return max_pool_and_places(x, window, stride)[0]
 
 
 def mean_pool(x: Array, window: int, stride: int) -> Array:
@@ -81,7 +81,7 @@ def _fit(x: Array, tall: int, wide: int, value: float) -> Array:
     return lax.pad(x, jnp.array(value, x.dtype), edges)
 
 
-def max_pool_forward(x: Array, window: int, stride: int) -> tuple[Array, Array]:
+def max_pool_and_places(x: Array, window: int, stride: int) -> tuple[Array, Array]:
     """`max_pool`, and of each window the place [i * window + j] of its first maximum, if any."""
     slices = _window_slices(x, window, stride)
     y = functools.reduce(jnp.maximum, slices)
@@ -92,7 +92,7 @@ def max_pool_forward(x: Array, window: int, stride: int) -> tuple[Array, Array]:
 
 
 def _max_pool_forward(x, window, stride):
-    y, place = max_pool_forward(x, window, stride)
+    y, place = max_pool_and_places(x, window, stride)
     return y, (place, jnp.empty((*x.shape[1:3], 0)))  # which holds nothing but x's sides
 
 

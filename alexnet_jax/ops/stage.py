@@ -8,7 +8,7 @@ from jax import Array
 import alexnet_jax.ops.gpu as gpu
 from alexnet_jax.ops.activation import activation
 from alexnet_jax.ops.normalisation import local_response_norm
-from alexnet_jax.ops.pooling import max_pool, max_pool_forward
+from alexnet_jax.ops.pooling import max_pool, max_pool_and_places
 
 
 def relu_lrn_pool(
@@ -46,7 +46,7 @@ def _in_one(x: Array, rule: gpu.Rule, window: int, stride: int) -> Array:
 
 
 def _forward(x, rule, window, stride):
-    y, place = max_pool_forward(gpu.normalise(x, rule), window, stride)
+    y, place = max_pool_and_places(gpu.normalise(x, rule), window, stride)
     return y, (x, place)
 
 

@@ -49,7 +49,7 @@ class Squares(NamedTuple):
 class StepResults:
     """What a training step tells, reduced over `data` alone: no more travels for it.
 
-    One array, for each that a host fetches from a GPU costs it as much as a thousand numbers.
+    One array, so that a host fetches it at once.
     """
 
     numbers: Any  # (4 + 3 * layers, shards) float32: `sums`, equal in all shards, and `squares`
