@@ -142,7 +142,7 @@ def make_advance(
     step = setup.make_step(apply, config, mesh, calendar)
     optimizer = optim.make_optimizer(config.optim)
     state = put(initial_state(config.model, num_classes, optimizer, config.seed), mesh)
-    scale = jnp.float32(0)  # the rate: weights stay as they are, whatever is shown
+    scale = jnp.float32(1e-6)  # of the rate: weights hardly move, whatever is shown
 
     everywhere = put_everywhere(statistics, mesh)
 

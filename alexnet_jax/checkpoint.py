@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import pathlib
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,7 +21,6 @@ from typing import Any
 import jax
 import numpy as np
 import tensorstore
-from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from alexnet_jax import config as configs
@@ -60,6 +60,7 @@ class Meta:
     statistics: Statistics  # of the training split
     plateau: Plateau = BEGINNING
     num_examples: int = 0  # of the training split: with them the stream's positions change
+    origin: int = 0  # of the `Calendar`
     top1_error: float | None = None  # a fraction, where a validation pass was made at the step
 
 
@@ -70,7 +71,8 @@ class SaveError(Exception):
 Told = Callable[[Callable[[], str]], str]
 
 
-def _own(say: Callable[[], str]) -> str:
+def alone(say: Callable[[], str]) -> str:
+    """`Job.told` of one process."""
     return say()
 
 
@@ -92,42 +94,24 @@ class NewestAndBest:
 
 
 class Checkpoints:
-    """The checkpoints of one folder; use as a context manager, which waits for the last save."""
+    """The checkpoints of a folder, to be read, also while a run goes on saving there."""
 
     def __init__(self, directory: pathlib.Path):
-        self.directory = epath.Path(directory.absolute())
-        context = ocp.Context()
+        self.directory = directory.absolute()
+        self.context = ocp.Context()
         registry = ocp.handlers.local_registry()
         registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")
-        context.checkpointables.registry = registry
-        context.async_options.create_directories_asynchronously = False  # its failure would hang
-        _set_aside_unreadable(pathlib.Path(self.directory))
-        self.checkpointer = ocp.training.Checkpointer(
-            self.directory, context=context, preservation_policy=NewestAndBest()
-        )
-        self.finishing = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
-        self.pending: tuple[int, concurrent.futures.Future] | None = None
-
-    def __enter__(self) -> "Checkpoints":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        try:
-            self.wait()
-        finally:
-            self.finishing.shutdown()
-            self.checkpointer.close()
-
-    def clean(self) -> None:
-        """Remove what a run that was killed left unfinished; for who has the folder's lock."""
-        for leftover in self.directory.glob(UNFINISHED):
-            leftover.rmtree()
+        self.context.checkpointables.registry = registry
 
     def steps(self) -> list[int]:
-        """In ascending order."""
-        return [checkpoint.step for checkpoint in self.checkpointer.checkpoints]
+        """What is there now, damaged or not, in ascending order."""
+        names = [path.name for path in self.directory.glob("*")]
+        return sorted(int(name) for name in names if name.isdecimal())
 
-    def newest_whole(self, told: Told = _own) -> int | None:
+    def folder(self, step: int) -> pathlib.Path:
+        return self.directory / str(step)
+
+    def newest_whole(self, told: Told = alone) -> int | None:
         """The newest step whose files are as they were saved; None where there is no checkpoint.
 
         One that was not sealed, as when a run is killed at that moment, counts if all of it can
@@ -139,15 +123,20 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints, and all of them are damaged.
         """
-        steps = json.loads(told(lambda: json.dumps(self.steps())))
+
+        def listed() -> list[int]:
+            return json.loads(told(lambda: json.dumps(self.steps())))
+
+        steps = listed()
         for step in reversed(steps):
             problem = self._damage_of(step, told)
             if not problem:
                 return step
+            if listed() != steps:  # a run has just put a newer one in its place
+                return self.newest_whole(told)
             log.warning(
-                "CHECKPOINT %s IS DAMAGED (%s); trying an older one", self.directory / str(step),
-                problem,
-            )  # fmt: skip
+                "CHECKPOINT %s IS DAMAGED (%s); trying an older one", self.folder(step), problem
+            )
         if steps:
             raise UserError(
                 f"all checkpoints of {self.directory} are damaged ({', '.join(map(str, steps))}); "
@@ -155,56 +144,156 @@ class Checkpoints:
             )
         return None
 
-    def _damage_of(self, step: int, told: Told = _own) -> str:
+    def _damage_of(self, step: int, told: Told = alone) -> str:
         """What is wrong with a checkpoint, in words; "" where it is whole."""
-        folder = pathlib.Path(self.directory / str(step))
+        folder = self.folder(step)
         if told(lambda: "sealed" if seals.is_sealed(folder) else ""):
             return told(lambda: seals.damage(folder) or "")
         problem = ""
         try:  # Orbax reads with all processes
             self.read_meta(step)
-            self._read_all(step, "params")
+            self.read_params(step)
             self._read_all(step, "training")
         except UserError as error:
             problem = f"it was not sealed, and its reading ends in {type(error.__cause__).__name__}"
         return told(lambda: problem)
+
+    def chosen_step(self, wanted: int, told: Told = alone) -> int:
+        """The step `wanted`, or the newest that is whole for -1.
+
+        Raises:
+          UserError: there is none, or it is damaged.
+        """
+        newest = self.newest_whole(told) if wanted == -1 else None
+        if newest is not None:
+            return newest
+        steps = self.steps()
+        if wanted == -1 or not steps:
+            raise UserError(f"{self.directory} holds no checkpoint; train there first")
+        if wanted not in steps:
+            raise UserError(
+                f"checkpoint.step={wanted}: {self.directory} holds steps "
+                f"{', '.join(map(str, steps))}; set --config.checkpoint.step to one of them"
+            )
+        problem = self._damage_of(wanted)
+        if problem:
+            raise UserError(
+                f"checkpoint {self.folder(wanted)} is damaged ({problem}); "
+                "--config.checkpoint.step=-1 takes the newest that is whole"
+            )
+        return wanted
+
+    def read_net(self, wanted: int, told: Told = alone) -> tuple[int, Meta, Params]:
+        """`chosen_step`, and what evaluation needs of it; parameters as `read_params`.
+
+        Raises:
+          UserError: as `chosen_step`.
+        """
+        steps = self.steps()
+        step = self.chosen_step(wanted, told)
+        try:
+            return step, self.read_meta(step), self.read_params(step)
+        except UserError:
+            if jax.process_count() > 1 or self.steps() == steps:
+                raise
+        return self.read_net(wanted, told)  # a run has just put a newer one in its place
+
+    def read_meta(self, step: int) -> Meta:
+        """What is beside the state of a step."""
+        found = self._load(step, {"meta": None, "statistics": None})
+        meta = found["meta"]
+        arrays = {name: np.asarray(value) for name, value in found["statistics"].items()}
+        return Meta(
+            config=configs.from_dict(meta["config"]),
+            labels=tuple(meta["labels"]),
+            statistics=Statistics(**arrays),
+            plateau=_plateau_from_json(meta["plateau"]),
+            num_examples=meta["num_examples"],
+            origin=meta.get("origin", 0),  # not there in older ones
+        )
+
+    def read_params(self, step: int) -> Params:
+        """A step's parameters on the host, numpy arrays in their natural shapes."""
+        return self._read_all(step, "params")
+
+    def read_state(self, step: int, shapes: TrainState) -> TrainState:
+        """A step's state on the host, numpy arrays of the structure and shapes of `shapes`."""
+        training = {"step": shapes.step, "opt_state": shapes.opt_state}
+        params = self._read(step, "params", shapes.params)
+        return TrainState(params=params, **self._read(step, "training", training))
+
+    def _read_all(self, step: int, name: str) -> Any:
+        """All arrays that are there."""
+        with self._damage(step), self.context:
+            stored = ocp.checkpointables_metadata(str(self.folder(step))).metadata[name]
+        return self._read(step, name, stored)
+
+    def _read(self, step: int, name: str, shapes: Any) -> Any:
+        target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
+        return self._load(step, {name: target})[name]
+
+    def _load(self, step: int, wanted: dict[str, Any]) -> Any:
+        with self._damage(step), self.context:
+            return ocp.load_checkpointables(str(self.folder(step)), wanted)
+
+    @contextlib.contextmanager
+    def _damage(self, step: int) -> Iterator[None]:
+        """Whatever Orbax raises at a step it cannot read, as the user's to resolve."""
+        try:
+            yield
+        except Exception as error:
+            others = [str(other) for other in self.steps() if other != step]
+            older = f"the others are {', '.join(others)}" if others else "there is no other"
+            raise UserError(
+                f"checkpoint {self.folder(step)} is damaged ({type(error).__name__}); "
+                f"take that folder away to go on without it: {older}"
+            ) from error
+
+
+class Saver(Checkpoints):
+    """Adds to them, and removes; for who has the folder's lock.
+
+    Use as a context manager, which waits for the last save.
+    """
+
+    def __init__(self, directory: pathlib.Path):
+        super().__init__(directory)
+        self.context.async_options.create_directories_asynchronously = False  # its failure hangs
+        _set_aside_unreadable(self.directory)
+        self.checkpointer = ocp.training.Checkpointer(
+            str(self.directory), context=self.context, preservation_policy=NewestAndBest()
+        )
+        self.finishing = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self.pending: tuple[int, concurrent.futures.Future] | None = None
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        try:
+            self.wait()
+        finally:
+            self.finishing.shutdown()
+            self.checkpointer.close()
+
+    def clean(self) -> None:
+        """Remove what a run that was killed left unfinished."""
+        for leftover in self.directory.glob(UNFINISHED):
+            shutil.rmtree(leftover)
 
     def set_aside_after(self, step: int | None) -> None:
         """Move the checkpoints after a step out of the way of those that will take their place."""
         later = [number for number in self.steps() if step is not None and number > step]
         for number in later:
             aside = self.directory / f"{number}.damaged"
-            aside.rmtree(missing_ok=True)
-            (self.directory / str(number)).rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
+            self.folder(number).rename(aside)
         if later:
             self.reload()
 
     def reload(self) -> None:
         """See what another process did to the folder."""
         self.checkpointer.reload()
-
-    def chosen_step(self, wanted: int) -> int:
-        """The step `wanted`, or the newest that is whole for -1.
-
-        Raises:
-          UserError: there is none, or it is damaged.
-        """
-        steps = self.steps()
-        newest = self.newest_whole() if wanted == -1 else wanted
-        if newest is None or not steps:
-            raise UserError(f"{self.directory} holds no checkpoint; train there first")
-        if newest not in steps:
-            raise UserError(
-                f"checkpoint.step={wanted}: {self.directory} holds steps "
-                f"{', '.join(map(str, steps))}; set --config.checkpoint.step to one of them"
-            )
-        problem = self._damage_of(wanted) if wanted != -1 else ""
-        if problem:
-            raise UserError(
-                f"checkpoint {self.directory / str(wanted)} is damaged ({problem}); "
-                "--config.checkpoint.step=-1 takes the newest that is whole"
-            )
-        return newest
 
     def save(self, step: int, state: TrainState, meta: Meta) -> None:
         """Begin to save; the arrays may be donated as soon as this returns.
@@ -221,6 +310,7 @@ class Checkpoints:
                 "labels": list(meta.labels),
                 "plateau": _plateau_to_json(meta.plateau),
                 "num_examples": meta.num_examples,
+                "origin": meta.origin,
             },
             "statistics": {k: np.asarray(v) for k, v in meta.statistics._asdict().items()},
         }
@@ -238,9 +328,9 @@ class Checkpoints:
         response.result()
         if jax.process_index() != 0:
             return
-        if not ocp.is_orbax_checkpoint(self.directory / str(step)):
+        if not ocp.is_orbax_checkpoint(str(self.folder(step))):
             raise SaveError(f"step {step} is not on disk after its save")
-        seals.seal(pathlib.Path(self.directory / str(step)))
+        seals.seal(self.folder(step))
 
     def wait(self) -> None:
         """Until the save under way is on disk.
@@ -263,59 +353,9 @@ class Checkpoints:
         with contextlib.suppress(Exception):
             self.checkpointer.wait()
         with contextlib.suppress(OSError):  # a thread may still write there; `clean` comes later
-            (self.directory / f"{step}.orbax-checkpoint-tmp").rmtree(missing_ok=True)
+            shutil.rmtree(self.directory / f"{step}.orbax-checkpoint-tmp")
         with contextlib.suppress(OSError):
             self.checkpointer.reload()
-
-    def read_meta(self, step: int) -> Meta:
-        """What is beside the state of a step."""
-        found = self._load(step, {"meta": None, "statistics": None})
-        meta = found["meta"]
-        arrays = {name: np.asarray(value) for name, value in found["statistics"].items()}
-        return Meta(
-            config=configs.from_dict(meta["config"]),
-            labels=tuple(meta["labels"]),
-            statistics=Statistics(**arrays),
-            plateau=_plateau_from_json(meta["plateau"]),
-            num_examples=meta["num_examples"],
-        )
-
-    def read_params(self, step: int) -> Params:
-        """A step's parameters on the host, numpy arrays in their natural shapes."""
-        return self._read_all(step, "params")
-
-    def read_state(self, step: int, shapes: TrainState) -> TrainState:
-        """A step's state on the host, numpy arrays of the structure and shapes of `shapes`."""
-        training = {"step": shapes.step, "opt_state": shapes.opt_state}
-        params = self._read(step, "params", shapes.params)
-        return TrainState(params=params, **self._read(step, "training", training))
-
-    def _read_all(self, step: int, name: str) -> Any:
-        """All arrays that are there."""
-        with self._damage(step):
-            stored = self.checkpointer.checkpointables_metadata(step).metadata[name]
-        return self._read(step, name, stored)
-
-    def _read(self, step: int, name: str, shapes: Any) -> Any:
-        target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
-        return self._load(step, {name: target})[name]
-
-    def _load(self, step: int, wanted: dict[str, Any]) -> Any:
-        with self._damage(step):
-            return self.checkpointer.load_checkpointables(step, wanted)
-
-    @contextlib.contextmanager
-    def _damage(self, step: int) -> Iterator[None]:
-        """Whatever Orbax raises at a step it cannot read, as the user's to resolve."""
-        try:
-            yield
-        except Exception as error:
-            others = [str(other) for other in self.steps() if other != step]
-            older = f"the others are {', '.join(others)}" if others else "there is no other"
-            raise UserError(
-                f"checkpoint {self.directory / str(step)} is damaged ({type(error).__name__}); "
-                f"take that folder away to go on without it: {older}"
-            ) from error
 
 
 def _set_aside_unreadable(directory: pathlib.Path) -> None:

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,6 +41,9 @@ def status(work: Callable[[], int], failures: tuple[type[Exception], ...]) -> in
         return work()
     except (UserError, *failures) as error:
         print(f"error: {error}", file=sys.stderr)
+        return cluster.exit_status(error)
+    except MemoryError as error:
+        print(f"error: there is not enough memory ({error})", file=sys.stderr)
         return cluster.exit_status(error)
     except KeyboardInterrupt as stop:
         print("stopped; the same command goes on from what was saved", file=sys.stderr)
@@ -109,6 +113,13 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
 def _flag_error(error: Exception) -> str:
     """One line for what absl and ml_collections say in several, with the nearest field."""
     text = " ".join(str(error.args[0] if error.args else error).split())
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = [frame for frame in frames if frame.name in ("<module>", "get_config")]
+    if isinstance(error, SyntaxError):
+        inside = [error]
+    if inside and "ml_collections" not in frames[-1].filename:
+        place = f"{inside[-1].filename}, line {inside[-1].lineno}"
+        return f"the --config file fails ({place}: {type(error).__name__}: {text})"
     unknown = re.search(r"Did you mean \"(\w+)\" instead of \"(\w+)\"", text)
     if unknown:
         return f"config field {unknown[2]!r} does not exist; nearest is {unknown[1]!r}"

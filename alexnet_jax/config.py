@@ -20,6 +20,10 @@ import ml_collections
 from ml_collections import config_dict
 
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
+CIFAR_HEEDS = frozenset({
+    "preset", "net", "width", "input_size", "num_classes", "dtype", "towers", "activation", "init",
+    "weight_std", "bias",
+})  # fmt: skip
 SHARES_ENTRY = {"conv6": "conv5", "fc4": "fc8"}  # layers without one of their own in such tuples
 
 
@@ -80,8 +84,8 @@ class Model:
     """The net. Per-layer tuples follow `LAYERS`; conv6 (preset `conv6`) takes conv5's entries."""
 
     preset: str = "paper"  # a name in PRESETS
-    # The paper's two towers, or figure 1's four layers, which heed `width`, `input_size`, `dtype`,
-    # `activation`, `init`, and of `weight_std` and `bias` the entries of conv1..conv3 and fc8.
+    # The paper's two towers, or figure 1's four layers, which heed what CIFAR_HEEDS names, of
+    # `weight_std` and `bias` the entries of conv1..conv3 and fc8.
     net: str = _setting("alexnet", _one_of("alexnet", "cifar"))
     # Multiplies the channels of every layer but fc8; stds of conv2..fc8 grow by 1/sqrt(width).
     width: float = _setting(1.0, Rule("above 0 and at most 16", lambda value: 0 < value <= 16))
@@ -121,6 +125,11 @@ class Model:
         (0.01, 0.01, 0.03, 0.03, 0.03, 0.01, 0.01, 0.01), _numbers(8, 0)
     )  # source; the paper prints .01 for all
     bias: tuple[float, ...] = _setting((0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0), _numbers(8))
+
+    @property
+    def normalises_across(self) -> bool:
+        """Whether response normalisation reads both towers' maps."""
+        return self.lrn and self.lrn_across_towers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,7 +308,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
             "model.net": "cifar",
             "model.input_size": 32,
             "model.towers": 1,
-            "model.weight_std": (0.0001, 0.01, 0.01, 0.0, 0.0, 0.0, 0.0, 0.1),
+            "model.weight_std": (0.0001, 0.01, 0.01, 0.0, 0.0, 0.0, 0.0, 0.01),
             "model.bias": (0.0,) * 8,
             "data.stored_size": 32,
             "data.random_crop": False,
@@ -372,6 +381,13 @@ def from_dict(values: Mapping[str, Any], preset: Mapping[str, Any] | None = None
             f"model.towers={config.model.towers}: the net of figure 1 has one; "
             "set --config.model.preset=cifar"
         )
+    for field in dataclasses.fields(Model):
+        value = getattr(config.model, field.name)
+        if config.model.net == "cifar" and field.name not in CIFAR_HEEDS and value != field.default:
+            raise UserError(
+                f"model.{field.name}={value!r}: the net of figure 1 has nothing of that; leave it "
+                f"at {field.default!r}, or set another --config.model.preset"
+            )
     for window, stride in zip(config.model.pool_windows, config.model.pool_strides, strict=True):
         if stride > window:
             raise UserError(

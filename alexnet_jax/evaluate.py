@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh
 
 from alexnet_jax import metrics
@@ -11,7 +12,7 @@ from alexnet_jax.config import Config, Data, UserError
 from alexnet_jax.data import stream
 from alexnet_jax.data.augment import Statistics
 from alexnet_jax.data.examples import Source
-from alexnet_jax.mesh import local_rows, put_batch, put_everywhere
+from alexnet_jax.mesh import local_rows, put_batch
 from alexnet_jax.train.state import Apply, Params
 from alexnet_jax.train.step import EvalStep, make_eval_step
 
@@ -29,15 +30,14 @@ def evaluate(
     """Sums over every example of `source`, float64 on the host.
 
     Args:
-      statistics: of the split the net was trained on.
+      statistics: of the split the net was trained on, on every device of the mesh.
       batch_size: global; need not divide the number of examples.
       at: told of each batch, in words.
     """
     rows = stream.Rows(batch_size, local_rows(mesh, batch_size))
     stored = statistics.mean_image.shape[0]
-    statistics = put_everywhere(statistics, mesh)
     batches = stream.evaluation_batches(source, data, stored=stored, rows=rows)
-    parts: list[metrics.Sums] = []
+    parts: list[Array] = []
     for batch in batches:
         at(f"validation batch {len(parts) + 1}")
         parts.append(eval_step(params, put_batch(batch, mesh), statistics))
@@ -45,10 +45,10 @@ def evaluate(
     return total(parts)
 
 
-def total(parts: Iterable[metrics.Sums]) -> metrics.Sums:
-    """Steps' sums added up on the host: (shards,) float32 arrays -> () float64 numbers."""
-    fetched = [[np.asarray(value.addressable_data(0))[0] for value in part] for part in parts]
-    return metrics.Sums(*np.sum(np.array(fetched, np.float64), axis=0))
+def total(parts: Iterable[Array]) -> metrics.Sums:
+    """What evaluation steps found, (4, shards) float32, added up on the host in float64."""
+    found = [np.asarray(part.addressable_data(0))[:, 0] for part in parts]
+    return metrics.Sums(*np.sum(np.array(found, np.float64), axis=0))
 
 
 def check_labels(trained: tuple[str, ...], given: tuple[str, ...], where: str) -> None:

@@ -1,8 +1,10 @@
 """Files written whole or not at all, and on the disk when they have to be."""
 
 import contextlib
+import hashlib
 import os
 import pathlib
+import secrets
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,14 +15,19 @@ def whole(path: pathlib.Path, sync: bool = False) -> Iterator[pathlib.Path]:
     """The path to write a file to, which takes the place of `path` when nothing was raised.
 
     Args:
-      sync: have it on the disk before anything that comes after.
+      sync: have it on the disk before anything that comes after. Then nobody else may be writing
+        `path`, and what one that was killed left beside it is written over.
     """
-    # Where processes may write the same file, each writes its own.
-    partial = path.with_name(f"{path.name}.tmp" if sync else f"{path.name}.{os.getpid()}.tmp")
-    yield partial
-    if sync:
-        synced(partial)
-    os.replace(partial, path)
+    partial = path.with_name(f"{path.name}.tmp" if sync else f"{path.name}.{secrets.token_hex(8)}")
+    try:
+        yield partial
+        if sync:
+            synced(partial)
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
     if sync:
         synced(path.parent)
 
@@ -35,6 +42,12 @@ def write_arrays(path: pathlib.Path, sync: bool = False, **arrays: np.ndarray) -
     """Write an .npz file, whole or not at all; nothing in it needs pickle to be read."""
     with whole(path, sync) as partial, open(partial, "wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
+
+
+def digest(path: pathlib.Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def synced(path: pathlib.Path) -> None:

@@ -37,7 +37,7 @@ def draw(config: Config, directories: Sequence[pathlib.Path]) -> list[str]:
         if not report.training_records(directory):
             raise UserError(f"--workdir={directory} holds no {report.METRICS_FILE}; train there")
     net = predict.open_net(config, directories[0])
-    found = predict.predictions(config, directories[:1])[0]
+    found = predict.predictions(net, config.eval.split)
     source = found.source
     drawn = {
         "errors": learning(directories, "top1_error", "top-1 error"),

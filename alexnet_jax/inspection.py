@@ -88,9 +88,8 @@ def _groups(line: str) -> set[frozenset[int]]:
     return {frozenset(map(int, group)) for group in numbers.reshape(shape)}
 
 
-def exchanged_bytes(config: Config, num_classes: int, mesh: Mesh) -> list[int]:
-    """Bytes each tower sends the other per image, exchange by exchange, in the traced forward."""
-    step, arguments = training_step(config, num_classes, mesh)
+def exchanged_bytes(traced: core.ClosedJaxpr) -> list[int]:
+    """Bytes each tower sends the other per image, exchange by exchange, in a step's forward."""
     sent = []
 
     def visit(jaxpr: Any) -> None:
@@ -101,7 +100,7 @@ def exchanged_bytes(config: Config, num_classes: int, mesh: Mesh) -> list[int]:
             for inner in core.jaxprs_in_params(equation.params):
                 visit(inner)
 
-    visit(step.trace(*arguments).jaxpr.jaxpr)
+    visit(traced.jaxpr)
     return sent
 
 
@@ -114,15 +113,16 @@ def inspect(config: Config) -> dict[str, Any]:
     start_cpu_devices(2, at_least=True)
     model = config.model
     num_classes = model.num_classes or IMAGENET_CLASSES
-    splits = model.towers == 2 and not model.lrn_across_towers
+    splits = model.towers == 2 and not model.normalises_across
     devices = np.asarray(jax.devices("cpu")[: 1 + splits]).reshape(1, -1)
     mesh = Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     found = layers(model, num_classes)
     reads_both = [layer for layer in found if layer.groups == 1][1:] if splits else []
-    sent = exchanged_bytes(config, num_classes, mesh) if splits else []
-    into = dict(zip((layer.name for layer in reads_both), sent))
     step, arguments = training_step(config, num_classes, mesh)
-    hlo = step.lower(*arguments).compile().as_text()
+    traced = step.trace(*arguments)
+    sent = exchanged_bytes(traced.jaxpr) if splits else []
+    into = dict(zip((layer.name for layer in reads_both), sent))
+    hlo = traced.lower().compile().as_text()
     rows = [_row(layer, model.towers, into.get(layer.name, 0)) for layer in found]
     return {
         "preset": model.preset,
@@ -186,7 +186,7 @@ def table(found: dict[str, Any]) -> str:
 
 def _row(layer: Layer, towers: int, exchanged: int) -> dict[str, Any]:
     output, stage = (
-        (*shape[:-1], shape[-1] // towers) for shape in (layer.output, layer.stage_output)
+        (*shape[:-1], -(-shape[-1] // towers)) for shape in (layer.output, layer.stage_output)
     )
     return {
         "name": layer.name,

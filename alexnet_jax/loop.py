@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import itertools
 import logging
 import math
 import pathlib
@@ -135,7 +134,7 @@ def train(
             if first < last:
                 return _steps(run, first, report, job)
             report.say(
-                f"nothing to do: {first} of {last} steps are done; more by "
+                f"nothing to do: {first} steps are done, and asked are {last}; more by "
                 "--config.train.num_epochs=... or --config.train.num_steps=..."
             )
     return 0
@@ -147,14 +146,15 @@ def _steps(run: setup.Run, first: int, report: Silent, job: Job) -> int:
     scale = np.float32(optim.plateau_scale(meta.plateau, config.optim))
     statistics = put_everywhere(meta.statistics, run.mesh)
     batches = device_batches(
-        run.source, meta.statistics, config, run.mesh, first, calendar.num_steps
+        run.source, meta.statistics, config, run.mesh, first, calendar.num_steps, meta.origin
     )
-    ready = next(batches)
-    train_step = _compiled(run.train_step, (state, ready, statistics, scale), report)
+    batch = next(batches)
+    train_step = _compiled(run.train_step, (state, batch, statistics, scale), report)
     report.start_clock(first)
     interval = Interval(calendar.batch_size, run.mesh)
-    for step, batch in enumerate(itertools.chain([ready], batches), first + 1):
+    for step in range(first + 1, calendar.num_steps + 1):
         state, results = train_step(state, batch, statistics, scale)
+        batch = next(batches, batch)  # on its way while the step runs
         interval.add(step, results)
         if step > first + 1:
             job.at(f"step {step}")
@@ -163,12 +163,12 @@ def _steps(run: setup.Run, first: int, report: Silent, job: Job) -> int:
         saves = passes or stopping or calendar.is_due(step, config.checkpoint.every_steps)
         if saves or step == first + 1 or calendar.is_due(step, config.train.log_every_steps):
             values = interval.read()
-            values["learning_rate"] = float(run.schedule(state.step - 1, scale)["kernel"])
+            values["learning_rate"] = float(run.schedule(np.int32(step - 1), scale)["kernel"])
             report.record("train", step, calendar.epochs(step), values)
             if step == 1:
                 _say_initial_loss(values["loss"], len(meta.labels), report)
         if passes:
-            meta = _validated(run, meta, state, step, report, job)
+            meta = _validated(run, meta, state, statistics, step, report, job)
             scale = np.float32(optim.plateau_scale(meta.plateau, config.optim))
         if saves:
             job.at(f"the saving of step {step}")
@@ -181,12 +181,18 @@ def _steps(run: setup.Run, first: int, report: Silent, job: Job) -> int:
             name = signal.Signals(stopping).name
             report.say(f"{name}: saved step {step}; the same command goes on from there")
             return stopping
-        job.at(f"the batch of step {step + 1}")
+        job.at(f"the batch of step {step + 2}")
     return job.signal  # one may have come while the last step was validated and saved
 
 
 def _validated(
-    run: setup.Run, meta: Meta, state: TrainState, step: int, report: Silent, job: Job
+    run: setup.Run,
+    meta: Meta,
+    state: TrainState,
+    statistics: Statistics,
+    step: int,
+    report: Silent,
+    job: Job,
 ) -> Meta:
     """A validation pass: its record, and the plateau and best error after it."""
     started = time.perf_counter()
@@ -194,7 +200,7 @@ def _validated(
         run.eval_step,
         state.params,
         run.validation,
-        meta.statistics,
+        statistics,
         run.config.data,
         evaluate.batch_size(run.config, run.mesh),
         run.mesh,
@@ -216,9 +222,15 @@ def _validated(
 
 
 def device_batches(
-    source: Source, statistics: Statistics, config: Config, mesh: Mesh, first: int, last: int
+    source: Source,
+    statistics: Statistics,
+    config: Config,
+    mesh: Mesh,
+    first: int,
+    last: int,
+    origin: int = 0,
 ) -> Generator[DeviceBatch, None, None]:
-    """Training batches first .. last - 1, each on its way while the step before it runs."""
+    """Training batches first .. last - 1, on their way to the devices; batch 0 is at `origin`."""
     size, batch_size = config.model.input_size, config.train.batch_size
     batches = stream.train_batches(
         source,
@@ -229,22 +241,17 @@ def device_batches(
         rows=stream.Rows(batch_size, local_rows(mesh, batch_size)),
         start_step=first,
         num_steps=last,
+        origin=origin,
         pixels=not config.data.on_device,
     )
     finish: resident.Finish | None = None
     if config.data.on_device:
         finish = resident.load(source, config.data, statistics.mean_image.shape[0], size, mesh)
 
-    def place(batch: stream.Batch) -> DeviceBatch:
-        placed = put_batch(batch, mesh)
-        return finish(placed) if finish else placed
-
     with contextlib.closing(batches):
-        ahead = place(next(batches))
         for batch in batches:
-            now, ahead = ahead, place(batch)
-            yield now
-        yield ahead
+            placed = put_batch(batch, mesh)
+            yield finish(placed) if finish else placed
 
 
 def _compiled(step: TrainStep, arguments: tuple, report: Silent) -> TrainStep:

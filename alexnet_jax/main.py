@@ -111,7 +111,7 @@ def run_mode(
     if options.mode == "eval":
         output = pathlib.Path(options.output) if options.output else None
         found, classes = predict.evaluate_workdirs(
-            config, directories, output if job.leads else None
+            config, directories, output if job.leads else None, job.told
         )
         if job.leads:
             print(classes)

@@ -1,6 +1,7 @@
 """Devices -> mesh; where a batch and a parameter live."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,7 +31,7 @@ def make_mesh(mesh: configs.Mesh, model: configs.Model) -> jax.sharding.Mesh:
     Raises:
       UserError: the net does not split, or there are fewer devices than the mesh takes.
     """
-    if mesh.model == 2 and (model.towers != 2 or model.lrn_across_towers):
+    if mesh.model == 2 and (model.towers != 2 or model.normalises_across):
         reason = "has one tower" if model.towers != 2 else "normalises across the towers"
         raise UserError(
             f"mesh.model=2: the net of preset {model.preset!r} {reason} and does not split; "
@@ -56,7 +57,28 @@ def make_mesh(mesh: configs.Mesh, model: configs.Model) -> jax.sharding.Mesh:
             f"mesh.model={mesh.model} x mesh.data={data} leaves {idle} of {jax.process_count()} "
             "processes without a device; start fewer, or set --config.mesh.data=-1"
         )
+    if not _even([device.process_index for device in row] for row in devices):
+        raise UserError(
+            f"mesh.model={mesh.model} x mesh.data={data} splits the batch unevenly over "
+            f"{jax.process_count()} processes; give each an even number of devices, or set "
+            "--config.mesh.model=1 and --config.mesh.data=-1"
+        )
     return jax.sharding.Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+def _even(processes: Iterable[Sequence[int]]) -> bool:
+    """Whether processes have equal shares of a batch, the same ones or none in common.
+
+    Args:
+      processes: of each place along `data`, those of its devices.
+    """
+    shares: dict[int, set[int]] = {}
+    for place, owners in enumerate(processes):
+        for owner in owners:
+            shares.setdefault(owner, set()).add(place)
+    return len({len(share) for share in shares.values()}) == 1 and all(
+        one == other or not one & other for one, other in itertools.combinations(shares.values(), 2)
+    )
 
 
 def check_batch(name: str, batch_size: int, mesh: jax.sharding.Mesh, parts: int = 1) -> None:

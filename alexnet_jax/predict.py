@@ -13,12 +13,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from alexnet_jax import metrics
-from alexnet_jax.checkpoint import Checkpoints, Meta
+from alexnet_jax.checkpoint import Checkpoints, Meta, Told, alone
 from alexnet_jax.config import Config, UserError
 from alexnet_jax.data import images, sources, stream, survey
 from alexnet_jax.data.examples import Source
 from alexnet_jax.evaluate import batch_size, check_labels
-from alexnet_jax.files import write_arrays
+from alexnet_jax.files import whole, write_arrays
 from alexnet_jax.mesh import local_rows, make_mesh, put_batch, put_everywhere
 from alexnet_jax.models.nets import layers
 from alexnet_jax.train.state import Params, make_apply, put
@@ -46,20 +46,22 @@ class Predictions(NamedTuple):
     source: Source
 
 
-def open_net(config: Config, directory: pathlib.Path) -> Net:
+def open_net(config: Config, directory: pathlib.Path, told: Told = alone) -> Net:
     """The checkpoint of `directory` that `checkpoint.step` names.
 
     The net, its classes and what is done to pixels are the checkpoint's, whatever `config` says
     of them; so are the devices, where the config's mesh does not fit on those there are.
+
+    Args:
+      told: `Job.told`, where all ranks of a job open it.
 
     Raises:
       UserError: there is no such run or step.
     """
     if not (directory / CHECKPOINTS).is_dir():
         raise UserError(f"--workdir={directory} holds no checkpoints; train there first")
-    with Checkpoints(directory / CHECKPOINTS) as checkpoints:
-        step = checkpoints.chosen_step(config.checkpoint.step)
-        meta, params = checkpoints.read_meta(step), checkpoints.read_params(step)
+    checkpoints = Checkpoints(directory / CHECKPOINTS)
+    step, meta, params = checkpoints.read_net(config.checkpoint.step, told)
     trained = meta.config.data
     data = dataclasses.replace(
         config.data,
@@ -136,7 +138,19 @@ def _outputs(net: Net, source: Source, step: PredictStep) -> Iterator[np.ndarray
         yield np.asarray(multihost_utils.process_allgather(output, tiled=True))
 
 
-def predictions(config: Config, directories: Sequence[pathlib.Path]) -> tuple[Predictions, list]:
+def predictions(net: Net, split: str) -> Predictions:
+    """What a net makes of a split.
+
+    Raises:
+      UserError: as `open_split`.
+    """
+    source = open_split(net, split)
+    return Predictions(log_probabilities(net, source), source.targets, source)
+
+
+def together(
+    config: Config, directories: Sequence[pathlib.Path], told: Told = alone
+) -> tuple[Predictions, list[int]]:
     """What one net, or several together, make of split `eval.split`, and the nets' steps.
 
     Several are averaged as the paper's ensembles are: by their probabilities.
@@ -146,16 +160,16 @@ def predictions(config: Config, directories: Sequence[pathlib.Path]) -> tuple[Pr
     """
     found, steps = [], []
     for directory in directories:
-        net = open_net(config, directory)
-        source = open_split(net, config.eval.split)
-        found.append(log_probabilities(net, source))
+        net = open_net(config, directory, told)
+        one = predictions(net, config.eval.split)
+        found.append(one.log_probabilities)
         steps.append(net.step)
         if found[0].shape != found[-1].shape:
             raise UserError(
                 f"--workdir={directory} sees {found[-1].shape} images and classes, the first "
                 f"{found[0].shape}; an ensemble needs the same"
             )
-    return Predictions(averaged(found), source.targets, source), steps
+    return one._replace(log_probabilities=averaged(found)), steps
 
 
 def averaged(log_probs: Sequence[np.ndarray]) -> np.ndarray:
@@ -170,23 +184,27 @@ def averaged(log_probs: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def evaluate_workdirs(
-    config: Config, directories: Sequence[pathlib.Path], output: pathlib.Path | None = None
+    config: Config,
+    directories: Sequence[pathlib.Path],
+    output: pathlib.Path | None = None,
+    told: Told = alone,
 ) -> tuple[dict[str, Any], str]:
     """Errors on split `eval.split`, and a table of the classes that are mistaken most.
 
     Args:
       output: an .npz or .csv file to write probabilities and labels to.
+      told: `Job.told`, where all ranks of a job evaluate.
 
     Returns:
       split, num_examples, num_crops, loss, top1_error, top5_error, and each checkpoint's step; the
       loss of ten crops and of several nets is that of the averaged probability. And the table.
 
     Raises:
-      UserError: as `predictions`; the output is neither .npz nor .csv.
+      UserError: as `together`; the output is neither .npz nor .csv.
     """
     if output is not None and output.suffix not in (".npz", ".csv"):
         raise UserError(f"--output={output}: must end in .npz or .csv")
-    found, steps = predictions(config, directories)
+    found, steps = together(config, directories, told)
     if output is not None:
         _write(output, found)
     sums = [
@@ -196,12 +214,12 @@ def evaluate_workdirs(
         )
         for first in range(0, len(found.targets), 4096)
     ]
-    together = np.sum(np.array([[float(value) for value in part] for part in sums]), axis=0)
+    total = np.sum(np.array([[float(value) for value in part] for part in sums]), axis=0)
     values = {
         "split": config.eval.split,
         "num_examples": len(found.targets),
         "num_crops": config.eval.num_crops,
-        **metrics.errors(metrics.Sums(*together)),
+        **metrics.errors(metrics.Sums(*total)),
     }
     if len(directories) == 1:
         return values | {"step": steps[0]}, class_table(found)
@@ -218,18 +236,19 @@ def confusion(found: Predictions) -> np.ndarray:
 
 def class_table(found: Predictions, most: int = 20) -> str:
     """The classes with the highest errors, and what they are taken for."""
-    counts, labels = confusion(found), found.source.labels
+    counts, labels = confusion(found), [*map(images.printable, found.source.labels)]
     examples, right = counts.sum(1), np.diag(counts)
     errors = 1 - right / np.maximum(examples, 1)
     wrong = counts - np.diag(right)
-    order = np.argsort(-errors, kind="stable")[:most]
+    order = np.argsort(-errors, kind="stable")
+    order = order[examples[order] > 0]
     lines = [f"{'class':24} examples   error  most often taken for"]
-    for row in order[examples[order] > 0]:
+    for row in order[:most]:
         taken = int(np.argmax(wrong[row]))
         mistake = f"{labels[taken]} ({wrong[row, taken]})" if wrong[row, taken] else ""
         lines.append(f"{labels[row][:24]:24} {examples[row]:8} {errors[row]:7.1%}  {mistake}")
-    if len(order) < len(labels):
-        lines.append(f"... of {len(labels)} classes; all of them by --output=FILE.npz")
+    if len(order) > most:
+        lines.append(f"... of {len(order)} classes; all of them by --output=FILE.npz")
     return "\n".join(lines)
 
 
@@ -249,7 +268,7 @@ def _write(output: pathlib.Path, found: Predictions) -> None:
             confusion=confusion(found),
         )
         return
-    with open(output, "w", newline="", encoding="utf-8") as file:
+    with whole(output) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["name", "label", *labels])
         for name, target, row in zip(names, found.targets, probabilities):
@@ -257,7 +276,7 @@ def _write(output: pathlib.Path, found: Predictions) -> None:
 
 
 def _names(source: Source) -> list[str]:
-    return [source.read(index).name for index in range(len(source))]
+    return [source.name(index) for index in range(len(source))]
 
 
 def predict_files(
@@ -271,22 +290,22 @@ def predict_files(
     Raises:
       UserError: a path does not exist, or holds no files.
     """
-    whole, broken = [], []
+    readable, broken = [], []
     for path in _files(paths):
         try:
             images.decode(sources.read_file(path), path)
-            whole.append(path)
+            readable.append(path)
         except images.ImageError as error:
             broken.append({"file": path, "error": str(error)})
-    if whole:
+    if readable:
         found, labels = [], ()
         for directory in directories:
             net = open_net(config, directory)
             check_labels(labels or net.meta.labels, net.meta.labels, f"--workdir={directory}")
             labels = net.meta.labels
-            source = sources.Folder(labels, np.zeros(len(whole), np.int64), "", tuple(whole))
+            source = sources.Folder(labels, np.zeros(len(readable), np.int64), "", tuple(readable))
             found.append(log_probabilities(net, source))
-        for path, row in zip(whole, np.exp(averaged(found))):
+        for path, row in zip(readable, np.exp(averaged(found))):
             best = np.argsort(-row, kind="stable")[:5]
             yield {
                 "file": path,

@@ -6,7 +6,7 @@ import math
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tensorboardX import SummaryWriter
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from alexnet_jax.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
+TRAINING = "learning_rate"  # is in the records of training alone
 AVERAGED = ("steps", "loss", "top1_error")
 
 
@@ -81,17 +82,18 @@ class Report(Silent):
         line = {"step": step, "epoch": epoch, "split": split, **values}
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
+        training = TRAINING in values
+        tag = split if training or split != "train" else "evaluation"
         for name, value in values.items():
-            self.board.add_scalar(f"{split}/{name}", value, step)
-        self.board.flush()
+            self.board.add_scalar(f"{tag}/{name}", value, step)
         words = described(values)
-        if split != "train" or self.bar.disable:
+        if not training or self.bar.disable:
             place = f"step {step}/{self.num_steps}  epoch {epoch:.2f}"
             left = round(self.seconds_left(step))
             pace = f"  {values['images_per_second']:,.0f} images/s"
-            eta = f"  ETA {datetime.timedelta(seconds=left)}" if split == "train" else ""
+            eta = f"  ETA {datetime.timedelta(seconds=left)}" if training else ""
             self.say(f"{split:>10}  {place}  {words}{pace}{eta}")
-        if not self.bar.disable and split == "train":
+        if not self.bar.disable and training:
             self.bar.set_postfix_str(f"{words}  {values['images_per_second']:,.0f} images/s")
             self.bar.update(step - self.bar.n)
 
@@ -115,34 +117,36 @@ def described(values: Mapping[str, Any]) -> str:
 
 
 def _drop_later(path: pathlib.Path, step: int) -> None:
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            later = json.loads(line)["step"] > step
-        except (ValueError, TypeError, KeyError):  # the line a killed run was writing
-            continue
-        if not later:
-            kept.append(line + "\n")
-    write_text(path, "".join(kept))
+    if path.exists():
+        kept = [line + "\n" for line, record in _lines(path) if record["step"] <= step]
+        write_text(path, "".join(kept), sync=True)
 
 
 def training_records(workdir: pathlib.Path) -> list[dict[str, Any]]:
     """What metrics.jsonl of a workdir says of training steps, in order; nothing without one."""
-    return [record for record in _records(workdir) if "learning_rate" in record]
+    return [record for record in _records(workdir) if TRAINING in record]
 
 
 def evaluation_records(workdir: pathlib.Path) -> list[dict[str, Any]]:
     """The same of the passes over the split that was evaluated last."""
-    records = [record for record in _records(workdir) if "learning_rate" not in record]
+    records = [record for record in _records(workdir) if TRAINING not in record]
     return [record for record in records if record["split"] == records[-1]["split"]]
 
 
 def _records(workdir: pathlib.Path) -> list[dict[str, Any]]:
     path = workdir / METRICS_FILE
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines]
+    return [record for _, record in _lines(path)] if path.exists() else []
+
+
+def _lines(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of metrics.jsonl, and what they say, but for one that a killed run was writing."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+            float(record["step"])
+        except (ValueError, TypeError, KeyError):
+            continue
+        yield line, record
 
 
 def training_by_epoch(workdir: pathlib.Path) -> dict[int, dict[str, float]]:

@@ -1,10 +1,9 @@
 """What vouches for a folder's files: their sizes and checksums, in a file among them."""
 
-import hashlib
 import json
 import pathlib
 
-from alexnet_jax.files import write_text
+from alexnet_jax.files import digest, write_text
 
 SEAL = "sha256.json"
 
@@ -12,7 +11,7 @@ SEAL = "sha256.json"
 def seal(folder: pathlib.Path) -> None:
     """Write down every file's size and SHA-256, once all of them are there."""
     found = {
-        str(path.relative_to(folder)): [path.stat().st_size, _digest(path)]
+        str(path.relative_to(folder)): [path.stat().st_size, digest(path)]
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != SEAL
     }
@@ -26,20 +25,18 @@ def is_sealed(folder: pathlib.Path) -> bool:
 def damage(folder: pathlib.Path) -> str | None:
     """The first thing that is not as it was sealed, in words; None where all is."""
     try:
-        sealed = json.loads((folder / SEAL).read_text(encoding="utf-8"))
-        for name, (size, digest) in sealed.items():
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != size:
-                return f"{name} has {path.stat().st_size} bytes, had {size}"
-            if _digest(path) != digest:
-                return f"{name} has another content"
+        found = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        sealed = [(folder / name, name, size, known) for name, (size, known) in found.items()]
     except (OSError, ValueError, TypeError, AttributeError) as error:
         return f"{SEAL} cannot be read ({type(error).__name__})"
+    for path, name, size, known in sealed:
+        try:
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes, had {size}"
+            if digest(path) != known:
+                return f"{name} has another content"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
     return None
-
-
-def _digest(path: pathlib.Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

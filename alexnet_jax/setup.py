@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from alexnet_jax import evaluate, workdir
-from alexnet_jax.checkpoint import Checkpoints, Meta
+from alexnet_jax.checkpoint import Checkpoints, Meta, Saver
 from alexnet_jax.cluster import Job
 from alexnet_jax.config import Config, UserError
 from alexnet_jax.data import sources, survey
@@ -40,9 +40,15 @@ class Calendar:
     num_examples: int
     batch_size: int
     num_steps: int
+    # Images seen at step 0, as if all steps had had `batch_size`; 0 unless it was changed.
+    origin: int = 0
+
+    def position(self, step: int) -> int:
+        """In the stream, after a step."""
+        return self.origin + step * self.batch_size
 
     def epochs(self, step: int) -> float:
-        return step * self.batch_size / self.num_examples
+        return self.position(step) / self.num_examples
 
     def is_due(self, step: int, every: int) -> bool:
         """After each `every` steps, and after the last step; 0 for never else."""
@@ -50,7 +56,7 @@ class Calendar:
 
     def epoch_ends(self, step: int, every: int) -> bool:
         """At the first step at which another `every` epochs are over, and after the last step."""
-        turns = [n * self.batch_size // self.num_examples // every for n in (step - 1, step)]
+        turns = [self.position(n) // self.num_examples // every for n in (step - 1, step)]
         return step == self.num_steps or turns[1] > turns[0]
 
 
@@ -62,7 +68,7 @@ class Run(NamedTuple):
     calendar: Calendar
     source: Source  # of training
     validation: Source
-    checkpoints: Checkpoints
+    checkpoints: Saver
     meta: Meta
     state: TrainState
     train_step: TrainStep
@@ -84,7 +90,7 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
         job.check_same(f"the data of {config.data.source}", source_of.fingerprint)
     config = with_classes(config, source.labels)
     check_parameters(config)
-    checkpoints = Checkpoints(directory / workdir.CHECKPOINTS)
+    checkpoints = Saver(directory / workdir.CHECKPOINTS)
     latest = checkpoints.newest_whole(job.told)
     if latest is not None:
         meta = checkpoints.read_meta(latest)
@@ -94,7 +100,6 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
         source, statistics = survey.surveyed(source, config.data, config.model)
         validation, _ = survey.surveyed(validation, config.data, config.model)
     num_examples, num_classes = len(source), len(source.labels)
-    calendar = Calendar(num_examples, config.train.batch_size, num_steps(config, num_examples))
     optimizer = optim.make_optimizer(config.optim)
     if latest is None:
         meta = Meta(config, source.labels, statistics, num_examples=num_examples)
@@ -109,11 +114,14 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
                 f"{meta.num_examples} when the run began; bring them back, or go on by "
                 "--allow_config_change"
             )
-        meta = dataclasses.replace(meta, config=config, num_examples=num_examples)
+        origin = _origin(meta, latest, config.train.batch_size, num_examples)
+        meta = dataclasses.replace(meta, config=config, num_examples=num_examples, origin=origin)
         if any(name.startswith("data.") for name in changed):
             meta = dataclasses.replace(meta, statistics=statistics)
         shapes = state_shapes(config.model, num_classes, optimizer)
         state = checkpoints.read_state(latest, shapes)
+    steps = num_steps(config, num_examples, meta.origin)
+    calendar = Calendar(num_examples, config.train.batch_size, steps, meta.origin)
     with job.one_first():
         if job.leads:
             checkpoints.clean()
@@ -149,9 +157,7 @@ def _taken_over(init_from: str, params: Params, labels: tuple[str, ...]) -> Para
     origin = pathlib.Path(init_from).expanduser()
     if not (origin / workdir.CHECKPOINTS).is_dir():
         raise UserError(f"train.init_from={init_from!r} holds no checkpoints; train there")
-    with Checkpoints(origin / workdir.CHECKPOINTS) as checkpoints:
-        step = checkpoints.chosen_step(-1)
-        given, meta = checkpoints.read_params(step), checkpoints.read_meta(step)
+    _, meta, given = Checkpoints(origin / workdir.CHECKPOINTS).read_net(-1)
     found, new = {}, []
     for layer in sorted(params.keys() | given.keys()):
         here, there = (
@@ -187,10 +193,17 @@ def make_step(apply: Apply, config: Config, mesh: Mesh, calendar: Calendar) -> T
     )
 
 
-def num_steps(config: Config, num_examples: int) -> int:
+def _origin(meta: Meta, step: int, batch_size: int, num_examples: int) -> int:
+    """The `Calendar.origin` with which a run goes on at `step` where it was, in epochs."""
+    position = meta.origin + step * meta.config.train.batch_size
+    return round(position * num_examples / meta.num_examples) - step * batch_size
+
+
+def num_steps(config: Config, num_examples: int, origin: int = 0) -> int:
     """Of the whole training."""
     train = config.train
-    return train.num_steps or optim.first_step(train.num_epochs, num_examples, train.batch_size)
+    epochs, size = train.num_epochs, train.batch_size
+    return train.num_steps or optim.first_step(epochs, num_examples, size, origin)
 
 
 def check_parameters(config: Config) -> None:

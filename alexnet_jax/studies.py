@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 Settings = Mapping[str, Any]  # section.field -> value
+AUGMENTED = {"data.mirror": True, "data.random_crop": True, "data.colour_noise": 0.1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +81,10 @@ STUDIES: Mapping[str, Study] = {
     "augmentation": Study(
         "What does each part of the augmentation bring?",
         {
-            "all": {"data.mirror": True, "data.random_crop": True, "data.colour_noise": 0.1},
-            "no_mirrors": {"data.mirror": False},
-            "centre_crops": {"data.random_crop": False},
-            "no_colour_noise": {"data.colour_noise": 0.0},
+            "all": AUGMENTED,
+            "no_mirrors": AUGMENTED | {"data.mirror": False},
+            "centre_crops": AUGMENTED | {"data.random_crop": False},
+            "no_colour_noise": AUGMENTED | {"data.colour_noise": 0.0},
             "none": {"data.mirror": False, "data.random_crop": False, "data.colour_noise": 0.0},
         },
         {"none": "substantial overfitting (section 4.1)"},

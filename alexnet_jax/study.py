@@ -10,6 +10,7 @@ Exit status: as of `python -m alexnet_jax.main`.
 """
 
 import dataclasses
+import itertools
 import json
 import logging
 import pathlib
@@ -138,12 +139,13 @@ def check(study: Study, user: Any, seeds: Sequence[int]) -> None:
         setup.check_parameters(config)
         nets[name] = layers(config.model, len(labels))
     first = next(iter(chosen))
-    for name, config in chosen.items():
-        if name != first and config == chosen[first]:
+    for one, other in itertools.combinations(chosen, 2):
+        if _trained(chosen[one]) == _trained(chosen[other]):
             raise UserError(
-                f"variants {first} and {name} are the same with this --config, "
-                f"whose preset is {config.model.preset!r}; choose another preset"
+                f"variants {one} and {other} are the same with this --config, "
+                f"whose preset is {chosen[one].model.preset!r}; choose another preset"
             )
+    for name, config in chosen.items():
         maps = {net: found[-4].stage_output for net, found in nets.items()}  # before fc6
         if study.equal_maps and maps[name] != maps[first]:
             raise UserError(
@@ -151,6 +153,13 @@ def check(study: Study, user: Any, seeds: Sequence[int]) -> None:
                 f"variant {first} and {maps[name]} in {name}, and should be alike; "
                 "set --config.model.input_size to 224, 128 or 64"
             )
+
+
+def _trained(config: Config) -> Config:
+    """The config, less what changes nothing in it: where a crop is the whole square, its place."""
+    if configs.stored_size(config.data, config.model) > config.model.input_size:
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, random_crop=False))
 
 
 def claim(directory: pathlib.Path, name: str, reference: Config) -> None:
@@ -173,7 +182,8 @@ def claim(directory: pathlib.Path, name: str, reference: Config) -> None:
     if claimed["study"] != name:
         raise UserError(f"{directory} holds study {claimed['study']!r}; choose another --workdir")
     old = dataclasses.replace(configs.from_dict(claimed["config"]), seed=reference.seed)
-    changed = {**configs.changes(old, reference)[0], **configs.changes(old, reference)[1]}
+    refused, asked = configs.changes(old, reference)
+    changed = refused | asked
     free = {"eval": ("split", "num_crops"), "train": ("init_from", *length)}
     for section, fields in free.items():  # in a run, but not in a table
         for field in fields:
@@ -206,7 +216,7 @@ def _run(config: Config, directory: pathlib.Path) -> int:
     if _is_done(config, directory):
         return 0
     jax.clear_caches()  # of the runs before
-    number = loop.train(config, directory, Job())
+    number = _train(config, directory)
     if number:
         return 128 + number
     errors = {}
@@ -217,6 +227,12 @@ def _run(config: Config, directory: pathlib.Path) -> int:
     result = {"config": configs.to_dict(config), "seed": config.seed, **errors}
     write_text(directory / tables.RESULT, json.dumps(result, indent=2) + "\n")
     return 0
+
+
+def _train(config: Config, directory: pathlib.Path) -> int:
+    """`loop.train`, watched as `python -m alexnet_jax.main` watches it."""
+    with Job(config.mesh.step_timeout) as job:
+        return loop.train(config, directory, job)
 
 
 def _is_done(config: Config, directory: pathlib.Path) -> bool:
@@ -241,7 +257,7 @@ def _best_rate(study: Study, user: Any, name: str, directory: pathlib.Path) -> S
         place = directory / name / f"rate_{rate:g}"
         print(f"{name}: trying learning rate {rate:g} in {place}", flush=True)
         try:
-            number = loop.train(config, place, Job())
+            number = _train(config, place)
             if number:
                 raise KeyboardInterrupt(number)
             found[rate] = report.training_by_epoch(place)[study.search_epochs]

@@ -68,7 +68,7 @@ class Difference(NamedTuple):
     def verdict(self) -> str:
         if self.count < 2:
             return "one seed: no interval"
-        return "resolved" if abs(self.mean) > self.margin else "not resolved"
+        return "resolved" if 0 < self.margin < abs(self.mean) else "not resolved"
 
 
 def difference(runs: Sequence[Done], variant: str, reference: str) -> Difference | None:

@@ -153,14 +153,12 @@ def check_resume(old: Config, new: Config, allow_config_change: bool) -> set[str
 
 def write(workdir: pathlib.Path, config: Config, labels: tuple[str, ...]) -> None:
     """Write config.json and labels.txt, each whole or not at all; for who has the lock."""
-    for leftover in workdir.glob("*.tmp"):  # of a run that was killed
-        leftover.unlink()
     contents = {
         CONFIG_FILE: json.dumps(configs.to_dict(config), indent=2) + "\n",
         LABELS_FILE: "".join(f"{label}\n" for label in labels),
     }
     for name, text in contents.items():
-        write_text(workdir / name, text)
+        write_text(workdir / name, text, sync=True)
 
 
 def _listed(changes: dict[str, tuple]) -> str:

@@ -246,7 +246,7 @@ def update(bandwidth: float, rounds: int) -> dict[str, float]:
     change = optim.make_update(config.optim)
     weights = jax.device_put((now.params, now.opt_state))
     gradients = jax.device_put(now.params)
-    rates = dict.fromkeys(("kernel", "bias"), jnp.float32(0))
+    rates = dict.fromkeys(("kernel", "bias"), jnp.float32(1e-8))
     count = sum(leaf.size for leaf in jax.tree.leaves(now.params))
 
     @functools.partial(jax.jit, donate_argnums=0)

@@ -18,7 +18,8 @@ shift
 
 gpus=()
 if [[ ${JAX_PLATFORMS-} != cpu ]]; then
-  found=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd,)
+  found=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null) || found=
+  found=${found//$'\n'/,}
   IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES-$found}"
   ((${#gpus[@]} == 0 || ${#gpus[@]} >= size)) ||
     mistake "$size processes and ${#gpus[@]} GPUs: start fewer, or on the CPU by JAX_PLATFORMS=cpu"

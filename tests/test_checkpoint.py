@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from alexnet_jax.checkpoint import Checkpoints, Meta, NewestAndBest, SaveError
+from alexnet_jax import seals
+from alexnet_jax.checkpoint import Checkpoints, Meta, NewestAndBest, SaveError, Saver
 from alexnet_jax.config import Config, UserError
 from alexnet_jax.data.augment import Statistics
 from alexnet_jax.train.optim import Plateau, make_optimizer
@@ -63,12 +64,12 @@ def assert_equal(found: Any, expected: Any) -> None:
 @pytest.mark.parametrize("reader", [(2, 2), (1, 2), (1, 1), (4, 1)], ids=str)
 def test_what_one_mesh_saves_another_reads(saver, reader, state, meta, tmp_path):
     placed = put(state, make_mesh(*saver))
-    with Checkpoints(tmp_path) as checkpoints:
+    with Saver(tmp_path) as checkpoints:
         checkpoints.save(5, natural_state(placed, CLASSES), meta)
-    with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.newest_whole() == 5
-        found = checkpoints.read_state(5, state)
-        assert_equal(checkpoints.read_params(5), state.params)
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.newest_whole() == 5
+    found = checkpoints.read_state(5, state)
+    assert_equal(checkpoints.read_params(5), state.params)
     assert found.params["fc8"]["kernel"].shape[-1] == CLASSES
     assert_equal(found, state)
     placed = put(found, make_mesh(*reader))
@@ -77,10 +78,9 @@ def test_what_one_mesh_saves_another_reads(saver, reader, state, meta, tmp_path)
 
 
 def test_a_checkpoint_holds_all_that_evaluation_needs(state, meta, tmp_path):
-    with Checkpoints(tmp_path) as checkpoints:
+    with Saver(tmp_path) as checkpoints:
         checkpoints.save(5, put(state, make_mesh(1, 1)), meta)
-    with Checkpoints(tmp_path) as checkpoints:
-        found = checkpoints.read_meta(5)
+    found = Checkpoints(tmp_path).read_meta(5)
     assert (found.config, found.labels, found.plateau) == (meta.config, meta.labels, meta.plateau)
     assert_equal(found.statistics, meta.statistics)
 
@@ -88,7 +88,7 @@ def test_a_checkpoint_holds_all_that_evaluation_needs(state, meta, tmp_path):
 def test_a_state_donated_right_after_its_save_is_saved_as_it_was(state, meta, tmp_path):
     change = jax.jit(plus_one, donate_argnums=0)
     placed, expected = change(put(state, make_mesh(1, 2))), plus_one(state)
-    with Checkpoints(tmp_path) as checkpoints:
+    with Saver(tmp_path) as checkpoints:
         for step in range(1, 6):
             checkpoints.save(step, natural_state(placed, CLASSES), meta)
             between = change(placed)
@@ -120,7 +120,7 @@ def test_the_newest_and_the_best_are_kept(history, kept):
 
 def test_only_the_newest_and_the_best_stay_on_disk(state, meta, tmp_path):
     placed = put(state, make_mesh(1, 1))
-    with Checkpoints(tmp_path) as checkpoints:
+    with Saver(tmp_path) as checkpoints:
         for step, error in ((1, 0.5), (2, 0.2), (3, 0.2), (4, 0.4)):
             checkpoints.save(step, placed, dataclasses.replace(meta, top1_error=error))
         checkpoints.wait()
@@ -129,15 +129,14 @@ def test_only_the_newest_and_the_best_stay_on_disk(state, meta, tmp_path):
 
 
 def test_what_a_killed_save_left_is_no_checkpoint_and_for_its_run_to_clean(state, meta, tmp_path):
-    with Checkpoints(tmp_path) as checkpoints:
+    with Saver(tmp_path) as checkpoints:
         checkpoints.save(1, put(state, make_mesh(1, 1)), meta)
     leftover = tmp_path / "2.orbax-checkpoint-tmp"
     leftover.mkdir()
     (leftover / "half").touch()
-    with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.steps() == [1]
+    assert Checkpoints(tmp_path).steps() == [1]
     assert leftover.exists()  # a reader cannot know that no save is under way
-    with Checkpoints(tmp_path) as checkpoints:
+    with Saver(tmp_path) as checkpoints:
         checkpoints.clean()
         assert checkpoints.steps() == [1]
     assert not leftover.exists()
@@ -145,7 +144,7 @@ def test_what_a_killed_save_left_is_no_checkpoint_and_for_its_run_to_clean(state
 
 def test_a_save_that_fails_is_not_silent(state, meta, tmp_path):
     placed = put(state, make_mesh(1, 1))
-    checkpoints = Checkpoints(tmp_path / "run")
+    checkpoints = Saver(tmp_path / "run")
     checkpoints.save(1, placed, meta)
     checkpoints.wait()
     (tmp_path / "run").rename(tmp_path / "moved")
@@ -156,7 +155,7 @@ def test_a_save_that_fails_is_not_silent(state, meta, tmp_path):
 
 def test_saving_a_step_twice_is_an_error(state, meta, tmp_path):
     placed = put(state, make_mesh(1, 1))
-    with Checkpoints(tmp_path) as checkpoints:
+    with Saver(tmp_path) as checkpoints:
         checkpoints.save(1, placed, meta)
         checkpoints.wait()
         with pytest.raises(SaveError, match="step 1"):
@@ -173,13 +172,13 @@ def test_a_save_leaves_nothing_behind_in_memory(state, meta, tmp_path):
         gc.collect()
         return len(gc.get_objects())
 
-    with Checkpoints(tmp_path) as checkpoints:
+    with Saver(tmp_path) as checkpoints:
         before = objects_after(range(1, 4))
         assert objects_after(range(4, 14)) - before < 50  # 440, when it leaked
 
 
 def test_the_step_to_read_is_the_newest_or_the_one_named(state, meta, tmp_path):
-    with Checkpoints(tmp_path) as checkpoints:
+    with Saver(tmp_path) as checkpoints:
         with pytest.raises(UserError, match="holds no checkpoint"):
             checkpoints.chosen_step(-1)
         for step, error in ((3, 0.1), (7, 0.2)):
@@ -194,17 +193,58 @@ def test_the_step_to_read_is_the_newest_or_the_one_named(state, meta, tmp_path):
 
 def test_unreadable_metrics_of_one_checkpoint_do_not_cost_the_others(state, meta, tmp_path, caplog):
     placed = put(state, make_mesh(1, 1))
-    with Checkpoints(tmp_path) as checkpoints:
+    with Saver(tmp_path) as checkpoints:
         for step, error in ((1, 0.1), (2, 0.2)):
             checkpoints.save(step, placed, dataclasses.replace(meta, top1_error=error))
     (tmp_path / "2" / "metrics" / "metrics").write_bytes(b"\xff{")
-    with Checkpoints(tmp_path) as checkpoints:
+    with Saver(tmp_path) as checkpoints:
         assert checkpoints.newest_whole() == 1
         checkpoints.save(2, placed, meta)
         checkpoints.wait()
         assert checkpoints.newest_whole() == 2
     assert f"CHECKPOINT {tmp_path / '2'} IS DAMAGED" in caplog.text
     shutil.rmtree(tmp_path / "1")
-    with Checkpoints(tmp_path) as checkpoints:  # what was set aside is no more than that
+    with Saver(tmp_path) as checkpoints:  # what was set aside is no more than that
         assert checkpoints.newest_whole() == 2
     assert (tmp_path / "2.damaged").is_dir()
+
+
+def test_reading_changes_nothing(state, meta, tmp_path, caplog):
+    placed = put(state, make_mesh(1, 1))
+    with Saver(tmp_path) as checkpoints:
+        for step, error in ((1, 0.1), (2, 0.2)):
+            checkpoints.save(step, placed, dataclasses.replace(meta, top1_error=error))
+    (tmp_path / "2" / "metrics" / "metrics").write_bytes(b"{")
+    before = sorted(tmp_path.rglob("*"))
+    assert Checkpoints(tmp_path).read_net(-1)[0] == 1
+    assert sorted(tmp_path.rglob("*")) == before
+    assert "metrics/metrics has" in caplog.text
+
+
+@pytest.mark.parametrize("moment", ["digest", "read_params"])
+def test_a_run_that_saves_meanwhile_is_read_at_its_newest(
+    moment, state, meta, tmp_path, monkeypatch, caplog
+):
+    """Step 2 goes and step 3 comes while 2 is looked at, or read."""
+    placed = put(state, make_mesh(1, 1))
+    reader, later = Checkpoints(tmp_path), []
+    owner = seals if moment == "digest" else reader
+    really = getattr(owner, moment)
+
+    def once_saved(*arguments):
+        if not later:
+            later.append(3)
+            run.save(3, placed, dataclasses.replace(meta, top1_error=0.3))
+            run.wait()
+        return really(*arguments)
+
+    with Saver(tmp_path) as run:
+        for step, error in ((1, 0.1), (2, 0.2)):
+            run.save(step, placed, dataclasses.replace(meta, top1_error=error))
+        run.wait()
+        monkeypatch.setattr(owner, moment, once_saved)
+        step, _, params = reader.read_net(-1)
+        assert reader.steps() == [1, 3]
+    assert step == 3
+    assert_equal(params, state.params)
+    assert "DAMAGED" not in caplog.text

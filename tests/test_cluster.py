@@ -115,8 +115,8 @@ def losses(workdir: pathlib.Path) -> dict[tuple[str, int], float]:
 
 
 def parameters(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        params = checkpoints.read_params(checkpoints.steps()[-1])
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    params = checkpoints.read_params(checkpoints.steps()[-1])
     return {f"{name}_{kind}": a for name, kinds in params.items() for kind, a in kinds.items()}
 
 
@@ -156,9 +156,9 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_another_number_goes_on(
     (said,) = [line for line in job.out if "SIGTERM: saved step" in line]
     step = int(said.split("saved step")[1].split(";")[0])
     assert max(number for _, number in losses(tmp_path)) == step
-    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        assert checkpoints.steps()[-1] == step
-        assert checkpoints.newest_whole() == step
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    assert checkpoints.steps()[-1] == step
+    assert checkpoints.newest_whole() == step
     assert run(tmp_path, f"--config.train.num_steps={step + 3}") == 0  # one process, one device
     assert f"going on from step {step}" in capsys.readouterr().out
     through = tmp_path / "through"

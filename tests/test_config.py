@@ -105,6 +105,10 @@ def test_a_config_survives_json(preset):
         ({"model": {"pool_strides": [2, 2, 4]}}, ["pool_strides", "window"]),
         ({"model": {"without": ("conv1",)}}, ["model.without=('conv1',)", "conv2 to conv5"]),
         ({"model": {"net": "cifar"}}, ["model.towers=2", "--config.model.preset=cifar"]),
+        (
+            {"model": {"net": "cifar", "towers": 1, "dropout_after": []}},
+            ["model.dropout_after=()", "nothing of that"],
+        ),
         ({"data": {"source": "imagenet"}}, ["data.source='imagenet'", "folder:PATH"]),
         ({"data": {"source": "folder:"}}, ["data.source='folder:'"]),
         ({"data": {"stored_size": 200}}, ["data.stored_size=200", "model.input_size=224"]),

@@ -1,5 +1,6 @@
 """Files are written whole or not at all, and a folder's seal tells what has changed in it."""
 
+import concurrent.futures
 import pathlib
 
 import numpy as np
@@ -23,6 +24,21 @@ def test_a_write_that_fails_half_way_leaves_the_file_that_was_there(sync, tmp_pa
     assert path.read_text() == "old"
     files.write_text(path, "new", sync)
     assert path.read_text() == "new"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["table.md"]
+
+
+def test_of_many_who_write_one_file_at_once_each_writes_it_whole(tmp_path):
+    """Threads have one process id, as processes in containers often have."""
+    texts = [str(number) * 1000 for number in range(8)]
+
+    def write(text: str) -> None:
+        for _ in range(50):
+            files.write_text(tmp_path / "table.md", text)
+
+    with concurrent.futures.ThreadPoolExecutor(len(texts)) as pool:
+        list(pool.map(write, texts))
+    assert (tmp_path / "table.md").read_text() in texts
+    assert [entry.name for entry in tmp_path.iterdir()] == ["table.md"]
 
 
 def test_arrays_are_read_back_without_pickle(tmp_path):
@@ -67,3 +83,11 @@ def test_what_is_missing_cut_or_changed_is_named(change, words, folder):
 def test_a_seal_that_is_damaged_itself_vouches_for_nothing(text, folder):
     (folder / seals.SEAL).write_text(text)
     assert "cannot be read" in (seals.damage(folder) or "")
+
+
+def test_a_file_that_the_disk_refuses_is_named_and_not_its_seal(folder, monkeypatch):
+    def refuse(path: pathlib.Path) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(seals, "digest", refuse)
+    assert seals.damage(folder) == "d/data cannot be read (Permission denied)"

@@ -81,7 +81,7 @@ def calls(tmp_path):
 def ranks(tmp_path, place, monkeypatch):
     """() -> what each rank that launch/local.sh started was given, in order."""
     place("python", FAKE_PYTHON)
-    place("nvidia-smi", "#!/bin/sh\nexit 9")
+    place("nvidia-smi", "#!/bin/sh\necho NVIDIA-SMI has failed, for there is no driver; exit 9")
     (tmp_path / "ranks").mkdir()
     monkeypatch.setenv("RANKS", str(tmp_path / "ranks"))
     for name in ("PYTHON", "JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "CUDA_VISIBLE_DEVICES"):

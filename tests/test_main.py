@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from alexnet_jax import command as shared
 from alexnet_jax import config as configs
 from alexnet_jax import main as command
 from alexnet_jax import setup
-from alexnet_jax.checkpoint import Checkpoints
+from alexnet_jax.checkpoint import Checkpoints, Saver
 from alexnet_jax.report import Report
 from alexnet_jax.train import optim, state
 
@@ -30,15 +31,14 @@ def records(workdir: pathlib.Path, split: str) -> list[dict]:
 
 def final_state(workdir: pathlib.Path, step: int | None = None) -> state.TrainState:
     config = configs.from_dict(json.loads((workdir / "config.json").read_text()))
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        step = step or checkpoints.steps()[-1]
-        shapes = state.state_shapes(config.model, 3, optim.make_optimizer(config.optim))
-        return checkpoints.read_state(step, shapes)
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    step = step or checkpoints.steps()[-1]
+    shapes = state.state_shapes(config.model, 3, optim.make_optimizer(config.optim))
+    return checkpoints.read_state(step, shapes)
 
 
 def steps(workdir: pathlib.Path) -> list[int]:
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        return checkpoints.steps()
+    return Checkpoints(workdir / "checkpoints").steps()
 
 
 def assert_equal(found, expected) -> None:
@@ -185,8 +185,7 @@ def test_a_signal_at_any_moment_of_a_step_saves_before_it_ends(
 
     monkeypatch.setattr(Report, "record", interrupted)
     assert run(tmp_path) == status
-    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        assert checkpoints.steps() == [3]
+    assert steps(tmp_path) == [3]
     assert signal.getsignal(number) == handler
 
 
@@ -194,8 +193,7 @@ def test_parameters_that_the_last_update_ruined_are_not_saved(run, tmp_path, cap
     ruin = ("--config.optim.learning_rate=1e30", "--config.train.num_steps=1")
     assert run(tmp_path, *ruin) == 1
     assert "validation loss" in capsys.readouterr().err
-    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        assert checkpoints.steps() == []
+    assert steps(tmp_path) == []
 
 
 def test_a_loss_that_is_not_finite_ends_with_status_1_and_keeps_the_good_checkpoint(
@@ -221,6 +219,27 @@ def test_another_model_is_refused_and_other_settings_need_a_flag(trained, run, t
     assert "--allow_config_change" in error
     assert run(trained, "--config.seed=7", "--allow_config_change") == 0
     assert run(trained, "--config.seed=42", "--allow_config_change") == 0
+
+
+@pytest.mark.parametrize("size", [4, 16, 24])
+def test_a_run_goes_on_where_it_was_with_another_batch_size(size, run, tmp_path):
+    """48 images: six steps of eight are an epoch; the second begins with the changed size."""
+    assert run(tmp_path, "--config.train.num_epochs=1", "--config.train.num_steps=0") == 0
+    assert records(tmp_path, "train")[-1]["epoch"] == 1
+    changed = ("--config.train.num_steps=0", f"--config.train.batch_size={size}")
+    changed += ("--config.train.num_epochs=2", "--config.eval.batch_size=8")
+    assert run(tmp_path, *changed) == 2
+    assert run(tmp_path, *changed, "--allow_config_change") == 0
+    found = {record["step"]: record["epoch"] for record in records(tmp_path, "train")}
+    assert found == {
+        step: pytest.approx(step / 6 if step <= 6 else 1 + (step - 6) * size / 48)
+        for step in range(1, 7 + 48 // size)
+    }
+    assert [record["epoch"] for record in records(tmp_path, "validation")] == [1, 2]
+    assert run(tmp_path, *changed) == 0  # once changed, it is the run's own
+    back = ("--config.train.num_steps=0", "--config.train.num_epochs=2.5")
+    assert run(tmp_path, *back, "--allow_config_change") == 0
+    assert records(tmp_path, "train")[-1]["epoch"] == 2.5
 
 
 # No pass after the first can improve by 1, so each of them, at steps 12 and 18, has a drop due.
@@ -301,13 +320,29 @@ def command_line(capsys, *arguments: str) -> str:
     return line
 
 
+def test_a_lack_of_memory_is_told_in_a_line(capsys):
+    def work() -> int:
+        raise MemoryError("Unable to allocate 9 GiB")
+
+    assert shared.status(work, ()) == 1
+    assert capsys.readouterr().err == (
+        "error: there is not enough memory (Unable to allocate 9 GiB)\n"
+    )
+
+
 def test_a_config_file_that_gives_no_config_is_a_mistake(config_file, tmp_path, capsys):
     workdir = f"--workdir={tmp_path / 'workdir'}"
     assert "nope.py" in command_line(capsys, "--config=configs/nope.py", workdir)
-    for name, text in {"broken": "def", "raises": "1 / 0"}.items():
-        path = tmp_path / f"{name}.py"
+    broken = {
+        "def": "line 1: SyntaxError: invalid syntax",
+        "x = 1\n1 / 0": "line 2: ZeroDivisionError: division by zero",
+        "import os\ndef get_config():\n  os.environ['NOT_SET']": "line 3: KeyError: NOT_SET",
+        "import os\ndef get_config():\n  os.getenvv()": "line 3: AttributeError: module 'os'",
+    }
+    for text, words in broken.items():
+        path = tmp_path / "broken.py"
         path.write_text(text)
-        command_line(capsys, f"--config={path}", workdir)
+        assert f"{path}, {words}" in command_line(capsys, f"--config={path}", workdir)
     assert "--config is missing" in command_line(capsys, workdir)
     assert "--workdir is missing" in command_line(capsys, f"--config={config_file}", "--workdir=")
     assert not (tmp_path / "workdir").exists()
@@ -423,7 +458,7 @@ def test_the_calendar_ends_an_epoch_at_the_first_step_past_it():
 
 def test_the_error_of_the_newest_pass_is_saved_only_where_a_pass_was_made(run, tmp_path):
     assert run(tmp_path, "--config.checkpoint.every_steps=4", "--config.train.num_steps=8") == 0
-    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+    with Saver(tmp_path / "checkpoints") as checkpoints:
         kept = {c.step: c.metrics for c in checkpoints.checkpointer.checkpoints}
     passes = {record["step"]: record["top1_error"] for record in records(tmp_path, "validation")}
     assert set(passes) == {6, 8}

@@ -9,8 +9,10 @@ import oracle
 import pytest
 from PIL import Image
 
+from alexnet_jax import predict
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.data import images as pictures
+from alexnet_jax.data import sources
 
 CLASSES = ("cat", "dog", "owl")
 STORED, SIZE = 41, 36  # round(256 * 36 / 224)
@@ -36,9 +38,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 def by_oracle(workdir: pathlib.Path, squares: np.ndarray, num_crops: int) -> np.ndarray:
     """Probabilities by the numpy net, crops cut by hand: (n, classes)."""
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        step = checkpoints.steps()[-1]
-        params, meta = checkpoints.read_params(step), checkpoints.read_meta(step)
+    _, meta, params = Checkpoints(workdir / "checkpoints").read_net(-1)
     margin = STORED - SIZE
     middle = margin // 2
     mean = meta.statistics.mean_image[middle : middle + SIZE, middle : middle + SIZE]
@@ -156,8 +156,7 @@ def test_features_are_the_layers_outputs(trained, images, run, capsys, tmp_path,
     _, squares = validation_squares(images)
     middle = (STORED - SIZE) // 2
     crops = squares[:, middle : middle + SIZE, middle : middle + SIZE].astype(float)
-    with Checkpoints(trained / "checkpoints") as checkpoints:
-        params, meta = checkpoints.read_params(6), checkpoints.read_meta(6)
+    _, meta, params = Checkpoints(trained / "checkpoints").read_net(6)
     mean = meta.statistics.mean_image[middle : middle + SIZE, middle : middle + SIZE]
     _, named = oracle.forward(params, crops - mean, "paper", train=False)
     expected = named[{"conv1": "pool1", "conv5": "pool5"}.get(layer, layer)]
@@ -188,3 +187,19 @@ def test_mistakes_are_told_in_one_line(trained, run, capsys, arguments, words):
 def test_an_ensemble_trains_nothing(ensemble, run, capsys):
     assert run(",".join(map(str, ensemble[:2]))) == 2
     assert "takes one" in capsys.readouterr().err
+
+
+def test_classes_without_examples_take_no_place_in_the_table():
+    """Of 60 classes every second is there, all of class 0's and no other's taken for the next."""
+    targets = np.repeat(np.arange(0, 60, 2), 2)
+    best = np.where(targets == 0, 1, targets)
+    log_probabilities = np.log(np.where(np.arange(60) == best[:, None], 0.9, 0.1 / 59))
+    labels = ("\x1b[2Jnot\nprintable", *(f"class {number}" for number in range(1, 60)))
+    source = sources.Folder(labels, targets, "", ("",) * len(targets))
+    table = predict.class_table(predict.Predictions(log_probabilities, targets, source))
+    _, worst, *others, last = table.splitlines()
+    assert worst.split() == ["\\x1b[2Jnot\\nprintable", "2", "100.0%", "class", "1", "(2)"]
+    assert [line.split()[:4] for line in others] == [
+        ["class", str(2 * number), "2", "0.0%"] for number in range(1, 20)
+    ]
+    assert last.startswith("... of 30 classes")

@@ -9,17 +9,19 @@ import sys
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from alexnet_jax.report import Report
+from alexnet_jax.report import Report, evaluation_records, training_records
 
 VALUES = {"loss": 1.5, "top1_error": 0.25, "top5_error": 0.125, "images_per_second": 1234.5}
+OF_TRAINING = VALUES | {"learning_rate": 0.01}
 
 SCRIPT = """
 import pathlib, sys
 from alexnet_jax.report import Report
 with Report(pathlib.Path(sys.argv[1]), first_step=0, num_steps=4) as report:
     for step in (1, 2, 3, 4):
-        report.record("train", step, step / 2, {values})
+        report.record("train", step, step / 2, {training})
     report.record("validation", 4, 2.0, {values})
+    report.record("train", 4, 2.0, {values})
 """
 
 
@@ -41,13 +43,23 @@ def events(workdir):
 
 def test_a_record_is_a_line_of_json_and_events_and_a_plain_line(tmp_path, capsys):
     with Report(tmp_path, first_step=0, num_steps=10) as report:
-        report.record("train", 5, 0.5, VALUES)
-    assert lines(tmp_path) == [{"step": 5, "epoch": 0.5, "split": "train", **VALUES}]
+        report.record("train", 5, 0.5, OF_TRAINING)
+    assert lines(tmp_path) == [{"step": 5, "epoch": 0.5, "split": "train", **OF_TRAINING}]
     assert (5, "train/loss", 1.5) in events(tmp_path)
     assert (5, "train/top1_error", 0.25) in events(tmp_path)
     (line,) = capsys.readouterr().out.splitlines()
+    assert training_records(tmp_path) == lines(tmp_path)
     for word in ("step 5/10", "loss 1.5000", "top-1 error 25.00%", "1,234 images/s", "ETA"):
         assert word in line
+
+
+def test_the_training_split_evaluated_has_a_curve_of_its_own(tmp_path):
+    with Report(tmp_path, first_step=0, num_steps=10) as report:
+        report.record("train", 5, 0.5, OF_TRAINING)
+        report.record("train", 5, 0.5, VALUES | {"loss": 9.0})
+    found = [(step, tag, value) for step, tag, value in events(tmp_path) if tag.endswith("/loss")]
+    assert found == [(5, "train/loss", 1.5), (5, "evaluation/loss", 9.0)]
+    assert [record["loss"] for record in evaluation_records(tmp_path)] == [9.0]
 
 
 def test_records_later_than_the_start_are_taken_out(tmp_path):
@@ -56,6 +68,7 @@ def test_records_later_than_the_start_are_taken_out(tmp_path):
             report.record("train", step, step / 2, VALUES)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "spl')  # a run killed while writing
+    assert [record["step"] for record in evaluation_records(tmp_path)] == [1, 2, 3]
     with Report(tmp_path, first_step=2, num_steps=10) as report:
         report.record("train", 3, 1.5, VALUES)
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
@@ -72,7 +85,12 @@ def test_tensorflow_is_not_needed(tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_a_terminal_gets_a_progress_bar_with_errors_and_speed(tmp_path):
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-c", SCRIPT.format(values=VALUES), str(tmp_path)]
+    command = [
+        sys.executable,
+        "-c",
+        SCRIPT.format(training=OF_TRAINING, values=VALUES),
+        str(tmp_path),
+    ]
     environment = os.environ | {"COLUMNS": "200", "LINES": "24"}
     process = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
@@ -88,4 +106,5 @@ def test_a_terminal_gets_a_progress_bar_with_errors_and_speed(tmp_path):
     assert "top-1 error 25.00%" in text
     assert "1,234 images/s" in text
     assert "validation  step 4/4" in text
-    assert len(lines(tmp_path)) == 5
+    assert "train  step 4/4" in text  # the training split, evaluated
+    assert len(lines(tmp_path)) == 6

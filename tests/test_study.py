@@ -11,6 +11,7 @@ from alexnet_jax import report, tables
 from alexnet_jax import study as command
 from alexnet_jax.studies import STUDIES, Study
 
+FIGURE1 = ["--config.model.preset=cifar", "--config.model.input_size=32"]
 STEPS = ["--config.train.num_steps=12", "--config.eval.batch_size=8"]
 
 
@@ -95,6 +96,9 @@ def test_a_difference_is_resolved_only_outside_its_interval():
     noisy = tables.difference(done("a", 0.10, 0.20, 0.30) + done("b", 0.14, 0.2, 0.36), "b", "a")
     assert noisy is not None
     assert noisy.verdict == "not resolved"
+    equal = tables.difference(done("a", 0.5, 0.75) + done("b", 0.75, 1.0), "b", "a")
+    assert equal is not None  # two seeds a quarter apart, whose interval has no width
+    assert (equal.mean, equal.margin, equal.verdict) == (25, 0, "not resolved")
     alone = tables.difference(done("a", 0.1) + done("b", 0.3, 0.4), "b", "a")
     assert alone is not None
     assert (alone.count, alone.mean, alone.verdict) == (
@@ -167,6 +171,8 @@ def test_another_study_does_not_join_the_table(finished, start, capsys):
         ("overlap", ["--config.model.input_size=112"], ["(3, 3, 16)", "(2, 2, 16)"]),
         ("lrn", ["--seeds=1,4294967296"], ["seed=4294967296", "below 2**32"]),
         ("activation", ["--config.model.net=cifar"], ["model.towers=2", "preset=cifar"]),
+        ("lrn", FIGURE1, ["model.lrn=False", "nothing of that"]),
+        ("augmentation", FIGURE1, ["variants all and centre_crops are the same"]),
         ("lrn", ["--config.train.batch_size=7", "--config.train.accumulation_steps=2"], ["7"]),
     ],
 )
@@ -185,6 +191,18 @@ def test_variants_that_are_the_same_are_refused(start, tmp_path, monkeypatch, ca
     monkeypatch.setitem(STUDIES, "same", same)
     assert start("same", tmp_path / "study") == 2
     assert "variants one and two are the same" in capsys.readouterr().err
+
+
+def test_the_runs_of_a_study_are_watched(start, tmp_path, monkeypatch):
+    watched = []
+
+    def train(config, directory, job) -> int:
+        watched.append((job.step_timeout, [thread.is_alive() for thread in job.threads]))
+        return 15
+
+    monkeypatch.setattr(command.loop, "train", train)
+    assert start("lrn", tmp_path / "study", "--config.mesh.step_timeout=77") == 128 + 15
+    assert watched == [(77.0, [True])]
 
 
 def test_a_run_that_diverges_is_told_at_the_end_and_the_others_are_made(

@@ -18,8 +18,7 @@ def birds(draw_folder):
 
 
 def params(workdir, step: int | None = None):
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        return checkpoints.read_params(step or checkpoints.steps()[-1])
+    return Checkpoints(workdir / "checkpoints").read_net(step or -1)[2]
 
 
 def losses(workdir) -> list[float]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import pytest
 
 from alexnet_jax import workdir
-from alexnet_jax.config import UserError
+from alexnet_jax.config import Config, UserError
 
 HOLD = """
 import pathlib, sys, time
@@ -140,3 +140,13 @@ def test_without_locks_of_two_at_the_same_time_one_is_refused(tmp_path, monkeypa
     with pytest.raises(UserError, match="in use by process 7"), workdir.locked(tmp_path):
         pass
     assert "process 7" in (tmp_path / "lock").read_text()
+
+
+def test_a_run_touches_no_file_of_a_workdir_but_its_own(tmp_path):
+    (tmp_path / "notes.tmp").write_text("the user's")
+    (tmp_path / "folder.tmp").mkdir()
+    (tmp_path / "config.json.tmp").write_text("half")  # left by a run that was killed
+    workdir.write(tmp_path, Config(), ("ant", "bee"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json", "folder.tmp", "labels.txt", "notes.tmp",
+    ]  # fmt: skip

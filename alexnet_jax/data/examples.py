@@ -1,9 +1,12 @@
 """What images and their labels come as, whatever they are read from."""
 
 import hashlib
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
+
+from alexnet_jax.config import UserError
 
 
 class Example(NamedTuple):
@@ -36,9 +39,23 @@ class Source(Protocol):
 
     def read(self, index: int) -> Example: ...
 
+    def name(self, index: int) -> str:
+        """The example's name, which may be told without reading it."""
+        ...
+
     def take(self, indices: np.ndarray) -> "Source":
         """The examples at `indices`, (m,) int64, in their order."""
         ...
+
+
+def check_labels(labels: Sequence[str]) -> None:
+    """Raises UserError where a line of text cannot hold a label."""
+    for label in labels:
+        if "\n" in label or any("\ud800" <= character <= "\udfff" for character in label):
+            raise UserError(
+                f"class {label!r}: a name with a line break, or that is no UTF-8, cannot be kept "
+                "in labels.txt; rename it"
+            )
 
 
 def taken(source: Source, indices: np.ndarray) -> str:

@@ -19,7 +19,7 @@ MAX_ASPECT = 100  # the longer side over the shorter; more is no picture and wou
 MAX_SCANS = 100  # of a JPEG: each may be a few bytes and take as long as a picture
 # Pillow would try others: some have no signature, and EPS is a program that Ghostscript runs.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
-# What libjpeg warns of though every pixel is there; its other warnings are of lost data.
+# What libjpeg warns of in whole files of real data sets; its other warnings are of lost data.
 HARMLESS = ("extraneous bytes before marker 0xd9", "unknown JFIF revision")
 WARM = 2**22  # bytes; what caches do not hold is no faster for being used again
 _own = threading.local()
@@ -71,7 +71,7 @@ def decode(data: bytes | np.ndarray, name: str, fleeting: bool = False) -> np.nd
                 _opened(data).verify()
             ImageOps.exif_transpose(image, in_place=True)
             return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    except ImageError:
+    except (ImageError, MemoryError):  # another time there may be memory
         raise
     except Exception as error:  # at damaged bytes Pillow raises whatever it stumbles over
         detail = " ".join(str(error).split())[:120] or type(error).__name__

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from alexnet_jax.config import UserError
 from alexnet_jax.data import images, native, records, workers
-from alexnet_jax.data.examples import Source
+from alexnet_jax.data.examples import Source, check_labels
 from alexnet_jax.data.images import ImageError
 from alexnet_jax.data.inputs import Input
 from alexnet_jax.data.sources import Folder
@@ -67,7 +67,7 @@ def prepare(
     """
     partial = output.with_name(output.name + ".partial")
     data, journal = partial / "data", partial / "journal"
-    _check_labels(given.labels)
+    check_labels(given.labels)
     _check_partial(partial)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         manifest = _already(output, given, settings)
@@ -313,7 +313,7 @@ def _progress_bar(given: Input) -> tqdm:
 
 @contextlib.contextmanager
 def _locked(folder: pathlib.Path) -> Iterator[None]:
-    """Keeps other processes out of the folder until this one leaves it or ends."""
+    """Keeps other processes of this host out of the folder until this one leaves it or ends."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -333,16 +333,6 @@ def _check_classes(labels: Sequence[str], found: np.ndarray) -> None:
             raise UserError(
                 f"class {label!r} has no training image that can be read; replace its images, or "
                 "take the class out"
-            )
-
-
-def _check_labels(labels: Sequence[str]) -> None:
-    """Raises UserError where a line of text cannot hold a label."""
-    for label in labels:
-        if "\n" in label or any("\ud800" <= character <= "\udfff" for character in label):
-            raise UserError(
-                f"class {label!r}: a name with a line break, or that is no UTF-8, cannot be kept "
-                f"in {records.LABELS}; rename it"
             )
 
 

@@ -11,7 +11,9 @@ import hashlib
 import json
 import os
 import pathlib
+import resource
 import struct
+import sys
 import zipfile
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -22,8 +24,10 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from alexnet_jax.config import UserError
 from alexnet_jax.data.augment import Statistics
 from alexnet_jax.data.examples import Example, taken
+from alexnet_jax.files import digest
 
 VERSION = 1
+SPARE_FILES = 512  # for the other splits, libraries and pipes
 MANIFEST, LABELS, STATISTICS = "manifest.json", "labels.txt", "statistics.npz"
 _HEAD = struct.Struct("<iH")
 # ArrayRecord lies in Riegeli files: chunks, interrupted by a header at the start of each block.
@@ -72,8 +76,9 @@ class Records:
           OSError: the shard is not what was written, or the disk refuses.
         """
         shard, offset, length, target = (int(column[index]) for column in self.index)
+        file = self.shards[shard]
         try:
-            label, name, image = unpack(read_record(self.shards[shard], offset, length))
+            label, name, image = unpack(read_record(file, offset, length))
             if label != target:
                 raise ValueError(f"label {label} in the record, {target} in the index")
             if self.raw:
@@ -84,6 +89,9 @@ class Records:
                 "is by `python -m alexnet_jax.prepare --verify=DIR`"
             ) from error
         return Example(image.tobytes(), label, name)
+
+    def name(self, index: int) -> str:
+        return self.read(index).name
 
     def take(self, indices: np.ndarray) -> "Records":
         index = Index(*(column[indices] for column in self.index))
@@ -186,7 +194,9 @@ def _skipped(position: int, size: int, landing: bool = True) -> int:
 
 
 def read_record(file: int, offset: int, length: int) -> np.ndarray:
-    """The record of `length` bytes at `offset` of a file, (length,) uint8, in one system call.
+    """The record of `length` bytes at `offset` of a file, (length,) uint8.
+
+    In one system call, where the file system gives all that is asked for.
 
     Raises:
       OSError: the file ends before the record does.
@@ -199,9 +209,15 @@ def read_record(file: int, offset: int, length: int) -> np.ndarray:
         more = min(_BLOCK - _BLOCK_HEADER, length - done)
         parts += [memoryview(bytearray(_BLOCK_HEADER)), target[done : done + more]]
         done += more
-    wanted = sum(len(part) for part in parts)
-    if os.preadv(file, parts, offset) != wanted:
-        raise OSError(f"a shard ends within the record at {offset}; verify the prepared data")
+    left = sum(map(len, parts))
+    while left:
+        read = os.preadv(file, parts, offset)
+        if read == 0:
+            raise OSError("the shard ends within the record")
+        offset, left = offset + read, left - read
+        while left and read >= len(parts[0]):
+            read -= len(parts.pop(0))
+        parts[0] = parts[0][read:]
     return record
 
 
@@ -217,6 +233,7 @@ def open_records(directory: pathlib.Path, split: str) -> Records:
     if chosen not in splits:
         raise UserError(f"records:{directory} has no split {split!r}; it has {', '.join(splits)}")
     entries = splits[chosen]["shards"]
+    _allow_open(directory, len(entries))
     for entry in entries:
         problem = _wrong_size(directory, entry)
         if problem:
@@ -292,6 +309,25 @@ def _check_index(index: Index, split: dict[str, Any], num_classes: int) -> None:
     inside = (index.offset >= 0) & (index.length >= _HEAD.size)
     if not np.all(inside & (index.offset <= sizes[index.shard] - index.length)):
         raise ValueError("a record lies outside its shard")
+
+
+def _allow_open(directory: pathlib.Path, count: int) -> None:
+    """Have this process, and those it starts, open `count` files beside what else they need.
+
+    Raises:
+      UserError: the system does not let it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + SPARE_FILES
+    most = sys.maxsize if hard == resource.RLIM_INFINITY else hard
+    if wanted > most:
+        raise UserError(
+            f"records:{directory}: a split has {count} shards, and of the {most} files that a "
+            f"process may open {SPARE_FILES} are kept for all else; raise that by `ulimit -n`, or "
+            "prepare it again with a larger --shard_size"
+        )
+    if resource.RLIM_INFINITY != soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft + wanted, most), hard))
 
 
 def read_manifest(directory: pathlib.Path) -> tuple[dict[str, Any], bytes]:
@@ -374,12 +410,6 @@ def verify(directory: pathlib.Path) -> Iterator[tuple[str, str]]:
 def file_entry(path: pathlib.Path) -> dict[str, Any]:
     """What the manifest says of a file."""
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest(path)}
-
-
-def digest(path: pathlib.Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _wrong_size(directory: pathlib.Path, entry: dict[str, Any]) -> str:

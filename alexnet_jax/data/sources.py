@@ -12,7 +12,7 @@ import numpy as np
 
 from alexnet_jax.config import Data, UserError
 from alexnet_jax.data import images, records, shapes
-from alexnet_jax.data.examples import Example, Source, taken
+from alexnet_jax.data.examples import Example, Source, check_labels, taken
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,9 @@ class Folder:
         path = self.paths[index]
         return Example(read_file(path), int(self.targets[index]), path)
 
+    def name(self, index: int) -> str:
+        return self.paths[index]
+
     def take(self, indices: np.ndarray) -> "Folder":
         paths = tuple(self.paths[index] for index in indices)
         return Folder(self.labels, self.targets[indices], taken(self, indices), paths)
@@ -52,7 +55,7 @@ class Folder:
 class Tfds:
     """One split of a prepared TFDS data set, read without TensorFlow."""
 
-    name: str
+    split: str  # and what it is of
     labels: tuple[str, ...]
     fingerprint: str
     examples: Sequence[Any]  # dicts with image, encoded bytes, and label
@@ -66,9 +69,11 @@ class Tfds:
         return np.array([self.read(index).label for index in range(len(self))])
 
     def read(self, index: int) -> Example:
-        place = int(self.indices[index])
-        example = self.examples[place]
-        return Example(bytes(example["image"]), int(example["label"]), f"{self.name}, {place}")
+        example = self.examples[int(self.indices[index])]
+        return Example(bytes(example["image"]), int(example["label"]), self.name(index))
+
+    def name(self, index: int) -> str:
+        return f"{self.split}, {self.indices[index]}"
 
     def take(self, indices: np.ndarray) -> "Tfds":
         fingerprint = taken(self, indices)
@@ -184,6 +189,7 @@ def _class_names(root: pathlib.Path) -> tuple[str, ...]:
             f"{root} has no class folders: it should hold one for each class, or train/ and val/ "
             "with them"
         )
+    check_labels(names)
     return tuple(names)
 
 

@@ -63,6 +63,7 @@ def train_batches(
     rows: Rows,
     start_step: int,
     num_steps: int,
+    origin: int = 0,
     pixels: bool = True,
 ) -> Batches:
     """Batches start_step .. num_steps - 1 of the training stream, this process's rows.
@@ -70,6 +71,7 @@ def train_batches(
     Args:
       statistics: of the training split; its mean image has the stored size.
       size: pixels a side of a crop.
+      origin: the position at which batch 0 would begin.
       pixels: False where the images lie elsewhere.
 
     Yields:
@@ -81,7 +83,7 @@ def train_batches(
 
     def drawn(step: int, local: range) -> tuple[np.ndarray, Batch]:
         """Which examples, and what is done to them."""
-        start, count = step * rows.batch_size + local.start, len(local)
+        start, count = origin + step * rows.batch_size + local.start, len(local)
         draws = augment.draw(seed, start, count, stored - size, data)
         noisy = np.full(count, data.colour_noise > 0)
         if data.colour_noise_epochs:
@@ -155,64 +157,46 @@ ReadPiece = Callable[[int, range, np.ndarray], Batch]
 def _batches(read: ReadPiece, local: range, side: int, steps: range, data: Data) -> Batches:
     """The batches of `steps`, whose pixels are (len(local), side, side, 3) uint8."""
     pieces = [local[first : first + PIECE] for first in range(0, len(local), PIECE)]
+    places = [slice(piece.start - local.start, piece.stop - local.start) for piece in pieces]
+    shape = (len(local), side, side, 3)
     count, ahead = workers.count(data.workers), data.prefetch * len(pieces)
-    kind = workers.kind(data, len(steps) * len(local))
-    make = _by_processes if kind == "processes" else _by_threads
-    with make(read, pieces, side, steps, count, ahead) as batches:
-        for image, parts in batches:
-            yield {"image": image} | {
+
+    def element(number: int) -> Batch:
+        """A piece, whose pixels are written into its batch's."""
+        turn, place = divmod(number, len(pieces))
+        return read(steps[turn], pieces[place], memory(turn)[places[place]])
+
+    elements = grain.MapDataset.range(len(steps) * len(pieces)).map(element)
+    if workers.kind(data, len(steps) * len(local)) == "processes":
+        memory = buffers.Slots(-(-max(ahead, 2 * count) // len(pieces)), shape)
+        making = _by_processes(elements, memory, count, ahead)
+    else:
+        memory = buffers.Images(shape)
+        making = _by_threads(elements, count, ahead)
+    with making as arriving:
+        for turn in range(len(steps)):
+            parts = [next(arriving) for _ in pieces]
+            yield {"image": memory.take(turn)} | {
                 name: np.concatenate([part[name] for part in parts]) for name in parts[0]
             }
 
 
-# The pixels of each batch, and the rest of its pieces.
-MadeBatches = Iterator[tuple[np.ndarray, list[Batch]]]
-
-
 @contextlib.contextmanager
-def _by_threads(
-    read: ReadPiece, pieces: list[range], side: int, steps: range, count: int, ahead: int
-) -> Iterator[MadeBatches]:
-    """Batches whose pieces are written into them by threads."""
-    places, size = _places(pieces), sum(map(len, pieces))
-    made = buffers.Images((size, side, side, 3))
-
-    def element(number: int) -> Batch:
-        step, place = steps[number // len(pieces)], number % len(pieces)
-        return read(step, pieces[place], made(step)[places[place]])
-
-    def batches(arriving: Iterator[Batch]) -> MadeBatches:
-        for step in steps:
-            parts = [next(arriving) for _ in pieces]
-            yield made.take(step), parts
-
-    elements = grain.MapDataset.range(len(steps) * len(pieces)).map(element)
+def _by_threads(elements: grain.MapDataset, count: int, ahead: int) -> Iterator[Iterator[Batch]]:
+    """The elements, made by threads."""
     options = grain.ReadOptions(num_threads=count, prefetch_buffer_size=max(ahead, count))
     with contextlib.closing(iter(elements.to_iter_dataset(options))) as arriving:
-        yield batches(arriving)
+        yield arriving
 
 
 @contextlib.contextmanager
 def _by_processes(
-    read: ReadPiece, pieces: list[range], side: int, steps: range, count: int, ahead: int
-) -> Iterator[MadeBatches]:
-    """Batches whose pieces are written into memory they share by processes."""
+    elements: grain.MapDataset, slots: buffers.Slots, count: int, ahead: int
+) -> Iterator[Iterator[Batch]]:
+    """The elements, made by processes, which wait for slots."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads its own flags and insists
     native.available()  # compiled here, once, before many ask for it
-    places, size = _places(pieces), sum(map(len, pieces))
-    slots = buffers.Slots(-(-max(ahead, 2 * count) // len(pieces)), (size, side, side, 3))
-
-    def element(number: int) -> Batch:
-        turn, place = divmod(number, len(pieces))
-        return read(steps[turn], pieces[place], slots(turn)[places[place]])
-
-    def batches(arriving: Iterator[Batch]) -> MadeBatches:
-        for turn in range(len(steps)):
-            parts = [next(arriving) for _ in pieces]
-            yield slots.take(turn), parts
-
-    elements = grain.MapDataset.range(len(steps) * len(pieces)).map(element)
     one_by_one = elements.to_iter_dataset(grain.ReadOptions(num_threads=0))
     options = grain.MultiprocessingOptions(count, per_worker_buffer_size=-(-ahead // count))
     in_pipes = grain.experimental.DatasetOptions(min_shm_size=1 << 20)  # all that is left is small
@@ -221,14 +205,16 @@ def _by_processes(
     )
     with contextlib.closing(slots), contextlib.closing(iter(working)) as arriving:
         try:
-            yield batches(arriving)
+            yield arriving
+        except RuntimeError as error:
+            if "terminated unexpectedly" not in str(error):
+                raise
+            raise OSError(
+                "a process that reads images was killed, by lack of memory most often: the same "
+                "command goes on, with fewer by --config.data.workers=N"
+            ) from error
         finally:
             slots.release()
-
-
-def _places(pieces: list[range]) -> list[slice]:
-    """Where each piece lies among the rows of this process."""
-    return [slice(p.start - pieces[0].start, p.stop - pieces[0].start) for p in pieces]
 
 
 def _live_with_parent(worker: int, count: int) -> None:

@@ -7,7 +7,6 @@ import concurrent.futures
 import contextlib
 import hashlib
 import logging
-import os
 import pathlib
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from alexnet_jax.data.augment import Statistics
 from alexnet_jax.data.examples import Source
 from alexnet_jax.data.records import Records, read_arrays, read_statistics
 from alexnet_jax.data.statistics import Sums
+from alexnet_jax.files import write_arrays
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,8 @@ def survey(
             pass  # a refusal is better heard before the scan than after
         log.info("surveying %d images, once; kept in %s", len(source), path.parent)
         found = _found(*_scan(source, stored_size, num_workers))
-        _keep(path, found)
+        with _writing(path.parent):
+            write_arrays(path, sync=False, **found)
     broken = found.pop("broken")
     if len(broken):
         log.warning("%d of %d images are broken and left out:", len(broken), len(source))
@@ -118,13 +119,6 @@ def _kept(path: pathlib.Path, size: int, count: int) -> dict[str, np.ndarray] | 
     except ValueError as error:
         log.warning("%s is damaged (%s); surveying again", path, error)
         return None
-
-
-def _keep(path: pathlib.Path, found: dict[str, np.ndarray]) -> None:
-    with _writing(path.parent):
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            np.savez(file, allow_pickle=False, **found)
-        os.replace(file.name, path)
 
 
 @contextlib.contextmanager

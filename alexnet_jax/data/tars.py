@@ -56,6 +56,9 @@ class Members:
             raise UserError(f"{self.path} has become shorter; {AGAIN}")
         return Example(data, int(self.targets[index]), name)
 
+    def name(self, index: int) -> str:
+        return self.names[index]
+
     def take(self, indices: np.ndarray) -> "Members":
         """Those at `indices`, (m,) int64, in that order."""
         indices = np.asarray(indices, np.int64)

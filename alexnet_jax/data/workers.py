@@ -169,7 +169,7 @@ def _work(job: Callable[..., None], connection: Connection, progress: Progress) 
             arguments = connection.recv()
             try:
                 job(*arguments, progress)
-            except (UserError, OSError) as error:
+            except (UserError, OSError, MemoryError) as error:
                 connection.send(error)
             else:
                 connection.send(None)

@@ -112,24 +112,18 @@ class AlexNet(nnx.Module):
         for layer in shapes(config, num_classes, config.input_size):
             setattr(self, layer.name, Affine(layer, parameters, shards))
 
-    def __call__(self, images: Array, dropout: Dropout | None = None) -> Array:
-        """Logits of images.
-
-        Args:
-          images: (b, s, s, 3) float32, mean subtracted.
-          dropout: while training; None when evaluating.
-
-        Returns:
-          (b, num_classes) of the compute dtype, all classes on every device.
-        """
-        *_, (_, logits) = self.outputs(images, dropout)
-        return logits
-
     def outputs(self, images: Array, dropout: Dropout | None) -> Iterator[tuple[str, Array]]:
         """Each layer's name and output, this device's share; of fc8 the logits of all classes.
 
         An output is what the next layer reads, before any exchange: behind activation, response
         normalisation, pool and dropout.
+
+        Args:
+          images: (b, s, s, 3) float32, mean subtracted.
+          dropout: while training; None when evaluating.
+
+        Yields:
+          (b, h, w, c/n) or (b, c/n), and for fc8 (b, num_classes), of the compute dtype.
         """
         x = images.astype(self.config.dtype)  # (b, 224, 224, 3)
         x = self.convolution("conv1", x)  # (b, 27, 27, 96/n)
@@ -160,12 +154,11 @@ class AlexNet(nnx.Module):
         (b, h, w, c/n) -> (b, h', w', c'/n). A layer left out hands on what it is given, pooled.
         """
         local = self.config.towers // self.shards
-        across = self.config.lrn and self.config.lrn_across_towers
         if name in self.config.without:
             return self.stage(x, name, local)
         layer: Affine = getattr(self, name)
         x = self.exchange(x) if both else x
-        if layer.groups == 1 or across or ops.groups_at_once(x):
+        if layer.groups == 1 or self.config.normalises_across or ops.groups_at_once(x):
             return self.stage(layer(x), name, local)
         # From here to the next layer that reads both, no array holds both.
         return jnp.concatenate([self.stage(part, name, 1) for part in layer.apart(x)], axis=-1)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
 from alexnet_jax.config import LAYERS, SHARES_ENTRY, Optim
@@ -22,7 +22,7 @@ from alexnet_jax.ops import native
 from alexnet_jax.train.state import Params
 
 Rates = dict[str, Array]  # "kernel", "bias"; "conv1_kernel", "conv1_bias" where they differ
-Schedule = Callable[[Array, ArrayLike], Rates]  # (step, plateau scale) -> rates
+Schedule = Callable[[ArrayLike, ArrayLike], Rates]  # (step, plateau scale) -> rates
 Update = Callable[[Array, Params, Any, Params, Rates], tuple[Params, Any, dict]]
 
 # The automatic schedule of the original's net #170: the weights' rate falls to .004 of its start
@@ -47,8 +47,10 @@ def make_update(optim: Optim) -> Update:
 
     Returns:
       (good, params, opt_state, gradients, rates) -> (params, opt_state, squares), all of one
-      device's share. Where `good`, () bool, is false, nothing is changed. Squares are, for each
-      layer, the sums of its kernel's squared updates and of its squares before; else zeros.
+      device's share. Where `good`, () bool, is false nothing is changed, and where a rate is 0 no
+      weight it is of, nor its velocity: it stands still, as in the original (weights.cu). Squares
+      are, for each layer, the sums of its kernel's squared updates and of its squares before;
+      zeros where it is not changed.
 
       On a CPU one pass over memory does it all, in place; elsewhere it is `make_optimizer`'s chain.
     """
@@ -62,23 +64,29 @@ def make_update(optim: Optim) -> Update:
             )
             return weights, optax.tree_utils.tree_set(opt_state, trace=velocities), squares
 
-        def updated(params: Params, opt_state: Any, gradients: Params) -> Any:
-            updates, opt_state = optimizer.update(gradients, opt_state, params, rates=rates)
-            updates = cast(Params, updates)
-            squares = {
-                layer: (square(updates[layer]["kernel"]), square(params[layer]["kernel"]))
-                for layer in params
-            }
-            return optax.apply_updates(params, updates), opt_state, squares
-
-        def as_it_was(params: Params, opt_state: Any, gradients: Params) -> Any:
-            # Zeros that differ from shard to shard, as what they stand beside does.
-            zeros = {layer: 0 * square(kinds["bias"]) for layer, kinds in params.items()}
-            return params, opt_state, {layer: (zero, zero) for layer, zero in zeros.items()}
-
-        # A GPU would have to wait for the host to branch.
-        choose = lax.cond if jax.default_backend() == "cpu" else _selected
-        return choose(good, updated, as_it_was, params, opt_state, gradients)
+        own = _layer_rates(optim)
+        moves = {
+            layer: {kind: good & (_rate(rates, own, layer, kind) > 0) for kind in kinds}
+            for layer, kinds in params.items()
+        }
+        velocities = optax.tree_utils.tree_get(opt_state, "trace")
+        updates, opt_state = optimizer.update(gradients, opt_state, params, rates=rates)
+        moved = (
+            optax.apply_updates(params, updates),
+            optax.tree_utils.tree_get(opt_state, "trace"),
+        )
+        params_now, velocities = (
+            jax.tree.map(jnp.where, moves, new, old)
+            for new, old in zip(moved, (params, velocities))
+        )
+        squares = {
+            layer: tuple(
+                jnp.where(moves[layer]["kernel"], square(leaf), 0)
+                for leaf in (cast(Params, updates)[layer]["kernel"], params[layer]["kernel"])
+            )
+            for layer in params
+        }
+        return params_now, optax.tree_utils.tree_set(opt_state, trace=velocities), squares
 
     return update
 
@@ -99,24 +107,19 @@ def _in_place(
         for kind, leaf in kinds.items():
             decay = optim.weight_decay if kind == "kernel" else 0.0
             rate = jnp.asarray(_rate(rates, own, layer, kind), jnp.float32)
+            moves = good & (rate > 0)
             weights[layer][kind], moved[layer][kind], sums = native.update(
                 leaf,
                 velocities[layer][kind],
                 gradients[layer][kind],
                 rate,
-                good,
+                moves,
                 momentum=float(optim.momentum),
                 decay=float(decay),
             )
             if kind == "kernel":
                 squares[layer] = (sums[0], sums[1])
     return weights, moved, squares
-
-
-def _selected(condition: Array, true: Callable, false: Callable, *operands: Any) -> Any:
-    """`lax.cond`, by computing both."""
-    both = true(*operands), false(*operands)
-    return jax.tree.map(lambda yes, no: jnp.where(condition, yes, no), *both)
 
 
 def _layer_rates(optim: Optim) -> Mapping[str, float]:
@@ -149,12 +152,14 @@ def _scale_by_rates(layer_rates: Mapping[str, float]) -> optax.GradientTransform
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def first_step(epoch: float, num_examples: int, batch_size: int) -> int:
-    """The step at which `epoch` epochs are over: the first with step * batch >= epoch * N."""
-    return math.ceil(epoch * num_examples / batch_size)
+def first_step(epoch: float, num_examples: int, batch_size: int, origin: int = 0) -> int:
+    """The step at which epochs are over: the first with origin + step * batch >= epoch * N."""
+    return math.ceil((epoch * num_examples - origin) / batch_size)
 
 
-def make_schedule(optim: Optim, num_examples: int, batch_size: int, num_steps: int) -> Schedule:
+def make_schedule(
+    optim: Optim, num_examples: int, batch_size: int, num_steps: int, origin: int = 0
+) -> Schedule:
     """Learning rates by step.
 
     Args:
@@ -162,16 +167,23 @@ def make_schedule(optim: Optim, num_examples: int, batch_size: int, num_steps: i
       num_examples: in one epoch.
       batch_size: global.
       num_steps: of the whole training, for `exponential` and `cosine`.
+      origin: images that had been seen at step 0, as if all steps had had `batch_size`.
 
     Returns:
       (step, scale) -> rates, float32 scalars. `scale` is `plateau_scale`'s; 1 for the others.
     """
 
+    before = origin / batch_size  # steps
+
     def passed(steps: list[int], step: Array) -> Array:
         return jnp.sum(step >= jnp.array(steps, jnp.int32))
 
     def at(epoch: float) -> int:
-        return first_step(epoch, num_examples, batch_size)
+        return first_step(epoch, num_examples, batch_size, origin)
+
+    def share(part: float) -> int:
+        """The step at which a part of the whole training is over."""
+        return math.ceil((num_steps + before) * part - before)
 
     def factors(step: Array) -> tuple[Array | float, Array | float]:
         """What the starting rates of weights and of biases are multiplied by."""
@@ -182,15 +194,16 @@ def make_schedule(optim: Optim, num_examples: int, batch_size: int, num_steps: i
             drop = optim.drop_factor ** (step // optim.drop_every_steps)
             return drop, drop
         if optim.schedule == "exponential":
-            quarters = [math.ceil(num_steps * k / 4) for k in (1, 2, 3)]
-            weights = EXPONENTIAL_RATIO ** (passed(quarters, step) / 3)
-            return weights, 0.1 ** passed([math.ceil(num_steps / 2)], step)
+            weights = EXPONENTIAL_RATIO ** (passed([share(k / 4) for k in (1, 2, 3)], step) / 3)
+            return weights, 0.1 ** passed([share(1 / 2)], step)
         if optim.schedule == "cosine":
-            drop = (1 + jnp.cos(jnp.pi * jnp.minimum(step / num_steps, 1.0))) / 2
+            done = (step + before) / (num_steps + before)
+            drop = (1 + jnp.cos(jnp.pi * jnp.minimum(done, 1.0))) / 2
             return drop, drop
         return 1.0, 1.0
 
-    def schedule(step: Array, scale: ArrayLike) -> Rates:
+    def schedule(step: ArrayLike, scale: ArrayLike) -> Rates:
+        step = jnp.asarray(step)
         weights, biases = factors(step)
         rates = {
             "kernel": scale * optim.learning_rate * weights,

@@ -76,7 +76,7 @@ class StepResults:
 TrainStep = Callable[
     [TrainState, DeviceBatch, Statistics, ArrayLike], tuple[TrainState, StepResults]
 ]
-EvalStep = Callable[[Params, DeviceBatch, Statistics], metrics.Sums]
+EvalStep = Callable[[Params, DeviceBatch, Statistics], Array]
 PredictStep = Callable[[Params, DeviceBatch, Statistics], Array]
 
 
@@ -186,16 +186,16 @@ def make_eval_step(apply: Apply, mesh: Mesh, *, size: int, num_crops: int, mean:
       num_crops: 1, the centre; 10, whose probabilities are averaged (paper, section 4.1).
 
     Returns:
-      (params, batch, statistics) -> Sums over the valid rows of the global batch, arrays of one
-      equal entry a `model` shard. `batch` is `stream.evaluation_batches`'s.
+      (params, batch, statistics) -> `metrics.Sums` over the valid rows of the global batch, in one
+      array, (4, shards) float32, equal in all shards. `batch` is `stream.evaluation_batches`'s.
     """
 
     def local_eval(params: Params, batch: DeviceBatch, statistics: Statistics):
         log_probs = _averaged(apply, params, batch, statistics, size, num_crops, mean)
         sums = metrics.sums(log_probs, batch["label"], batch["valid"])
-        return jax.tree.map(lambda value: jnp.reshape(value, (1,)), lax.psum(sums, "data"))
+        return jnp.stack(lax.psum(sums, "data"))[:, None]
 
-    return _jitted(local_eval, mesh, P("model"))
+    return _jitted(local_eval, mesh, P(None, "model"))
 
 
 def make_predict_step(
@@ -213,7 +213,9 @@ def make_predict_step(
 
 
 def make_features_step(features: Apply, mesh: Mesh, *, size: int, mean: str) -> PredictStep:
-    """A layer's output for centre crops: (params, batch, statistics) -> (b, ..., c) float32.
+    """A layer's output for centre crops: (params, batch, statistics) -> (b, pixels, c) float32.
+
+    One pixel where the layer is fully connected.
 
     Args:
       features: `state.make_apply` up to the layer, whose last axis is this shard's share.

@@ -213,6 +213,18 @@ def test_a_truncated_png_is_refused(pictures, kept):
     refusal(png[:kept])
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_lack_of_memory_is_not_the_images_fault(kind, pictures, monkeypatch):
+    def fail(*arguments, **options):
+        raise MemoryError("Unable to allocate 232 MiB")
+
+    data = pictures.encode(pictures.rough(20, 20), kind)
+    monkeypatch.setattr(images.simplejpeg, "decode_jpeg", fail)
+    monkeypatch.setattr(images.ImageOps, "exif_transpose", fail)
+    with pytest.raises(MemoryError, match="232 MiB"):
+        images.decode(data, "x")
+
+
 def test_an_empty_file_is_refused_as_empty():
     assert "empty" in refusal(b"")
 

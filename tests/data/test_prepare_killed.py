@@ -266,7 +266,11 @@ class Faulty:
 def test_what_stops_a_worker_is_raised_here(tmp_path, capfd):
     worker = _Worker(write_shard)
     rest = (tmp_path / "shard", tmp_path / "entry.npz", Settings("raw", 95, SIZE, 5), True, 1.0)
-    for error in (UserError("the tar is gone"), OSError("the disk is gone")):
+    for error in (
+        UserError("the tar is gone"),
+        OSError("the disk is gone"),
+        MemoryError("is gone"),
+    ):
         with pytest.raises(type(error), match="is gone"):
             worker.do(Faulty(error), *rest)
     with pytest.raises(RuntimeError, match="above"):  # no mistake of the user's, but of ours

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -156,18 +158,22 @@ def alive(number: int) -> bool:
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/stat").exists(), reason="reads Linux's /proc")
-def test_reading_processes_end_with_the_one_that_is_killed(folder, tmp_path):
+@pytest.mark.parametrize("killed", ["parent", "reader"])
+def test_reading_processes_and_their_parent_end_together(killed, folder, tmp_path):
     script = tmp_path / "endless.py"
     script.write_text(textwrap.dedent(ENDLESS))
     command = [sys.executable, str(script), f"folder:{folder}", str(tmp_path / "cache")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    with open(tmp_path / "said", "w") as said:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True)
     assert process.stdout is not None
     children = json.loads(process.stdout.readline())
     assert len(children) == 2
     assert all(alive(child) for child in children)
-    process.kill()
-    process.wait()
+    os.kill(process.pid if killed == "parent" else children[0], signal.SIGKILL)
+    assert process.wait(60) == (-signal.SIGKILL if killed == "parent" else 1)
     deadline = time.monotonic() + 10
     while any(alive(child) for child in children) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(alive(child) for child in children)
+    last = (tmp_path / "said").read_text().splitlines()[-1:]
+    assert killed == "parent" or "OSError: a process that reads images was killed" in last[0]

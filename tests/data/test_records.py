@@ -104,8 +104,27 @@ def test_a_shard_that_ends_early_is_not_read(tmp_path):
     path = tmp_path / "one"
     offsets, lengths = records.write_shard(path, [b"x" * 100_000, b"y" * 100])
     os.truncate(path, int(offsets[0]) + 99_000)
-    with open(path, "rb") as file, pytest.raises(OSError, match="verify"):
+    with open(path, "rb") as file, pytest.raises(OSError, match="ends within the record"):
         records.read_record(file.fileno(), int(offsets[0]), int(lengths[0]))
+
+
+def test_a_file_system_that_gives_less_than_is_asked_for_is_asked_again(tmp_path, monkeypatch):
+    content = np.random.default_rng(1).bytes(200_000)
+    (offset,), (length,) = records.write_shard(tmp_path / "one", [content])
+    really, random = os.preadv, np.random.default_rng(2)
+
+    def some(file: int, parts: list[memoryview], offset: int) -> int:
+        left, chosen = int(random.integers(1, 100_000)), []
+        for part in parts:
+            chosen.append(part[:left])
+            left -= len(chosen[-1])
+        return really(file, chosen, offset)
+
+    monkeypatch.setattr(os, "preadv", some)
+    with open(tmp_path / "one", "rb") as file:
+        for _ in range(20):
+            found = records.read_record(file.fileno(), int(offset), int(length))
+            assert found.tobytes() == content
 
 
 @pytest.fixture(scope="module")
@@ -243,6 +262,37 @@ def test_a_lost_race_to_open_a_shard_closes_its_file(raw, monkeypatch):
     monkeypatch.setattr(os, "open", slow)
     assert read(source, 0) == expected(raw, "train")[0]
     assert descriptors(raw) == before + 1
+
+
+def test_a_split_of_many_shards_asks_for_as_many_descriptors(raw, monkeypatch):
+    """The training split has seven shards."""
+    limits, wanted = [256, 4096], 7 + records.SPARE_FILES
+    monkeypatch.setattr(records.resource, "getrlimit", lambda kind: tuple(limits))
+    monkeypatch.setattr(
+        records.resource, "setrlimit", lambda kind, pair: limits.__setitem__(slice(None), pair)
+    )
+    for _ in range(2):
+        records.open_records(raw, "train")
+        assert limits == [256 + wanted, 4096]
+    limits[:] = [wanted - 1, wanted]
+    records.open_records(raw, "train")
+    assert limits == [wanted, wanted]
+    limits[:] = [256, wanted - 1]
+    with pytest.raises(UserError, match=f"7 shards.*{wanted - 1} files.*ulimit -n"):
+        records.open_records(raw, "train")
+
+
+def test_a_shard_that_cannot_be_opened_is_not_called_damaged(raw, monkeypatch):
+    source = records.open_records(raw, "train")
+
+    def refuse(path, flags):
+        raise OSError(24, "Too many open files", path)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(OSError, match="Too many open files") as caught:
+        source.read(0)
+    assert "damaged" not in str(caught.value)
+    assert "train-00000" in str(caught.value)
 
 
 def test_opening_leaves_no_file_open_where_it_fails(raw, tmp_path):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import pathlib
 import subprocess
 import sys
@@ -138,6 +139,13 @@ def test_a_class_folder_without_images_is_refused_by_name(pictures, tmp_path, sp
     pictures.folder(tmp_path / split, {"ant": 9, "bee": 0})
     with pytest.raises(UserError, match="bee has no images"):
         opened(tmp_path, "train")
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", b"two\nlines"])
+def test_a_class_that_a_line_of_text_cannot_hold_is_refused(name, pictures, tmp_path):
+    pictures.folder(tmp_path / "train", {"ant": 1, os.fsdecode(name): 1})
+    with pytest.raises(UserError, match=r"labels\.txt; rename it"):
+        sources.open_source(Data(source=f"folder:{tmp_path}"), "train")
 
 
 def test_folders_inside_a_class_are_named_in_a_warning(pictures, tmp_path, caplog):

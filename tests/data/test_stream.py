@@ -67,6 +67,7 @@ def read(source, statistics) -> Callable[..., list[Batch]]:
         batch_size: int = 4,
         local: range | None = None,
         seed: int = 42,
+        origin: int = 0,
         **data,
     ) -> list[Batch]:
         rows = Rows(batch_size, range(batch_size) if local is None else local)
@@ -79,6 +80,7 @@ def read(source, statistics) -> Callable[..., list[Batch]]:
             rows=rows,
             start_step=start,
             num_steps=stop,
+            origin=origin,
         )
         return list(batches)
 
@@ -128,6 +130,13 @@ class Threads:
 @pytest.fixture
 def threads() -> Threads:
     return Threads()
+
+
+@pytest.mark.parametrize(("size", "origin"), [(2, 12), (6, -12), (12, -48)])
+def test_another_batch_size_goes_on_in_the_same_stream(size, origin, read):
+    """From position 24 on: after six batches of four."""
+    expected, first = joined(read(6, 12)), (24 - origin) // size
+    assert_same(joined(read(first, first + 24 // size, size, origin=origin)), expected)
 
 
 def test_a_batch_holds_what_it_says(read, squares):

@@ -121,6 +121,16 @@ def test_a_second_survey_reads_no_image_and_finds_the_same(root, tmp_path):
     assert_same(first, second)
 
 
+def test_a_survey_is_kept_for_every_user_of_the_cache(root, tmp_path):
+    before = os.umask(0o022)
+    try:
+        look(root, tmp_path)
+    finally:
+        os.umask(before)
+    (kept,) = (tmp_path / "surveys").iterdir()
+    assert kept.stat().st_mode & 0o777 == 0o644
+
+
 def test_another_size_is_another_survey(root, tmp_path):
     source = sources.open_source(Data(source=f"folder:{root}"), "train")
     for size in (SIZE, SIZE - 3):

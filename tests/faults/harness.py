@@ -290,9 +290,9 @@ def digest(workdir: pathlib.Path) -> str:
     optimizer = optim.make_optimizer(config.optim)
     shapes = state.state_shapes(config.model, config.model.num_classes, optimizer)
     found = hashlib.sha256()
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        for leaf in jax.tree.leaves(checkpoints.read_state(newest(workdir), shapes)):
-            found.update(np.ascontiguousarray(leaf))
+    saved = Checkpoints(workdir / "checkpoints").read_state(newest(workdir), shapes)
+    for leaf in jax.tree.leaves(saved):
+        found.update(np.ascontiguousarray(leaf))
     return found.hexdigest()
 
 

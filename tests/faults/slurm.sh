@@ -94,8 +94,8 @@ from alexnet_jax.checkpoint import Checkpoints
 def read(workdir):
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     losses = [(line["split"], line["step"], line["loss"]) for line in lines]
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        return losses, checkpoints.read_params(checkpoints.steps()[-1])
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    return losses, checkpoints.read_params(checkpoints.steps()[-1])
 
 (quiet, weights), (preempted, others) = (read(pathlib.Path(sys.argv[1], run))
                                          for run in ("quiet", "preempted"))

@@ -10,7 +10,7 @@ import trials
 from harness import SHORT, Bench, step_folders
 
 from alexnet_jax import seals
-from alexnet_jax.checkpoint import Checkpoints
+from alexnet_jax.checkpoint import Saver
 
 pytestmark = pytest.mark.skipif(
     not pathlib.Path("/proc/self/stat").exists(), reason="needs Linux's /proc"
@@ -60,7 +60,7 @@ def test_whatever_file_is_damaged_the_checkpoint_before_is_taken(damage, bench, 
             copy = shutil.copytree(folders[-1].parent, tmp_path / str(len(found)))
             trials.harm(copy / str(last) / name, damage, rng)
             try:
-                with Checkpoints(copy) as checkpoints:
+                with Saver(copy) as checkpoints:
                     found[name] = checkpoints.newest_whole()
             except Exception as error:
                 found[name] = repr(error)

@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from alexnet_jax import checkpoint
@@ -43,7 +44,7 @@ def test_every_layer_moves_by_its_own_rate_also_those_that_share_anothers():
 
 
 def test_the_update_is_the_papers_over_steps_of_changing_rates(kernels):
-    """v = .9 v - .0005 rate w - rate g; biases: no decay; a layer with a rate of its own."""
+    """v = .9 v - .0005 rate w - rate g; biases: no decay; a layer with a rate of its own; none."""
     rng = np.random.default_rng(0)
     params = {
         layer: {"kernel": rng.standard_normal((300, 131)), "bias": rng.standard_normal(131)}
@@ -64,10 +65,12 @@ def test_the_update_is_the_papers_over_steps_of_changing_rates(kernels):
             for kind, w in kinds.items():
                 own = rates.get(f"{layer}_{kind}", rates[kind])
                 decay = 0.0005 if kind == "kernel" else 0.0
+                if own == 0:  # stands still
+                    continue
                 v = 0.9 * velocity[layer][kind] - decay * own * w - own * grads[layer][kind]
                 velocity[layer][kind], params[layer][kind] = v, w + v
-            of_update = np.sum(velocity[layer]["kernel"] ** 2)
-            np.testing.assert_allclose(squares[layer], [of_update, before[layer]], rtol=1e-5)
+            expected = [np.sum(velocity[layer]["kernel"] ** 2), before[layer]]
+            np.testing.assert_allclose(squares[layer], np.multiply(expected, rate > 0), rtol=1e-5)
         for (path, expected), actual in zip(
             jax.tree.leaves_with_path(params), jax.tree.leaves(found), strict=True
         ):
@@ -86,19 +89,34 @@ def test_an_update_that_is_not_good_changes_nothing(kernels):
     assert jax.tree.map(float, found[2]) == {"fc8": (0.0, 0.0)}
 
 
-@pytest.mark.parametrize("good", [True, False])
-def test_computing_both_chooses_as_branching_does_whatever_the_other_holds(good):
-    branches = (
-        (lambda x: {"x": x + 1}, lambda x: {"x": x})
-        if good
-        else (
-            lambda x: {"x": x * np.nan},
-            lambda x: {"x": x},
+@pytest.mark.parametrize("layer_rates", [(1.0,) * 8, (0.0, *(1.0,) * 7)])
+def test_a_frozen_layer_keeps_the_bits_of_weights_and_velocity(layer_rates, kernels):
+    """By its schedule or by its own rate; it goes on from where it was when it moves again."""
+    frozen = Optim(layer_rates=layer_rates)
+    rng = np.random.default_rng(3)
+    params = {
+        layer: {"kernel": rng.standard_normal((4, 3)), "bias": rng.standard_normal(3)}
+        for layer in ("conv1", "fc8")
+    }
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+    grads = jax.tree.map(jnp.ones_like, params)
+    rates = {"kernel": jnp.float32(0.1), "bias": jnp.float32(0.2)}
+    still = {"conv1_kernel": jnp.float32(0), "conv1_bias": jnp.float32(0)}
+    still = rates | (still if frozen == Optim() else {})
+    moving = jax.jit(optim.make_update(Optim()))
+    state = optim.make_optimizer(Optim()).init(params)
+    params, state, _ = moving(jnp.bool_(True), params, state, grads, rates)
+    held = params["conv1"], optax.tree_utils.tree_get(state, "trace")["conv1"]
+    for _ in range(3):
+        before = params["fc8"]
+        params, state, squares = jax.jit(optim.make_update(frozen))(
+            jnp.bool_(True), params, state, grads, still
         )
-    )
-    x = jnp.arange(3.0)
-    found = optim._selected(jnp.asarray(good), *branches, x)
-    assert found["x"].tolist() == ([1, 2, 3] if good else [0, 1, 2])
+        now = params["conv1"], optax.tree_utils.tree_get(state, "trace")["conv1"]
+        jax.tree.map(np.testing.assert_array_equal, now, held)
+        assert (np.asarray(before["kernel"]) != np.asarray(params["fc8"]["kernel"])).all()
+        assert [float(square) for square in squares["conv1"]] == [0, 0]
+    assert float(abs(held[1]["kernel"]).min()) > 0
 
 
 def test_a_drop_of_the_rate_leaves_the_velocity_as_it_is():
@@ -213,6 +231,18 @@ def test_an_epoch_ends_at_the_first_step_with_so_many_examples_behind_it(epoch, 
     )
     expected = [pytest.approx(0.01), pytest.approx(0.001)]
     assert kernel_rates(schedule, [least - 1, least]) == expected
+
+
+@pytest.mark.parametrize("kind", ["epochs", "exponential", "cosine"])
+def test_with_an_origin_rates_are_those_of_as_many_steps_later(kind):
+    """The first 100 of 400 steps had 20 images: step n is what n + 100 of 500 would be."""
+    settings = Optim(schedule=kind, drop_epochs=(2, 3), conv1_drop_epoch=2, conv1_freeze_epoch=4)
+    shifted = optim.make_schedule(settings, N, B, 400, origin=100 * B)
+    plain = optim.make_schedule(settings, N, B, 500)
+    steps = [100, 101, 149, 150, 199, 200, 274, 275, 299, 300, 399]
+    for step in steps:
+        assert rates_at(shifted, step) == pytest.approx(rates_at(plain, step + 100), rel=1e-6)
+    assert len({rate for step in steps for rate in rates_at(shifted, step).values()}) > 4
 
 
 # --------------------------------------------------------------------------------------- plateau

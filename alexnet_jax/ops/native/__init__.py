@@ -39,13 +39,13 @@ def call(kernel: str, shape: tuple[int, ...], *arrays: Array, **attributes: floa
 
 
 def update(
-    weights: Array, velocity: Array, gradient: Array, rate: Array, good: Array, **attributes: float
+    weights: Array, velocity: Array, gradient: Array, rate: Array, moves: Array, **attributes: float
 ) -> tuple[Array, Array, Array]:
     """`update` of update.h: both in place, and (2,) squares."""
     results = [_result(shape, weights) for shape in (weights.shape, weights.shape, (2,))]
     name = f"update_{_suffix()}"
     kernel = jax.ffi.ffi_call(name, results, input_output_aliases={0: 0, 1: 1})
-    found = kernel(weights, velocity, gradient, rate, good, **_typed(attributes))
+    found = kernel(weights, velocity, gradient, rate, moves, **_typed(attributes))
     return found[0], found[1], found[2]
 
 

@@ -9,11 +9,11 @@
 
 namespace {
 
-// The paper's update, in place, unless `good` is false:
+// The paper's update, in place, unless `moves` is false:
 //   velocity = momentum * velocity - rate * (gradient + decay * weight),  weight += velocity
 // squares: of the update and of the weights before, summed; zeros where nothing is updated.
 ffi::Error Update(ffi::ThreadPool pool, Input weights, Input velocity, Input gradient, Input rate,
-                  ffi::Buffer<ffi::PRED> good, Output new_weights, Output new_velocity,
+                  ffi::Buffer<ffi::PRED> moves, Output new_weights, Output new_velocity,
                   Output squares, float momentum, float decay) {
   constexpr int64_t kPart = 1 << 15;
   const int64_t count = weights.element_count(), parts = Parts(count, kPart);
@@ -23,7 +23,7 @@ ffi::Error Update(ffi::ThreadPool pool, Input weights, Input velocity, Input gra
   // XLA may have found it better to copy them.
   if (w != weights.typed_data()) std::memcpy(w, weights.typed_data(), 4 * count);
   if (v != velocity.typed_data()) std::memcpy(v, velocity.typed_data(), 4 * count);
-  if (!good.typed_data()[0]) return ffi::Error::Success();
+  if (!moves.typed_data()[0]) return ffi::Error::Success();
   const float* g = gradient.typed_data();
   const float step = rate.typed_data()[0];
   const Memory partial(2 * parts);
