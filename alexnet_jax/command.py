@@ -1,5 +1,6 @@
 """What the package's commands share: their log, their flags, their exit status."""
 
+import errno
 import functools
 import logging
 import os
@@ -7,6 +8,7 @@ import pathlib
 import re
 import signal
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Sequence
@@ -20,6 +22,13 @@ from alexnet_jax import cluster
 from alexnet_jax import config as configs
 from alexnet_jax.config import UserError
 
+# What absl says of a value that is not of its field's type, and what that must be.
+ILL_TYPED = {
+    "Non-boolean argument": "True or False",
+    "invalid literal for int": "a whole number",
+    "could not convert string to float": "a finite number",
+    "Error while parsing string": "a list, as (1, 2)",
+}
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
@@ -110,6 +119,25 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
     return rest[1:]
 
 
+def file_to_write(flag: str, text: str) -> pathlib.Path:
+    """The file that a flag names, whose folder is there after this.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    path = pathlib.Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    except OSError as error:
+        raise UserError(
+            f"--{flag}={text} cannot be written ({error.strerror}); choose another"
+        ) from error
+    return path
+
+
 def _flag_error(error: Exception) -> str:
     """One line for what absl and ml_collections say in several, with the nearest field."""
     text = " ".join(str(error.args[0] if error.args else error).split())
@@ -123,6 +151,11 @@ def _flag_error(error: Exception) -> str:
     unknown = re.search(r"Did you mean \"(\w+)\" instead of \"(\w+)\"", text)
     if unknown:
         return f"config field {unknown[2]!r} does not exist; nearest is {unknown[1]!r}"
+    ill_typed = re.match(r"flag --config\.([\w.]+)=(.*?): \W*(.*)", text)
+    for said, words in ILL_TYPED.items():
+        if ill_typed and ill_typed[3].startswith(said):
+            name, value = ill_typed[1], ill_typed[2]
+            return f"{name}={value!r}: must be {words}; set --config.{name}=..."
     if "get_config" in text:
         return "the --config file has no get_config(); write it as those of configs/ are"
     if isinstance(error, OSError):

@@ -11,11 +11,11 @@ import numpy as np
 from alexnet_jax.config import UserError
 
 # Okabe and Ito's colours, which differ for every kind of colour vision.
-BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY = (
-    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F",
+BLUE, ORANGE, GREEN, PINK, SKY, RED, BLACK, GREY = (
+    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#7F7F7F",
 )  # fmt: skip
-COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, RED)
-MARKS = "os^Dv*"
+COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, RED, BLACK, GREY)
+MARKS = "os^Dv*Xp"
 WIDTH = 7.0  # inches, of a page's text
 STYLE: Any = {
     "font.size": 8,
@@ -113,6 +113,7 @@ def curves(
             f"{target:g}", (1, target), xycoords=("axes fraction", "data"), xytext=(2, 0),
             textcoords="offset points", va="center", color=GREY,
         )  # fmt: skip
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("epoch")
     axes.set_ylabel(ylabel)
     if logarithmic:
@@ -213,25 +214,21 @@ def guesses(found: Sequence[Guess], columns: int = 4) -> Any:
         row, column = divmod(place, columns)
         picture, bars = axes[2 * row, column], axes[2 * row + 1, column]
         picture.imshow(guess.image)
-        picture.set_title(_short(guess.title, 26), fontweight="bold")
+        picture.set_title(_short(guess.title, 20), fontweight="bold")
         _bars(bars, guess)
     return figure
 
 
 def _bars(axes: Any, guess: Guess) -> None:
-    """Five bars with their labels on them; the right one is of another colour, hatched and bold."""
+    """Five bars with their labels on them; the right one is of another colour, and bold."""
     axes.set(xlim=(0, 1), ylim=(len(guess.labels) - 0.5, -0.5))
     for place, (label, probability) in enumerate(zip(guess.labels, guess.probabilities)):
         right = label == guess.right
-        axes.barh(
-            place, probability, height=0.8, color=ORANGE if right else SKY,
-            hatch="////" if right else None, edgecolor="white", linewidth=0,
-        )  # fmt: skip
+        axes.barh(place, probability, height=0.8, color=ORANGE if right else SKY)
         words = _short(label, 22) + f"  {probability:.0%}"
         weight = "bold" if right else "normal"
-        box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6}
         text = axes.text(
-            0.02, place, words, va="center", fontsize=7, fontweight=weight, bbox=box, clip_on=True
+            0.02, place, words, va="center", fontsize=7, fontweight=weight, clip_on=True
         )
         text.set_in_layout(False)  # or a long one would squeeze the picture
 

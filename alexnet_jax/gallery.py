@@ -57,6 +57,7 @@ def learning(directories: Sequence[pathlib.Path], value: str, ylabel: str) -> An
     runs = names(directories)
     training = {
         name: [(epoch, found[value]) for epoch, found in report.training_by_epoch(place).items()]
+        or [(record["epoch"], record[value]) for record in report.training_records(place)]
         for name, place in runs.items()
     }
     validation = {
@@ -83,7 +84,7 @@ def ratios(directory: pathlib.Path) -> dict[str, Any]:
         name.removeprefix(RATIO): [(r["epoch"], r[name]) for r in records if r.get(name)]
         for name in names
     }
-    if not lines:
+    if not any(lines.values()):
         return {}
     drawn = figures.curves(lines, {}, ylabel="|update| / |weights|, a step", logarithmic=True)
     return {"update_to_weight": drawn}

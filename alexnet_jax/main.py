@@ -109,10 +109,10 @@ def run_mode(
         return 0
     directories = [pathlib.Path(part) for part in options.workdir.split(",")]
     if options.mode == "eval":
-        output = pathlib.Path(options.output) if options.output else None
-        found, classes = predict.evaluate_workdirs(
-            config, directories, output if job.leads else None, job.told
-        )
+        output = None
+        if options.output and job.leads:
+            output = command.file_to_write("output", options.output)
+        found, classes = predict.evaluate_workdirs(config, directories, output, job.told)
         if job.leads:
             print(classes)
             print(json.dumps(found))
@@ -122,20 +122,24 @@ def run_mode(
             raise UserError(f"--figure={options.figure}: must end in .png or .svg")
         if options.figure:
             figures.check_installed()
-        found = list(predict.predict_files(config, directories, paths))
-        for entry in found:
-            print(json.dumps(entry))
-        known = [entry for entry in found if "labels" in entry]
+            figure = command.file_to_write("figure", options.figure)
+        known, status = [], 0
+        for entry in predict.predict_files(config, directories, paths):
+            print(json.dumps(entry), flush=True)
+            if "error" in entry:
+                status = 1
+            else:
+                known.append(entry)
         if options.figure and known:
-            figures.save(gallery.file_guesses(known), pathlib.Path(options.figure))
-        return int(any("error" in entry for entry in found))
+            figures.save(gallery.file_guesses(known), figure)
+        return status
     if options.mode == "figures":
         print("\n".join(gallery.draw(config, directories)))
         return 0
     if len(directories) > 1:
         raise UserError(f"--workdir={options.workdir}: --mode={options.mode} takes one")
     if options.mode == "features":
-        output = pathlib.Path(options.output)
+        output = command.file_to_write("output", options.output)
         found = predict.write_features(config, directories[0], options.layer, output)
         print(json.dumps(found))
         return 0

@@ -49,6 +49,6 @@ def errors(total: Sums) -> dict[str, float]:
     count = float(total.count)
     return {
         "loss": float(total.loss) / count,
-        "top1_error": 1.0 - float(total.top1) / count,
-        "top5_error": 1.0 - float(total.top5) / count,
+        "top1_error": (count - float(total.top1)) / count,
+        "top5_error": (count - float(total.top5)) / count,
     }

@@ -4,7 +4,7 @@ import csv
 import dataclasses
 import logging
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -26,6 +26,8 @@ from alexnet_jax.train.step import PredictStep, make_features_step, make_predict
 from alexnet_jax.workdir import CHECKPOINTS
 
 log = logging.getLogger(__name__)
+
+FILES_AT_ONCE = 1024
 
 
 class Net(NamedTuple):
@@ -86,8 +88,8 @@ def open_split(net: Net, split: str) -> Source:
     return survey.surveyed(source, net.config.data, net.config.model)[0]
 
 
-def log_probabilities(net: Net, source: Source) -> np.ndarray:
-    """The net's, for every example: (n, classes) float32, averaged over `eval.num_crops`."""
+def predictor(net: Net) -> Callable[[Source], np.ndarray]:
+    """source -> the net's log probabilities, (n, classes) float32, over `eval.num_crops`."""
     config, shards = net.config, net.mesh.shape["model"]
     step = make_predict_step(
         make_apply(config.model, len(net.meta.labels), shards),
@@ -96,7 +98,11 @@ def log_probabilities(net: Net, source: Source) -> np.ndarray:
         num_crops=config.eval.num_crops,
         mean=config.data.mean,
     )
-    return np.concatenate([part[0] for part in _outputs(net, source, step)])[: len(source)]
+
+    def predict(source: Source) -> np.ndarray:
+        return np.concatenate([part[0] for part in _outputs(net, source, step)])[: len(source)]
+
+    return predict
 
 
 def features(net: Net, source: Source, layer: str) -> np.ndarray:
@@ -145,7 +151,7 @@ def predictions(net: Net, split: str) -> Predictions:
       UserError: as `open_split`.
     """
     source = open_split(net, split)
-    return Predictions(log_probabilities(net, source), source.targets, source)
+    return Predictions(predictor(net)(source), source.targets, source)
 
 
 def together(
@@ -257,7 +263,6 @@ def _write(output: pathlib.Path, found: Predictions) -> None:
     probabilities = np.exp(found.log_probabilities)
     labels, source = found.source.labels, found.source
     names = _names(source)
-    output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix == ".npz":
         write_arrays(
             output,
@@ -285,34 +290,41 @@ def predict_files(
     """The five best labels of image files, and of those in folders, each with its probability.
 
     Yields:
-      file, labels and probabilities; for a file that is no whole image, file and error.
+      In the order of the files, some at a time: file, labels and probabilities; for a file that is
+      no whole image, file and error.
 
     Raises:
-      UserError: a path does not exist, or holds no files.
+      UserError: a path does not exist, or holds no files; the nets are of different classes.
     """
-    readable, broken = [], []
-    for path in _files(paths):
-        try:
-            images.decode(sources.read_file(path), path)
-            readable.append(path)
-        except images.ImageError as error:
-            broken.append({"file": path, "error": str(error)})
-    if readable:
-        found, labels = [], ()
-        for directory in directories:
-            net = open_net(config, directory)
-            check_labels(labels or net.meta.labels, net.meta.labels, f"--workdir={directory}")
-            labels = net.meta.labels
-            source = sources.Folder(labels, np.zeros(len(readable), np.int64), "", tuple(readable))
-            found.append(log_probabilities(net, source))
-        for path, row in zip(readable, np.exp(averaged(found))):
-            best = np.argsort(-row, kind="stable")[:5]
-            yield {
-                "file": path,
-                "labels": [labels[place] for place in best],
-                "probabilities": [float(row[place]) for place in best],
-            }
-    yield from broken
+    files = _files(paths)
+    predictors, labels = [], ()
+    for directory in directories:
+        net = open_net(config, directory)
+        check_labels(labels or net.meta.labels, net.meta.labels, f"--workdir={directory}")
+        labels = net.meta.labels
+        predictors.append(predictor(net))
+    for first in range(0, len(files), FILES_AT_ONCE):
+        some, broken = files[first : first + FILES_AT_ONCE], {}
+        for path in some:
+            try:
+                images.decode(sources.read_file(path), path)
+            except images.ImageError as error:
+                broken[path] = {"file": path, "error": str(error)}
+        whole = tuple(path for path in some if path not in broken)
+        source = sources.Folder(labels, np.zeros(len(whole), np.int64), "", whole)
+        found = averaged([predict(source) for predict in predictors]) if whole else ()
+        best = iter(_best(path, row, labels) for path, row in zip(whole, np.exp(found)))
+        yield from (broken[path] if path in broken else next(best) for path in some)
+
+
+def _best(path: str, probabilities: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
+    """A file and its five best labels."""
+    best = np.argsort(-probabilities, kind="stable")[:5]
+    return {
+        "file": path,
+        "labels": [labels[place] for place in best],
+        "probabilities": [float(probabilities[place]) for place in best],
+    }
 
 
 def _files(paths: Sequence[str]) -> list[str]:
@@ -341,7 +353,6 @@ def write_features(
     net = open_net(config, directory)
     source = open_split(net, config.eval.split)
     found = features(net, source, layer)
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_arrays(
         output,
         features=found,

@@ -63,8 +63,13 @@ def test_the_right_label_is_marked_wherever_it_stands():
         picture, bars = figure.axes[place], figure.axes[len(found) + place]
         assert picture.get_title() == guess.title
         assert [bar.get_width() for bar in bars.patches] == list(shares)
-        marked = [bar.get_hatch() is not None for bar in bars.patches]
-        assert marked == [label == guess.right for label in labels]
+        right = [label == guess.right for label in labels]
+        assert [text.get_fontweight() == "bold" for text in bars.texts] == right
+        colours = [bar.get_facecolor() for bar in bars.patches]
+        assert len(set(colours)) == 1 + any(right)
+        assert [colour == colours[right.index(True)] for colour in colours if any(right)] == (
+            right if any(right) else []
+        )
         assert texts(bars) == [f"{name}  {share:.0%}" for name, share in zip(labels, shares)]
 
 
@@ -200,6 +205,20 @@ def test_update_to_weight_ratios_are_logged_for_every_layer(trained):
         found = {name for name in record if name.startswith("update_to_weight/")}
         assert len(found) == 8
         assert all(0 < record[name] < 1 for name in found)
+
+
+def test_a_run_of_less_than_an_epoch_has_a_curve_of_its_records(trained, tmp_path):
+    records = (trained / "metrics.jsonl").read_text().splitlines()[:2]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(records) + "\n")
+    (axes,) = gallery.learning([tmp_path], "loss", "loss").axes
+    expected = [[record["epoch"], record["loss"]] for record in map(json.loads, records)]
+    assert axes.lines[0].get_xydata().tolist() == expected
+
+
+def test_where_nothing_moves_no_ratios_are_drawn(tmp_path):
+    record = {"step": 1, "epoch": 1.0, "learning_rate": 0.1, "update_to_weight/conv1": 0.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    assert gallery.ratios(tmp_path) == {}
 
 
 def test_predict_draws_the_images_it_names(trained, images, run, capsys, tmp_path):

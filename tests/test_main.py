@@ -320,6 +320,21 @@ def command_line(capsys, *arguments: str) -> str:
     return line
 
 
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("data.mirror=maybe", "data.mirror='maybe': must be True or False"),
+        ("train.num_steps=many", "train.num_steps='many': must be a whole number"),
+        ("train.num_epochs=many", "train.num_epochs='many': must be a finite number"),
+        ("model.channels=(1,2", "model.channels='(1,2': must be a list"),
+    ],
+)
+def test_a_value_of_another_type_is_named_with_its_field(flag, words, config_file, capsys):
+    said = command_line(capsys, f"--config={config_file}", "--mode=inspect", f"--config.{flag}")
+    assert words in said
+    assert f"set --config.{flag.partition('=')[0]}=..." in said
+
+
 def test_a_lack_of_memory_is_told_in_a_line(capsys):
     def work() -> int:
         raise MemoryError("Unable to allocate 9 GiB")

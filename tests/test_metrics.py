@@ -84,3 +84,5 @@ def test_huge_logits_give_finite_losses():
 def test_errors_are_fractions_of_the_examples_counted():
     found = metrics.errors(metrics.Sums(*map(jnp.float32, (12.0, 2.0, 5.0, 8.0))))
     assert found == {"loss": 1.5, "top1_error": 0.75, "top5_error": 0.375}
+    found = metrics.errors(metrics.Sums(*map(jnp.float32, (0.0, 945.0, 999.0, 1000.0))))
+    assert (found["top1_error"], found["top5_error"]) == (0.055, 0.001)

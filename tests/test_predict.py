@@ -124,7 +124,11 @@ def test_a_table_of_classes_counts_as_numpy_does(trained, run, capsys, tmp_path)
         assert line.split()[1:3] == ["5", f"{np.mean([b != label for b in best]):.1%}"]
 
 
-def test_files_and_folders_are_given_their_best_labels(trained, images, run, capsys, tmp_path):
+@pytest.mark.parametrize("at_once", [1, 2, 1024])
+def test_files_and_folders_are_given_their_best_labels_in_their_order(
+    at_once, trained, images, run, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(predict, "FILES_AT_ONCE", at_once)
     (tmp_path / "deep").mkdir()
     one, two = images / "val/cat/03.jpg", tmp_path / "deep" / "photo.png"
     Image.open(images / "val/owl/01.jpg").save(two)
@@ -135,13 +139,13 @@ def test_files_and_folders_are_given_their_best_labels(trained, images, run, cap
         pictures.square(pictures.decode(path.read_bytes(), ""), STORED) for path in (one, two)
     ]
     expected = by_oracle(trained, np.stack(squares), 1)
-    for entry, path, row in zip(found, (one, two), expected):
+    for entry, path, row in zip((found[0], found[2]), (one, two), expected):
         order = np.argsort(-row)
         assert entry["file"] == str(path)
         assert entry["labels"] == [CLASSES[place] for place in order]  # three classes: three labels
         np.testing.assert_allclose(entry["probabilities"], row[order], rtol=1e-4)
-    assert found[2]["file"].endswith("notes.txt")
-    assert "error" in found[2]
+    assert found[1]["file"].endswith("notes.txt")  # before photo.png
+    assert "error" in found[1]
     assert run(trained, "--mode=predict", str(one)) == 0
 
 
@@ -172,6 +176,10 @@ def test_features_are_the_layers_outputs(trained, images, run, capsys, tmp_path,
         (["--mode=eval", "--output=found.txt"], [".npz or .csv"]),
         (["--mode=features", "--output=found.npz", "--layer=fc8"], ["--layer=fc8", "conv1"]),
         (["--mode=features"], ["--output"]),
+        (["--mode=features", "--output=/proc/no/a.npz"], ["--output=/proc/no/a.npz", "No such"]),
+        (["--mode=eval", "--output=/proc/a.csv"], ["--output=/proc/a.csv cannot be written"]),
+        (["--mode=eval", "--output=/"], ["--output=/ cannot be written", "directory"]),
+        (["--mode=predict", "--figure=/proc/a.png"], ["--figure=/proc/a.png cannot be written"]),
         (["--mode=predict"], ["no image"]),
         (["--mode=predict", "nowhere.jpg"], ["nowhere.jpg", "no such"]),
         (["--mode=eval", "surplus"], ["surplus"]),

@@ -36,6 +36,11 @@ def surveyed(source: Source, data: Data, model: Model) -> tuple[Source, Statisti
     size = stored_size(data, model)
     if isinstance(source, Records) and source.size == size:
         return source, source.statistics
+    if isinstance(source, Records) and source.size < size:
+        log.warning(
+            "%s: its squares of %d pixels are enlarged to %d; if the originals are larger, prepare "
+            "with --size=%d", data.source, source.size, size, size,
+        )  # fmt: skip
     return survey(source, size, data.cache_dir, workers.count(data.workers))
 
 

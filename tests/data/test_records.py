@@ -494,7 +494,7 @@ def test_the_statistics_are_those_a_survey_of_the_records_finds(raw, jpeg, tmp_p
         assert found.tobytes() == kept.tobytes()
 
 
-def test_training_needs_no_survey(raw, tmp_path):
+def test_training_needs_no_survey(raw, tmp_path, caplog):
     source = records.open_records(raw, "train")
     data = Data(source=f"records:{raw}", stored_size=SIZE, cache_dir=str(tmp_path / "cache"))
     same, statistics = survey.surveyed(source, data, Model())
@@ -504,5 +504,10 @@ def test_training_needs_no_survey(raw, tmp_path):
     pixels = [images.decode(source.read(i).data, "") for i in range(len(source))]
     expected_mean = np.mean(np.stack(pixels).astype(np.float64), axis=0)
     np.testing.assert_array_equal(statistics.mean_image, expected_mean.astype(np.float32))
+    assert not caplog.text
+    survey.surveyed(
+        source, Data(data.source, stored_size=SIZE + 1, cache_dir=data.cache_dir), Model()
+    )
+    assert f"of {SIZE} pixels are enlarged to {SIZE + 1}" in caplog.text
     _, other = survey.surveyed(source, Data(stored_size=8, cache_dir=data.cache_dir), Model())
     assert other.mean_image.shape == (8, 8, 3)  # records of another size are surveyed
