@@ -175,7 +175,7 @@ class Checkpoints:
                 f"checkpoint.step={wanted}: {self.directory} holds steps "
                 f"{', '.join(map(str, steps))}; set --config.checkpoint.step to one of them"
             )
-        problem = self._damage_of(wanted)
+        problem = self._damage_of(wanted, told)
         if problem:
             raise UserError(
                 f"checkpoint {self.folder(wanted)} is damaged ({problem}); "

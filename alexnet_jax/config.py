@@ -350,7 +350,8 @@ def resolve(user: Any) -> Config:
     """The frozen config of what `user` sets, the rest from its preset and the defaults.
 
     Raises:
-      UserError: an unknown field, a type or a value that breaks its rule.
+      UserError: an unknown field, a type or a value that breaks its rule, or one for which the
+        net has no use.
     """
     values = user.to_dict()
     preset = values.get("model", {}).get("preset") or Model.preset
@@ -359,7 +360,15 @@ def resolve(user: Any) -> Config:
             f"model.preset={preset!r}: must be one of {', '.join(PRESETS)}; "
             f"nearest is {nearest(preset, PRESETS)}"
         )
-    return from_dict(values, PRESETS[preset])
+    config = from_dict(values, PRESETS[preset])
+    for field in dataclasses.fields(Model):
+        value = getattr(config.model, field.name)
+        if config.model.net == "cifar" and field.name not in CIFAR_HEEDS and value != field.default:
+            raise UserError(
+                f"model.{field.name}={value!r}: the net of figure 1 has nothing of that; leave it "
+                f"at {field.default!r}, or set another --config.model.preset"
+            )
+    return config
 
 
 def from_dict(values: Mapping[str, Any], preset: Mapping[str, Any] | None = None) -> Config:
@@ -381,13 +390,6 @@ def from_dict(values: Mapping[str, Any], preset: Mapping[str, Any] | None = None
             f"model.towers={config.model.towers}: the net of figure 1 has one; "
             "set --config.model.preset=cifar"
         )
-    for field in dataclasses.fields(Model):
-        value = getattr(config.model, field.name)
-        if config.model.net == "cifar" and field.name not in CIFAR_HEEDS and value != field.default:
-            raise UserError(
-                f"model.{field.name}={value!r}: the net of figure 1 has nothing of that; leave it "
-                f"at {field.default!r}, or set another --config.model.preset"
-            )
     for window, stride in zip(config.model.pool_windows, config.model.pool_strides, strict=True):
         if stride > window:
             raise UserError(

@@ -181,7 +181,7 @@ def _steps(run: setup.Run, first: int, report: Silent, job: Job) -> int:
             name = signal.Signals(stopping).name
             report.say(f"{name}: saved step {step}; the same command goes on from there")
             return stopping
-        job.at(f"the batch of step {step + 2}")
+        job.at(f"step {step + 1}, and the batch after it")
     return job.signal  # one may have come while the last step was validated and saved
 
 

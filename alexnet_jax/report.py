@@ -56,7 +56,9 @@ class Report(Silent):
         path = workdir / METRICS_FILE
         _drop_later(path, first_step)
         self.file = path.open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+        self.board = SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=first_step + 1, flush_secs=1
+        )
         self.bar = tqdm(
             total=num_steps,
             initial=first_step,
@@ -143,7 +145,7 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-            float(record["step"])
+            record["step"] = int(record["step"])
         except (ValueError, TypeError, KeyError):
             continue
         yield line, record

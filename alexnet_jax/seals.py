@@ -37,6 +37,6 @@ def damage(folder: pathlib.Path) -> str | None:
                 return f"{name} has another content"
         except FileNotFoundError:
             return f"{name} is missing"
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
+        except (OSError, ValueError) as error:
+            return f"{name!r} cannot be read ({error})"
     return None

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from alexnet_jax import evaluate, workdir
-from alexnet_jax.checkpoint import Checkpoints, Meta, Saver
+from alexnet_jax.checkpoint import Checkpoints, Meta, Saver, Told
 from alexnet_jax.cluster import Job
 from alexnet_jax.config import Config, UserError
 from alexnet_jax.data import sources, survey
@@ -105,7 +105,7 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
         meta = Meta(config, source.labels, statistics, num_examples=num_examples)
         state = initial_state(config.model, num_classes, optimizer, config.seed)
         if config.train.init_from:
-            params = _taken_over(config.train.init_from, state.params, source.labels)
+            params = _taken_over(config.train.init_from, state.params, source.labels, job.told)
             state = state._replace(params=params)
     else:
         if meta.num_examples != num_examples and not allow_config_change:
@@ -145,7 +145,7 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
     )
 
 
-def _taken_over(init_from: str, params: Params, labels: tuple[str, ...]) -> Params:
+def _taken_over(init_from: str, params: Params, labels: tuple[str, ...], told: Told) -> Params:
     """The parameters of the newest checkpoint in workdir `init_from`, in the place of `params`.
 
     fc8 begins with zeros where the classes are others: every class is then equally probable. A
@@ -157,7 +157,7 @@ def _taken_over(init_from: str, params: Params, labels: tuple[str, ...]) -> Para
     origin = pathlib.Path(init_from).expanduser()
     if not (origin / workdir.CHECKPOINTS).is_dir():
         raise UserError(f"train.init_from={init_from!r} holds no checkpoints; train there")
-    _, meta, given = Checkpoints(origin / workdir.CHECKPOINTS).read_net(-1)
+    _, meta, given = Checkpoints(origin / workdir.CHECKPOINTS).read_net(-1, told)
     found, new = {}, []
     for layer in sorted(params.keys() | given.keys()):
         here, there = (

@@ -2,7 +2,8 @@
 
     python -m alexnet_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-Reached 4.5 % top-1 validation error after 6 epochs, in 72 s on two CPU cores.
+Reaches 6.3 % top-1 validation error after 6 epochs (five seeds: 5.5 to 7.1 %), in half a minute on
+two CPU cores.
 """
 
 from alexnet_jax.config import blank

@@ -90,4 +90,4 @@ def test_a_file_that_the_disk_refuses_is_named_and_not_its_seal(folder, monkeypa
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(seals, "digest", refuse)
-    assert seals.damage(folder) == "d/data cannot be read (Permission denied)"
+    assert seals.damage(folder) == "'d/data' cannot be read ([Errno 13] Permission denied)"

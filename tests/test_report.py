@@ -5,6 +5,7 @@ import os
 import pty
 import subprocess
 import sys
+import time
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
@@ -51,6 +52,25 @@ def test_a_record_is_a_line_of_json_and_events_and_a_plain_line(tmp_path, capsys
     assert training_records(tmp_path) == lines(tmp_path)
     for word in ("step 5/10", "loss 1.5000", "top-1 error 25.00%", "1,234 images/s", "ETA"):
         assert word in line
+
+
+def test_what_was_recorded_survives_a_kill(tmp_path):
+    code = SCRIPT.format(training=OF_TRAINING, values=VALUES).replace(
+        '    report.record("train", 4, 2.0',
+        "    print('', flush=True); import time; time.sleep(60)\n#",
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while process.stdout.readline().strip():
+            pass
+        time.sleep(3)
+        process.kill()
+    assert len(lines(tmp_path)) == 5
+    assert {(step, tag) for step, tag, _ in events(tmp_path) if tag.endswith("/loss")} == {
+        (1, "train/loss"), (2, "train/loss"), (3, "train/loss"), (4, "train/loss"),
+        (4, "validation/loss"),
+    }  # fmt: skip
 
 
 def test_the_training_split_evaluated_has_a_curve_of_its_own(tmp_path):

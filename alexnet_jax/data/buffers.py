@@ -32,20 +32,20 @@ class Images:
         self.free: list[np.ndarray] = []
         self.lock = threading.Lock()
 
-    def __call__(self, step: int) -> np.ndarray:
-        """Those of a step's batch, uint8."""
+    def __call__(self, turn: int) -> np.ndarray:
+        """Those of a turn's batch, uint8."""
         with self.lock:
-            if step not in self.making:
+            if turn not in self.making:
                 memory = self.free.pop() if self.free else np.empty(self.shape, np.uint8)
-                self.making[step] = np.asarray(
+                self.making[turn] = np.asarray(
                     _Lent(memory, functools.partial(self.free.append, memory))
                 )
-            return self.making[step]
+            return self.making[turn]
 
-    def take(self, step: int) -> np.ndarray:
+    def take(self, turn: int) -> np.ndarray:
         """The same when they are made; they belong to the caller then."""
-        image = self(step)
-        del self.making[step]
+        image = self(turn)
+        del self.making[turn]
         return image
 
 

@@ -6,14 +6,15 @@ This one goes by the index, with one system call a record: the library's own rea
 hashes every record again, which takes four times as long as all else for raw pixels.
 """
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
 import pathlib
 import resource
 import struct
-import sys
 import zipfile
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -27,7 +28,6 @@ from alexnet_jax.data.examples import Example, taken
 from alexnet_jax.files import digest
 
 VERSION = 1
-SPARE_FILES = 512  # for the other splits, libraries and pipes
 MANIFEST, LABELS, STATISTICS = "manifest.json", "labels.txt", "statistics.npz"
 _HEAD = struct.Struct("<iH")
 # ArrayRecord lies in Riegeli files: chunks, interrupted by a header at the start of each block.
@@ -109,7 +109,16 @@ class _Files:
         """A file descriptor."""
         descriptor = self.opened.get(number)
         if descriptor is None:
-            descriptor = os.open(self.paths[number], os.O_RDONLY)
+            try:
+                descriptor = os.open(self.paths[number], os.O_RDONLY)
+            except OSError as error:
+                if error.errno != errno.EMFILE:
+                    raise
+                raise OSError(
+                    f"{self.paths[number]}: this process may open no more files, and has "
+                    f"{len(self.opened)} shards open; raise `ulimit -n`, or prepare with a larger "
+                    "--shard_size"
+                ) from error
             kept = self.opened.setdefault(number, descriptor)
             if kept != descriptor:  # another thread was faster
                 os.close(descriptor)
@@ -233,7 +242,7 @@ def open_records(directory: pathlib.Path, split: str) -> Records:
     if chosen not in splits:
         raise UserError(f"records:{directory} has no split {split!r}; it has {', '.join(splits)}")
     entries = splits[chosen]["shards"]
-    _allow_open(directory, len(entries))
+    _allow_open(len(entries))
     for entry in entries:
         problem = _wrong_size(directory, entry)
         if problem:
@@ -311,23 +320,13 @@ def _check_index(index: Index, split: dict[str, Any], num_classes: int) -> None:
         raise ValueError("a record lies outside its shard")
 
 
-def _allow_open(directory: pathlib.Path, count: int) -> None:
-    """Have this process, and those it starts, open `count` files beside what else they need.
-
-    Raises:
-      UserError: the system does not let it.
-    """
+def _allow_open(count: int) -> None:
+    """Let this process, and those it starts, open `count` files more, as far as the system does."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + SPARE_FILES
-    most = sys.maxsize if hard == resource.RLIM_INFINITY else hard
-    if wanted > most:
-        raise UserError(
-            f"records:{directory}: a split has {count} shards, and of the {most} files that a "
-            f"process may open {SPARE_FILES} are kept for all else; raise that by `ulimit -n`, or "
-            "prepare it again with a larger --shard_size"
-        )
-    if resource.RLIM_INFINITY != soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft + wanted, most), hard))
+    if soft != resource.RLIM_INFINITY:
+        wanted = soft + count if hard == resource.RLIM_INFINITY else min(soft + count, hard)
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def read_manifest(directory: pathlib.Path) -> tuple[dict[str, Any], bytes]:

@@ -207,7 +207,7 @@ def _by_processes(
         try:
             yield arriving
         except RuntimeError as error:
-            if "terminated unexpectedly" not in str(error):
+            if "exit code -" not in str(error):  # by a signal
                 raise
             raise OSError(
                 "a process that reads images was killed, by lack of memory most often: the same "

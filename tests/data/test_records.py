@@ -266,20 +266,25 @@ def test_a_lost_race_to_open_a_shard_closes_its_file(raw, monkeypatch):
 
 def test_a_split_of_many_shards_asks_for_as_many_descriptors(raw, monkeypatch):
     """The training split has seven shards."""
-    limits, wanted = [256, 4096], 7 + records.SPARE_FILES
+    limits = [256, 4096]
     monkeypatch.setattr(records.resource, "getrlimit", lambda kind: tuple(limits))
     monkeypatch.setattr(
         records.resource, "setrlimit", lambda kind, pair: limits.__setitem__(slice(None), pair)
     )
-    for _ in range(2):
-        records.open_records(raw, "train")
-        assert limits == [256 + wanted, 4096]
-    limits[:] = [wanted - 1, wanted]
     records.open_records(raw, "train")
-    assert limits == [wanted, wanted]
-    limits[:] = [256, wanted - 1]
-    with pytest.raises(UserError, match=f"7 shards.*{wanted - 1} files.*ulimit -n"):
-        records.open_records(raw, "train")
+    assert limits == [256 + 7, 4096]
+    limits[:] = [256, 260]
+    records.open_records(raw, "train")
+    assert limits == [260, 260]
+    limits[:] = [256, records.resource.RLIM_INFINITY]
+    records.open_records(raw, "train")
+    assert limits == [256 + 7, records.resource.RLIM_INFINITY]
+
+    def refuse(kind, pair):
+        raise ValueError("current limit exceeds maximum limit")
+
+    monkeypatch.setattr(records.resource, "setrlimit", refuse)
+    assert len(records.open_records(raw, "train")) > 0
 
 
 def test_a_shard_that_cannot_be_opened_is_not_called_damaged(raw, monkeypatch):
@@ -289,10 +294,9 @@ def test_a_shard_that_cannot_be_opened_is_not_called_damaged(raw, monkeypatch):
         raise OSError(24, "Too many open files", path)
 
     monkeypatch.setattr(os, "open", refuse)
-    with pytest.raises(OSError, match="Too many open files") as caught:
+    with pytest.raises(OSError, match=r"train-00000.*no more files.*ulimit -n") as caught:
         source.read(0)
     assert "damaged" not in str(caught.value)
-    assert "train-00000" in str(caught.value)
 
 
 def test_opening_leaves_no_file_open_where_it_fails(raw, tmp_path):
