@@ -114,6 +114,7 @@ STUDIES: Mapping[str, Study] = {
         {"relu": {"model.activation": "relu"}, "tanh": {"model.activation": "tanh"}},
         {"tanh": "six times the epochs (figure 1)"},
         rates=(0.0003, 0.001, 0.003, 0.01, 0.03),
+        search_epochs=6,
         target_error=0.25,
     ),
 }
