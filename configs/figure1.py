@@ -2,8 +2,8 @@
 
     python -m alexnet_jax.study --study=figure1 --config=configs/figure1.py --workdir=DIR
 
-trains it with ReLU and with tanh, each at the best of five learning rates, tried for six epochs each.
-ReLU reached 25 % training error after 6.81 epochs (rate .003), tanh after 44.97 (rate .01), 6.6
+trains it with ReLU and with tanh, each at the best of five learning rates after six epochs. ReLU
+reached 25 % training error after 6.81 epochs (rate .003), tanh after 44.97 (rate .01), 6.6
 times as many; an epoch takes 38 seconds on one CPU core. ReLU needs no more than `--variants=relu
 --config.train.num_epochs=10`. One net alone, at the preset's rate of .001:
 
