@@ -38,15 +38,15 @@ def draw(config: Config, directories: Sequence[pathlib.Path]) -> list[str]:
             raise UserError(f"--workdir={directory} holds no {report.METRICS_FILE}; train there")
     net = predict.open_net(config, directories[0])
     found = predict.predictions(net, config.eval.split)
-    source = found.source
+    source, size = found.source, stored_size(net.config.data, net.config.model)
     drawn = {
         "errors": learning(directories, "top1_error", "top-1 error"),
         "loss": learning(directories, "loss", "loss, nats"),
         **ratios(directories[0]),
         "confusion": figures.confusion(predict.confusion(found), source.labels),
         "kernels": kernels(net),
-        "guesses": figures.guesses(guesses(source, np.exp(found.log_probabilities), net.config)),
-        "neighbours": neighbours(net, source),
+        "guesses": figures.guesses(guesses(source, np.exp(found.log_probabilities), size)),
+        "neighbours": neighbours(net, source, size),
     }
     folder = directories[0] / "figures"
     return [path for name, one in drawn.items() for path in figures.save(one, folder / name)]
@@ -102,17 +102,18 @@ def kernels(net: Net) -> Any:
     return figures.kernels(towers, titles)
 
 
-def guesses(source: Source, probabilities: np.ndarray, config: Config) -> list[Guess]:
+def guesses(source: Source, probabilities: np.ndarray, size: int) -> list[Guess]:
     """Examples from all over a split with their five best labels.
 
     Args:
       probabilities: (n, classes) of the whole split.
+      size: pixels a side of the squares drawn.
     """
     found = []
     for index in _spread(len(source), GUESSES):
         row = probabilities[index]
         best = np.argsort(-row, kind="stable")[:5]
-        image, label = _picture(source, index, config)
+        image, label = _picture(source, index, size)
         labels = [source.labels[place] for place in best]
         found.append(Guess(image, label, labels, row[best].tolist(), label))
     return found
@@ -131,13 +132,12 @@ def file_guesses(found: Sequence[dict[str, Any]], size: int = 256) -> Any:
     return figures.guesses(drawn)
 
 
-def neighbours(net: Net, queries: Source) -> Any:
+def neighbours(net: Net, queries: Source, size: int) -> Any:
     """Examples of a split with the training images nearest to them in the last hidden layer.
 
     Euclidean distance (paper, section 6.1), of fc7 where the net has it.
     """
-    config = net.config
-    layer = layers(config.model, len(net.meta.labels))[-2].name
+    layer = layers(net.config.model, len(net.meta.labels))[-2].name
     training = predict.open_split(net, "train")
     places = _spread(len(queries), QUERIES)
     asked = predict.features(net, queries.take(np.array(places)), layer).reshape(len(places), -1)
@@ -149,8 +149,8 @@ def neighbours(net: Net, queries: Source) -> Any:
     )  # (n, queries)
     nearest = np.argsort(distances, axis=0, kind="stable")[:NEAREST].T
     return figures.neighbours(
-        [_picture(queries, place, config) for place in places],
-        [[_picture(training, int(place), config) for place in row] for row in nearest],
+        [_picture(queries, place, size) for place in places],
+        [[_picture(training, int(place), size) for place in row] for row in nearest],
     )
 
 
@@ -159,9 +159,9 @@ def _spread(length: int, count: int) -> list[int]:
     return sorted({int(place) for place in (np.arange(count) + 0.5) / count * length})
 
 
-def _picture(source: Source, index: int, config: Config) -> tuple[np.ndarray, str]:
-    """An example's stored square, and its class."""
+def _picture(source: Source, index: int, size: int) -> tuple[np.ndarray, str]:
+    """An example's square of `size` pixels a side, and its class."""
     example = source.read(index)
     pixels = images.decode(example.data, example.name)
-    square = images.square(pixels, stored_size(config.data, config.model))
+    square = images.square(pixels, size)
     return square, source.labels[example.label]

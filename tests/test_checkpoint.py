@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import pathlib
 import shutil
 from typing import Any
 
@@ -54,6 +55,14 @@ def make_mesh(data: int, model: int) -> Mesh:
 
 def plus_one(state: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf + leaf.dtype.type(1), state)
+
+
+def save_two(folder: pathlib.Path, state: Any, meta: Meta) -> None:
+    """Steps 1 and 2, of which 1 is the best."""
+    with Saver(folder) as checkpoints:
+        for step, error in ((1, 0.1), (2, 0.2)):
+            placed = put(state, make_mesh(1, 1))
+            checkpoints.save(step, placed, dataclasses.replace(meta, top1_error=error))
 
 
 def assert_equal(found: Any, expected: Any) -> None:
@@ -193,9 +202,7 @@ def test_the_step_to_read_is_the_newest_or_the_one_named(state, meta, tmp_path):
 
 def test_unreadable_metrics_of_one_checkpoint_do_not_cost_the_others(state, meta, tmp_path, caplog):
     placed = put(state, make_mesh(1, 1))
-    with Saver(tmp_path) as checkpoints:
-        for step, error in ((1, 0.1), (2, 0.2)):
-            checkpoints.save(step, placed, dataclasses.replace(meta, top1_error=error))
+    save_two(tmp_path, state, meta)
     (tmp_path / "2" / "metrics" / "metrics").write_bytes(b"\xff{")
     with Saver(tmp_path) as checkpoints:
         assert checkpoints.newest_whole() == 1
@@ -210,10 +217,7 @@ def test_unreadable_metrics_of_one_checkpoint_do_not_cost_the_others(state, meta
 
 
 def test_reading_changes_nothing(state, meta, tmp_path, caplog):
-    placed = put(state, make_mesh(1, 1))
-    with Saver(tmp_path) as checkpoints:
-        for step, error in ((1, 0.1), (2, 0.2)):
-            checkpoints.save(step, placed, dataclasses.replace(meta, top1_error=error))
+    save_two(tmp_path, state, meta)
     (tmp_path / "2" / "metrics" / "metrics").write_bytes(b"{")
     before = sorted(tmp_path.rglob("*"))
     assert Checkpoints(tmp_path).read_net(-1)[0] == 1
@@ -238,10 +242,8 @@ def test_a_run_that_saves_meanwhile_is_read_at_its_newest(
             run.wait()
         return really(*arguments)
 
+    save_two(tmp_path, state, meta)
     with Saver(tmp_path) as run:
-        for step, error in ((1, 0.1), (2, 0.2)):
-            run.save(step, placed, dataclasses.replace(meta, top1_error=error))
-        run.wait()
         monkeypatch.setattr(owner, moment, once_saved)
         step, _, params = reader.read_net(-1)
         assert reader.steps() == [1, 3]
