@@ -80,7 +80,7 @@ class Interval:
             self.results[-3][1].numbers.block_until_ready()
 
     def read(self) -> dict[str, float]:
-        """Means over the interval; starts the next.
+        """Means over the interval, of the gradient's norm the root mean square; starts the next.
 
         Raises:
           TrainingError: a loss or a gradient is not finite.
@@ -89,8 +89,8 @@ class Interval:
         gradients, ratios = [], []  # (layers,) of each step
         local = np.stack([local_columns(results.numbers) for _, results in self.results])
         for (step, _), mine, all_shards in zip(self.results, local, over_model(local, self.mesh)):
-            sums.append(StepResults(mine[:, 0], names).sums)
-            squares = np.array([*StepResults(all_shards, names).squares.values()])
+            sums.append(StepResults(mine[:, 0], names).sums)  # ()
+            squares = np.array([*StepResults(all_shards, names).squares.values()])  # (layers, 3)
             gradients.append(squares[:, 0])
             if not (np.isfinite(sums[-1].loss) and np.isfinite(gradients[-1]).all()):
                 bad = [name for name, ok in zip(names, np.isfinite(gradients[-1])) if not ok]
@@ -156,7 +156,7 @@ def _steps(run: setup.Run, first: int, report: Silent, job: Job) -> int:
         state, results = train_step(state, batch, statistics, scale)
         batch = next(batches, batch)  # on its way while the step runs
         interval.add(step, results)
-        if step > first + 1:
+        if step > first + 1:  # else the ranks may still be compiling, for as long as it takes
             job.at(f"step {step}")
         stopping = job.stops_after(step)  # once: a signal that comes later waits for the next step
         passes = calendar.epoch_ends(step, config.eval.every_epochs)
@@ -175,7 +175,7 @@ def _steps(run: setup.Run, first: int, report: Silent, job: Job) -> int:
             error = meta.top1_error if passes else None
             saved = dataclasses.replace(meta, top1_error=error)
             run.checkpoints.save(step, natural_state(state, len(meta.labels)), saved)
-            interval.restart()
+            interval.restart()  # the next rate is without the save
         if stopping:
             run.checkpoints.wait()
             name = signal.Signals(stopping).name
@@ -240,7 +240,7 @@ def device_batches(
         size=size,
         rows=stream.Rows(batch_size, local_rows(mesh, batch_size)),
         start_step=first,
-        num_steps=last,
+        stop_step=last,
         origin=origin,
         pixels=not config.data.on_device,
     )

@@ -17,8 +17,8 @@ from alexnet_jax.config import UserError
 def start_cpu_devices(count: int, at_least: bool = False) -> None:
     """Have the CPU platform start `count` virtual devices, unless JAX_NUM_CPU_DEVICES says else.
 
-    0 leaves it as it is; with `at_least`, that many even then. Says nothing of other platforms; to
-    be called before JAX is first used.
+    A count of 0 changes nothing; with `at_least`, `count` wins over fewer by JAX_NUM_CPU_DEVICES.
+    Other platforms are not affected. To be called before JAX is first used.
     """
     asked = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
     if count and asked < (count if at_least else 1):
@@ -126,7 +126,7 @@ def local_columns(array: jax.Array) -> np.ndarray:
 
 
 def over_model(local: np.ndarray, mesh: jax.sharding.Mesh) -> np.ndarray:
-    """The sums over shards of `local_columns`, (..., columns), of any process: (...) float64.
+    """`local_columns`, (..., local shards), added up over all shards: (...) float64.
 
     Where the shards lie in several processes, all of these must call this at the same time.
     """

@@ -273,7 +273,8 @@ def _write(output: pathlib.Path, found: Predictions) -> None:
             confusion=confusion(found),
         )
         return
-    with whole(output) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
+    how: dict[str, Any] = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+    with whole(output) as partial, open(partial, "w", **how) as file:
         table = csv.writer(file)
         table.writerow(["name", "label", *labels])
         for name, target, row in zip(names, found.targets, probabilities):

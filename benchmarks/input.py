@@ -152,7 +152,7 @@ def ours(source: Source, scratch: pathlib.Path, worker: str) -> Callable[[float]
             size=SIZE,
             rows=stream.Rows(BATCH, range(BATCH)),
             start_step=0,
-            num_steps=10**6,
+            stop_step=10**6,
         )
         result = rate(batches, seconds)
         batches.close()

@@ -69,7 +69,7 @@ def trained(config: Config, form: str, path: pathlib.Path) -> Iterator[dict[str,
     rows = stream.Rows(batch_size, range(batch_size))
     batches = stream.train_batches(
         source, statistics, config.data, seed=config.seed, size=size, rows=rows,
-        start_step=0, num_steps=calendar.num_steps,
+        start_step=0, stop_step=calendar.num_steps,
     )  # fmt: skip
     started = time.perf_counter()
     with path.open("w") as file:

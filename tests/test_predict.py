@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import pathlib
 
 import numpy as np
@@ -122,6 +123,15 @@ def test_a_table_of_classes_counts_as_numpy_does(trained, run, capsys, tmp_path)
         best = [CLASSES[np.argmax([float(value) for value in row[2:]])] for row in mine]
         (line,) = [line for line in lines if line.startswith(label)]
         assert line.split()[1:3] == ["5", f"{np.mean([b != label for b in best]):.1%}"]
+
+
+def test_a_table_names_files_as_they_are(tmp_path):
+    """Also one that is no UTF-8."""
+    odd = os.fsencode(tmp_path) + b"/\xff.png"
+    source = sources.Folder(CLASSES, np.array([1]), "", (os.fsdecode(odd),))
+    found = predict.Predictions(np.zeros((1, 3), np.float32), np.array([1]), source)
+    predict._write(tmp_path / "found.csv", found)
+    assert (tmp_path / "found.csv").read_bytes().splitlines()[1].split(b",")[0] == odd
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 1024])

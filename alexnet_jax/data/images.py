@@ -1,6 +1,7 @@
 """Bytes -> checked RGB -> square. What is not an image raises; nothing is guessed."""
 
 import io
+import re
 import struct
 import threading
 from collections.abc import Sequence
@@ -19,8 +20,9 @@ MAX_ASPECT = 100  # the longer side over the shorter; more is no picture and wou
 MAX_SCANS = 100  # of a JPEG: each may be a few bytes and take as long as a picture
 # Pillow would try others: some have no signature, and EPS is a program that Ghostscript runs.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
-# What libjpeg warns of in whole files of real data sets; its other warnings are of lost data.
-HARMLESS = ("extraneous bytes before marker 0xd9", "unknown JFIF revision")
+# What libjpeg warns of, and simplejpeg has no name for, in whole files; all else is of lost data.
+HARMLESS = ("extraneous bytes before marker 0xd9", "Could not determine subsampling")
+REVISION = "unknown JFIF revision"  # harmless, but libjpeg tells of its first warning alone
 WARM = 2**22  # bytes; what caches do not hold is no faster for being used again
 _own = threading.local()
 _SCAN, _EXIF, _XMP = b"\xff\xda\0", b"Exif\0\0", b"http:/"
@@ -109,7 +111,8 @@ def _opened(data: bytes) -> Image.Image:
 def _strictly_decoded(data: bytes, name: str, fleeting: bool) -> np.ndarray | None:
     """A JPEG's RGB pixels; None where it is whole but Pillow has to read it.
 
-    Raises ValueError where data is lost, which Pillow would fill in.
+    Raises ValueError where data is lost, which Pillow would fill in; of unusual chroma subsampling
+    Pillow alone judges, and sees only whether a file ends too soon.
     """
     scans, odd, height, width = native.look(data) if native.available() else look(data)
     if scans > MAX_SCANS:
@@ -126,6 +129,9 @@ def _strictly_decoded(data: bytes, name: str, fleeting: bool) -> np.ndarray | No
             return _upright(pixels, data) if odd else pixels
         simplejpeg.decode_jpeg(data, colorspace="CMYK")
     except ValueError as error:
+        if REVISION in str(error):
+            known = re.sub(rb"JFIF\0..", b"JFIF\0\1\1", data, flags=re.DOTALL)
+            return _strictly_decoded(known, name, fleeting)
         if not any(words in str(error) for words in HARMLESS):
             raise
     return None

@@ -395,7 +395,10 @@ def _already(output: pathlib.Path, given: Input, settings: Settings) -> dict[str
         raise UserError(
             f"--output={output} holds another input, or other settings ({changes}); choose another"
         )
-    log.info("%s is prepared already; --verify=%s reads every byte again", output, output)
+    log.info(
+        "%s is prepared already, from files of these names and sizes; --verify=%s reads every byte "
+        "again", output, output,
+    )  # fmt: skip
     return manifest
 
 

@@ -21,6 +21,7 @@ FOLDER_NAMES = {
     "validation": ("val", "validation", "valid"),
     "test": ("test",),
 }
+TEST_STANDS_IN = "%s has no validation split: its test split stands in"
 
 
 class NoSplitError(UserError):
@@ -161,15 +162,20 @@ def stratified(source: Source, split: str, data: Data) -> Source:
 def _folder(root: pathlib.Path, split: str, data: Data) -> Source:
     if not root.is_dir():
         raise UserError(f"data.source=folder:{root}: no such folder")
+    splits = {name for names in FOLDER_NAMES.values() for name in names}
+    found = sorted(entry.name for entry in root.iterdir() if entry.name.lower() in splits)
+    capitals = [name for name in found if name not in splits]
+    if capitals:
+        raise UserError(f"{root} has a folder {capitals[0]!r}; name it {capitals[0].lower()!r}")
     if not (root / "train").is_dir():
-        splits = {name for names in FOLDER_NAMES.values() for name in names}
-        found = [entry.name for entry in root.iterdir() if entry.name.lower() in splits]
         if found:
             raise UserError(f"{root} has a folder {found[0]!r} but none named train; add it")
         return stratified(_class_folders(root, _class_names(root)), split, data)
     labels = _class_names(root / "train")
     wanted = FOLDER_NAMES[split] + (("test",) if split == "validation" else ())
     found = [root / name for name in wanted if (root / name).is_dir()]
+    if split == "validation" and [folder.name for folder in found] == ["test"]:
+        log.info(TEST_STANDS_IN, root)
     if len(found) > 1 and found[1].name != "test":
         raise UserError(f"{root} has both {found[0].name} and {found[1].name}; keep one of them")
     if not found:
@@ -231,7 +237,7 @@ def _tfds(name: str, split: str, data: Data) -> Source:
     from tensorflow_datasets.core import read_only_builder
 
     try:  # from files alone: the data set's own code would try to download
-        directory = data.tfds_dir or None
+        directory = os.path.expanduser(data.tfds_dir) or None
         builder: Any = read_only_builder.builder_from_files(name, data_dir=directory)
     except (ValueError, OSError) as error:
         raise UserError(
@@ -239,12 +245,22 @@ def _tfds(name: str, split: str, data: Data) -> Source:
             f"{_tfds_way_out(name)}"
         ) from error
     splits, features = builder.info.splits, builder.info.features
-    if not {"image", "label"} <= set(features):
-        raise UserError(f"data.source=tfds:{name} has no features named image and label")
+    kinds = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
+    if not all(key in features and isinstance(features[key], kinds[key]) for key in kinds):
+        raise UserError(
+            f"data.source=tfds:{name} has no features named image and label, an Image and a "
+            f"ClassLabel; it has {', '.join(sorted(features))}"
+        )
+    if features["image"].np_dtype != np.uint8:
+        raise UserError(
+            f"data.source=tfds:{name} has images of {np.dtype(features['image'].np_dtype)}; only "
+            "uint8 is read"
+        )
     alone = set(splits) == {"train"}
     part = "train" if alone else split
-    if split == "validation" and part not in splits:
+    if split == "validation" and part not in splits and "test" in splits:
         part = "test"
+        log.info(TEST_STANDS_IN, data.source)
     if part not in splits:
         raise NoSplitError(f"tfds:{name} has no split {split!r}; it has {', '.join(splits)}")
     try:
@@ -256,7 +272,9 @@ def _tfds(name: str, split: str, data: Data) -> Source:
             f"reading without TensorFlow needs. {_tfds_way_out(name)}"
         ) from error
     labels = tuple(features["label"].names)
-    key = f"{builder.info.full_name} {part} {len(examples)} {labels}"
+    files = [(os.path.basename(path), os.stat(path)) for path in splits[part].filepaths]
+    stamps = [(name, status.st_size, status.st_mtime_ns) for name, status in files]
+    key = f"{builder.info.full_name} {part} {len(examples)} {labels} {stamps}"
     every = np.arange(len(examples))
     source = Tfds(f"tfds:{builder.info.full_name} {part}", labels, key, examples, every)
     if len(source) and source.read(0).label < 0:

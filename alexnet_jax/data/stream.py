@@ -1,7 +1,8 @@
 """Grain: source -> batches, from any step on.
 
 The stream is the concatenation of epoch permutations, and a batch is a stretch of it: batch n
-holds positions [n * B, (n + 1) * B) whatever the machine. An element of the Grain pipeline is a
+holds the B positions from n * B on, whatever the machine (from `origin` + n * B where a run was
+continued with another B). An element of the Grain pipeline is a
 piece of a batch, not a record, so that its overhead is paid once for many; and its pixels do not
 go through Grain: threads and processes write them into the batch itself.
 """
@@ -62,17 +63,17 @@ def train_batches(
     size: int,
     rows: Rows,
     start_step: int,
-    num_steps: int,
+    stop_step: int,
     origin: int = 0,
     pixels: bool = True,
 ) -> Batches:
-    """Batches start_step .. num_steps - 1 of the training stream, this process's rows.
+    """Batches start_step .. stop_step - 1 of the training stream, this process's rows.
 
     Args:
       statistics: of the training split; its mean image has the stored size.
       size: pixels a side of a crop.
       origin: the position at which batch 0 would begin.
-      pixels: False where the images lie elsewhere.
+      pixels: False for `index` in the place of images, as `resident` wants it.
 
     Yields:
       image (b, size, size, 3) uint8, cropped and mirrored, or without pixels index (b,) int32, its
@@ -111,7 +112,7 @@ def train_batches(
             indices, how = drawn(step, rows.local)
             yield {"index": indices.astype(np.int32), "label": targets[indices], **how}
 
-    steps = range(start_step, num_steps)
+    steps = range(start_step, stop_step)
     return _batches(read, rows.local, size, steps, data) if pixels else without_pixels()
 
 

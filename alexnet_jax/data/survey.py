@@ -34,6 +34,8 @@ def surveyed(source: Source, data: Data, model: Model) -> tuple[Source, Statisti
     Prepared records were surveyed when they were made; the statistics are the training split's.
     """
     size = stored_size(data, model)
+    if not len(source):
+        raise UserError(f"{data.source}: a split is without images; choose another, or add some")
     if isinstance(source, Records) and source.size == size:
         return source, source.statistics
     if isinstance(source, Records) and source.size < size:

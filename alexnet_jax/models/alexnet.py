@@ -116,7 +116,7 @@ class AlexNet(nnx.Module):
         """Each layer's name and output, this device's share; of fc8 the logits of all classes.
 
         An output is what the next layer reads, before any exchange: behind activation, response
-        normalisation, pool and dropout.
+        normalisation and pool, of fc6 and fc7 behind dropout too (a pool5 that drops comes after).
 
         Args:
           images: (b, s, s, 3) float32, mean subtracted.
@@ -160,11 +160,15 @@ class AlexNet(nnx.Module):
         x = self.exchange(x) if both else x
         if layer.groups == 1 or self.config.normalises_across or ops.groups_at_once(x):
             return self.stage(layer(x), name, local)
-        # From here to the next layer that reads both, no array holds both.
+        # Tower by tower. Where the next layer splits what is joined here, XLA drops both, and no
+        # array holds both towers until a layer reads both.
         return jnp.concatenate([self.stage(part, name, 1) for part in layer.apart(x)], axis=-1)
 
     def connected(self, name: str, x: Array, dropout: Dropout | None) -> Array:
-        """A fully connected layer over both towers: (b, ..., c/n) -> (b, c'/n); see above."""
+        """A fully connected layer over both towers: (b, ..., c/n) -> (b, c'/n).
+
+        A layer left out hands on what it is given.
+        """
         if name in self.config.without:
             return x
         layer = getattr(self, name)
@@ -172,7 +176,11 @@ class AlexNet(nnx.Module):
         return self.drop(self.activation(x), name, dropout)
 
     def exchange(self, x: Array) -> Array:
-        """Both towers' maps or units from this device's: (..., c/n) -> (..., c), tower 0 first."""
+        """Both towers' maps or units from this device's: (..., c/n) -> (..., c), tower 0 first.
+
+        Differentiated, the all-gather becomes a reduce-scatter: each device has the gradient of its
+        own use of both towers' maps, and a map's owner gets the sum of the two.
+        """
         if self.axis_name is None:
             return x
         return lax.all_gather(x, self.axis_name, axis=x.ndim - 1, tiled=True)

@@ -28,7 +28,8 @@ def conv(x: Array, kernel: Array, *, stride: int = 1, padding: Padding, groups: 
       stride: pixels, both ways.
       padding: zeros around the map.
       groups: input channels of group g reach output channels of group g only. Without a kernel of
-        our own one convolution a group: XLA's grouped form is twice as slow on the CPU, backward.
+        our own one convolution a group: on a CPU, XLA's grouped form takes six times as long, and
+        eight to twelve times backward.
 
     Returns:
       (b, h', w', o) of x's dtype. On a CPU it can be differentiated once.
@@ -118,7 +119,8 @@ _conv_by_runs.defvjp(_runs_forward, _runs_backward)
 def _conv_by_blocks(x: Array, kernel: Array, stride: int, padding: Padding) -> Any:
     """`_conv`, its weight gradient summed over blocks of images.
 
-    On a CPU, XLA's own takes two to six times as long.
+    With XLA's own, a step of the full net without our kernels takes 1.1 times as long on a CPU at
+    batch 32 and 1.4 times at 128.
     """
     return _conv(x, kernel, stride, padding)
 
@@ -144,7 +146,7 @@ def conv_by_squares(x: Array, kernel: Array, stride: int, padding: Padding) -> A
     """`_conv` over squares of `stride` pixels, in steps of 1.
 
     For few channels: matrix units read eight or more at once. On an H200 conv1 takes a sixth of
-    the time.
+    the time in bfloat16, half in TF32. On a CPU it takes three times as long.
     """
     y = jax.eval_shape(lambda x, kernel: _conv(x, kernel, stride, padding), x, kernel)
     squares, _ = _space_to_depth(x, y.shape, kernel.shape, stride, padding)

@@ -12,7 +12,7 @@ import alexnet_jax.ops.gpu as gpu
 def pooled_size(size: int, window: int, stride: int) -> int:
     """Ceil((size - window) / stride) + 1, the original's rule: the last window may overhang.
 
-    But it begins inside: where windows lie apart, none is left with nothing in it.
+    But it begins inside the map, also where stride > window.
     """
     return min(-((window - size) // stride) + 1, -(-size // stride))
 

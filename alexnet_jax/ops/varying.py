@@ -1,11 +1,15 @@
-"""What custom gradients ask of arrays under `shard_map`."""
+"""What custom gradients ask of arrays under `shard_map`.
+
+There an array is the same on all devices of a mesh axis, or varies over it, and a custom gradient
+takes operands of one kind.
+"""
 
 import jax
 from jax import Array, lax
 
 
 def varying_alike(x: Array, kernel: Array) -> tuple[Array, Array]:
-    """Both as different from device to device as either is, which a custom gradient asks for."""
+    """Both marked as varying over every mesh axis that either varies over."""
     axes = [jax.typeof(array).manual_axis_type.varying for array in (x, kernel)]
     missing = [tuple((axes[0] | axes[1]) - own) for own in axes]
     x, kernel = (

@@ -47,10 +47,10 @@ def make_update(optim: Optim) -> Update:
 
     Returns:
       (good, params, opt_state, gradients, rates) -> (params, opt_state, squares), all of one
-      device's share. Where `good`, () bool, is false nothing is changed, and where a rate is 0 no
-      weight it is of, nor its velocity: it stands still, as in the original (weights.cu). Squares
-      are, for each layer, the sums of its kernel's squared updates and of its squares before;
-      zeros where it is not changed.
+      device's share. Where `good`, () bool, is false nothing is changed. A kernel or bias whose
+      rate is 0 keeps its values and its velocity, as in the original (weights.cu). Squares are, for
+      each layer, the sums of its kernel's squared updates and of its squares before; zeros where it
+      is not changed.
 
       On a CPU one pass over memory does it all, in place; elsewhere it is `make_optimizer`'s chain.
     """

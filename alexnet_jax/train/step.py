@@ -1,9 +1,10 @@
 """One update and one evaluation of a batch: pure, jitted, split over the mesh.
 
-Each device computes the loss of its own rows. The two devices of one `data` place hold the same
-rows and, after the last exchange, the same logits; differentiated on both, the loss would count
-twice, so each takes half of it. Over `model` nothing travels but the exchanges and their
-transposes; over `data`, gradients and sums.
+Each device computes the loss of its own rows. The two devices of a pair over `model` hold the same
+rows and, after the last exchange, the same logits. If both differentiated the whole loss, every
+reduce-scatter would add up the same gradient twice; so each takes half of the loss. Over `model`
+nothing travels but the exchanges and, backward, their reduce-scatters; over `data`, gradients and
+sums.
 """
 
 import dataclasses
@@ -31,8 +32,8 @@ DROPOUT_STREAM = 4  # beside those of data/augment.py
 DeviceBatch = dict[str, Array]
 
 
-class Squares(NamedTuple):
-    """Squared norms of one layer: float32, of one `model` shard or an entry each; they add up.
+class SumsOfSquares(NamedTuple):
+    """Of one layer's numbers, float32: () of one shard, or (shards,), which add up to the layer's.
 
     Where the loss or a gradient is not finite, nothing is updated: update and weight are 0.
     """
@@ -47,16 +48,17 @@ class Squares(NamedTuple):
 )
 @dataclasses.dataclass(frozen=True)
 class StepResults:
-    """What a training step tells, reduced over `data` alone: no more travels for it.
+    """What a training step reports, summed over `data` only.
 
-    One array, so that a host fetches it at once.
+    The host adds up the shards (`mesh.over_model`), so that no collective over `model` is spent on
+    it; and it is one array, so that the host fetches it at once.
     """
 
     numbers: Any  # (4 + 3 * layers, shards) float32: `sums`, equal in all shards, and `squares`
     layers: tuple[str, ...]
 
     @classmethod
-    def of(cls, sums: metrics.Sums, squares: dict[str, Squares]) -> "StepResults":
+    def of(cls, sums: metrics.Sums, squares: dict[str, SumsOfSquares]) -> "StepResults":
         """One shard's."""
         numbers = [*sums, *(number for layer in squares.values() for number in layer)]
         return cls(jnp.stack(numbers)[:, None], tuple(squares))
@@ -67,10 +69,12 @@ class StepResults:
         return metrics.Sums(*self.numbers[: len(metrics.Sums._fields)])
 
     @property
-    def squares(self) -> dict[str, Squares]:
+    def squares(self) -> dict[str, SumsOfSquares]:
         """By layer; (shards,)."""
         rest = self.numbers[len(metrics.Sums._fields) :]
-        return {layer: Squares(*rest[3 * i : 3 * i + 3]) for i, layer in enumerate(self.layers)}
+        return {
+            layer: SumsOfSquares(*rest[3 * i : 3 * i + 3]) for i, layer in enumerate(self.layers)
+        }
 
 
 TrainStep = Callable[
@@ -104,21 +108,21 @@ def make_train_step(
       (state, batch, statistics, scale) -> (state, results), jitted. The state given is donated;
       `batch` is `stream.train_batches`'s; `scale`, () float32, is the plateau's.
     """
-    shards, places = mesh.shape["model"], mesh.shape["data"]
-    # One place has nobody to add to; XLA would copy every gradient to find that out.
-    rows_spec, axes = (P("data"), ("data", "model")) if places > 1 else (P(), ("model",))
+    shards, replicas = mesh.shape["model"], mesh.shape["data"]
+    # One replica has nobody to add to; XLA would copy every gradient to find that out.
+    rows_spec, axes = (P("data"), ("data", "model")) if replicas > 1 else (P(), ("model",))
 
     def over_data(tree: Any) -> Any:
-        return lax.psum(tree, "data") if places > 1 else tree
+        return lax.psum(tree, "data") if replicas > 1 else tree
 
     def local_loss(
         params: Params, batch: DeviceBatch, statistics: Statistics, key: Array, batch_size: int
     ):
         """This device's part of the global batch's mean loss."""
-        images = batch["image"].astype(jnp.float32) + batch["shift"][:, None, None]
+        images = batch["image"].astype(jnp.float32) + batch["shift"][:, None, None]  # (b, s, s, 3)
         images = pixels.normalise(images, batch["offset"], batch["mirror"], statistics, mean)
         images = images * batch["gain"][:, None, None, None]
-        logits = apply(params, images, Dropout(key, batch["row"]))
+        logits = apply(params, images, Dropout(key, batch["row"]))  # (b, classes)
         sums = metrics.sums(metrics.log_probabilities(logits), batch["label"])
         return sums.loss / (shards * batch_size), sums
 
@@ -126,14 +130,16 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(seed), DROPOUT_STREAM)
         key = jax.random.fold_in(key, state.step)
         count = batch["label"].shape[0]
-        first = lax.axis_index("data") * count if places > 1 else 0
+        first = lax.axis_index("data") * count if replicas > 1 else 0
         batch = batch | {"row": first + jnp.arange(count)}
-        # Gradients stay on their device until all parts are in; only then are they summed.
-        params = lax.pcast(state.params, ("data",), to="varying") if places > 1 else state.params
+        # Else the gradient of each part would be summed over `data` as soon as it is there.
+        params = state.params
+        if replicas > 1:
+            params = lax.pcast(params, ("data",), to="varying")
         gradient = jax.grad(local_loss, has_aux=True)
 
         def part(batch: DeviceBatch):
-            return gradient(params, batch, statistics, key, count * places)
+            return gradient(params, batch, statistics, key, count * replicas)
 
         gradients, sums = _accumulated(part, batch, accumulation_steps, axes)
         gradients, sums = over_data((gradients, sums))
@@ -147,7 +153,7 @@ def make_train_step(
         rates = schedule(state.step, scale)
         now = (cast(Params, state.params), state.opt_state)
         params, opt_state, changes = update(good, *now, cast(Params, gradients), rates)
-        squares = {layer: Squares(norm, *changes[layer]) for layer, norm in norms.items()}
+        squares = {layer: SumsOfSquares(norm, *changes[layer]) for layer, norm in norms.items()}
         return TrainState(state.step + 1, params, opt_state), StepResults.of(sums, squares)
 
     def train_step(state: TrainState, batch: DeviceBatch, statistics: Statistics, scale: Array):
@@ -184,6 +190,7 @@ def make_eval_step(apply: Apply, mesh: Mesh, *, size: int, num_crops: int, mean:
     Args:
       size: pixels a side of a crop.
       num_crops: 1, the centre; 10, whose probabilities are averaged (paper, section 4.1).
+      mean: what `pixels.normalise` subtracts.
 
     Returns:
       (params, batch, statistics) -> `metrics.Sums` over the valid rows of the global batch, in one
@@ -203,7 +210,7 @@ def make_predict_step(
 ) -> PredictStep:
     """As `make_eval_step`: (params, batch, statistics) -> log probabilities.
 
-    (shards, b, classes) float32, the same for each `model` shard, split over the mesh as it says.
+    (shards, b, classes) float32, rows split over `data`; all shards hold the same.
     """
 
     def local_predict(params: Params, batch: DeviceBatch, statistics: Statistics):
@@ -222,8 +229,8 @@ def make_features_step(features: Apply, mesh: Mesh, *, size: int, mean: str) -> 
     """
 
     def local_features(params: Params, batch: DeviceBatch, statistics: Statistics):
-        place = jnp.asarray(augment.test_crops(batch["image"].shape[1] - size, 1))[0]
-        images = _test_images(batch["image"], place, statistics, size, mean)
+        crop = jnp.asarray(augment.test_crops(batch["image"].shape[1] - size, 1))[0]
+        images = _test_images(batch["image"], crop, statistics, size, mean)
         found = features(params, images, None).astype(jnp.float32)
         return found.reshape(found.shape[0], -1, found.shape[-1])  # (b, pixels or 1, c/n)
 
@@ -240,24 +247,22 @@ def _averaged(
     mean: str,
 ) -> Array:
     """Logarithms of the probabilities averaged over the test crops, (b, classes) float32."""
-    places = jnp.asarray(augment.test_crops(batch["image"].shape[1] - size, num_crops))
+    crops = jnp.asarray(augment.test_crops(batch["image"].shape[1] - size, num_crops))
 
-    def one_crop(_, place: Array):
-        images = _test_images(batch["image"], place, statistics, size, mean)
+    def one_crop(_, crop: Array):
+        images = _test_images(batch["image"], crop, statistics, size, mean)
         return None, metrics.log_probabilities(apply(params, images, None))
 
-    _, log_probs = lax.scan(one_crop, None, places)  # (crops, b, classes)
+    _, log_probs = lax.scan(one_crop, None, crops)  # (crops, b, classes)
     return jax.nn.logsumexp(log_probs, axis=0) - jnp.log(num_crops)
 
 
-def _test_images(
-    squares: Array, place: Array, statistics: Statistics, size: int, mean: str
-) -> Array:
-    """A row of `augment.test_crops`, less the mean: (b, s, s, 3) float32."""
-    crops = pixels.cut(squares, place, size)
-    offset = jnp.broadcast_to(place[:2], (crops.shape[0], 2))
-    mirror = jnp.broadcast_to(place[2] > 0, crops.shape[:1])
-    return pixels.normalise(crops, offset, mirror, statistics, mean)
+def _test_images(stored: Array, crop: Array, statistics: Statistics, size: int, mean: str) -> Array:
+    """A row of `augment.test_crops`, cut from every image, less the mean: (b, s, s, 3) float32."""
+    images = pixels.cut(stored, crop, size)
+    offset = jnp.broadcast_to(crop[:2], (images.shape[0], 2))
+    mirror = jnp.broadcast_to(crop[2] > 0, images.shape[:1])
+    return pixels.normalise(images, offset, mirror, statistics, mean)
 
 
 def _jitted(local: Callable, mesh: Mesh, out_specs: P) -> Any:

@@ -14,6 +14,7 @@ import zlib
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import ExifTags, Image
 
 from alexnet_jax import compiled
@@ -204,6 +205,22 @@ def test_a_truncated_jpeg_is_refused(pictures, options, kept):
 def test_a_jpeg_that_lost_half_its_pixels_but_not_its_end_is_refused(pictures, options):
     jpeg = pictures.encode(pictures.rough(HEIGHT, WIDTH), "JPEG", **options)
     refusal(jpeg[: len(jpeg) // 2] + jpeg[-2:])
+    # Nor does an unknown revision, of which libjpeg warns first and alone, let it through.
+    assert jpeg[6:12] == b"JFIF\0\1" or jpeg[2:4] != b"\xff\xe0"
+    revised = jpeg.replace(b"JFIF\0\1", b"JFIF\0\2")
+    refusal(revised[: len(revised) // 2] + revised[-2:])
+
+
+@pytest.mark.parametrize("subsampling", [1, 2])
+def test_a_jpeg_whose_subsampling_has_no_name_is_read(pictures, subsampling):
+    """Of CMYK all but none and, for inks alike, half both ways."""
+    pixels = pictures.smooth(HEIGHT, WIDTH)
+    jpeg = pictures.encode(pixels, "JPEG", mode="CMYK", subsampling=subsampling)
+    with pytest.raises(ValueError, match="Could not determine subsampling"):
+        simplejpeg.decode_jpeg_header(jpeg)
+    expected = np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))
+    np.testing.assert_array_equal(images.decode(jpeg, "x"), expected)
+    refusal(jpeg[: len(jpeg) // 2])
 
 
 @pytest.mark.parametrize("kept", [4, 20, 40, 500, 5000])

@@ -40,7 +40,7 @@ SCRIPT = """
         found = dict(rows=[rows.local.start, rows.local.stop], train=[], evaluation=[])
         training = stream.train_batches(
             examples, statistics, data, seed=42, size={size}, rows=rows,
-            start_step={start}, num_steps={steps},
+            start_step={start}, stop_step={steps},
         )
         evaluation = stream.evaluation_batches(examples, data, stored={stored}, rows=rows)
         for name, batches in (("train", training), ("evaluation", evaluation)):
@@ -75,7 +75,7 @@ def whole(folder, tmp_path_factory) -> dict[str, list[stream.Batch]]:
     _, statistics = survey.survey(source, STORED, str(tmp_path_factory.mktemp("cache")), 1)
     rows = stream.Rows(BATCH, range(BATCH))
     training = stream.train_batches(
-        source, statistics, data, seed=42, size=SIZE, rows=rows, start_step=0, num_steps=STEPS
+        source, statistics, data, seed=42, size=SIZE, rows=rows, start_step=0, stop_step=STEPS
     )
     evaluation = stream.evaluation_batches(source, data, stored=STORED, rows=rows)
     return {"train": list(training)[START:], "evaluation": list(evaluation)}
@@ -137,7 +137,7 @@ ENDLESS = """
         _, statistics = survey.survey(source, 16, sys.argv[2], 1)
         batches = stream.train_batches(
             source, statistics, data, seed=0, size=13, rows=stream.Rows(8, range(8)),
-            start_step=0, num_steps=10**9,
+            start_step=0, stop_step=10**9,
         )
         next(batches)
         print(json.dumps([child.pid for child in multiprocessing.active_children()]), flush=True)

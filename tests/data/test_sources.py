@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -82,12 +83,17 @@ def test_two_spellings_at_once_are_refused(pictures, tmp_path, pair, with_test):
         opened(tmp_path, "validation")
 
 
-def test_without_a_validation_folder_test_serves(pictures, tmp_path):
+def test_without_a_validation_folder_test_serves(pictures, tmp_path, caplog):
     for number, split in enumerate(("train", "test")):
         pictures.folder(tmp_path / split, {"ant": 2, "bee": 2}, seed=number)
     for split in ("validation", "test"):
         assert examples(opened(tmp_path, split)) == on_disk(tmp_path / "test")
     assert examples(opened(tmp_path, "train")) == on_disk(tmp_path / "train")
+    caplog.set_level(logging.INFO)
+    opened(tmp_path, "test")
+    assert not caplog.records
+    opened(tmp_path, "validation")
+    assert "its test split stands in" in caplog.text
 
 
 def test_test_is_never_served_by_validation(pictures, tmp_path):
@@ -146,6 +152,13 @@ def test_a_class_that_a_line_of_text_cannot_hold_is_refused(name, pictures, tmp_
     pictures.folder(tmp_path / "train", {"ant": 1, os.fsdecode(name): 1})
     with pytest.raises(UserError, match=r"labels\.txt; rename it"):
         sources.open_source(Data(source=f"folder:{tmp_path}"), "train")
+
+
+def test_a_split_in_capitals_is_not_passed_over(pictures, tmp_path):
+    for part in ("train", "Val", "test"):
+        pictures.folder(tmp_path / part, COUNTS)
+    with pytest.raises(UserError, match="a folder 'Val'; name it 'val'"):
+        opened(tmp_path, "validation")
 
 
 def test_folders_inside_a_class_are_named_in_a_warning(pictures, tmp_path, caplog):
@@ -422,12 +435,14 @@ def test_another_data_set_unprepared_is_refused_with_its_own_way_out(prepared, n
     assert "ILSVRC" not in str(caught.value)
 
 
-def test_tfds_without_validation_validates_with_test(prepared, jpegs):
+def test_tfds_without_validation_validates_with_test(prepared, jpegs, caplog):
+    caplog.set_level(logging.INFO)
     for split in ("validation", "test"):
         source = tfds_source(prepared, "insects_two", split)
         check(source)
         read = [(source.read(i).data, source.read(i).label) for i in range(len(source))]
         assert read == jpegs["test"]
+    assert caplog.text.count("its test split stands in") == 1
 
 
 def test_a_tfds_split_that_is_not_there_is_refused_with_those_that_are(jpegs, write_tfds, tmp_path):
@@ -444,10 +459,43 @@ def test_a_tfds_split_without_labels_is_refused(prepared):
 
 def test_a_tfds_data_set_of_something_else_is_refused(tmp_path, jpegs, write_tfds):
     write_tfds(tmp_path, "insects", CLASSES, {"train": jpegs["train"]})
-    features = tmp_path / "insects/1.0.0/features.json"
-    features.write_text(features.read_text().replace('"label"', '"species"'))
-    with pytest.raises(UserError, match="no features named image and label"):
-        tfds_source(tmp_path, "insects", "train")
+    import tensorflow_datasets as tfds
+
+    image, label = (
+        tfds.features.Image(encoding_format="jpeg"),
+        tfds.features.ClassLabel(names=["a"]),
+    )
+    deep = tfds.features.Image(dtype=np.uint16, encoding_format="png")
+    several = tfds.features.Sequence(label)
+    for features, words in (
+        ({"image": image, "species": label}, "named image and label.*; it has image, species"),
+        ({"image": image, "label": tfds.features.Scalar(np.int64)}, "an Image and a ClassLabel"),
+        ({"image": image, "label": several}, "an Image and a ClassLabel"),
+        ({"image": tfds.features.Text(), "label": label}, "an Image and a ClassLabel"),
+        ({"image": deep, "label": label}, "images of uint16; only uint8"),
+    ):
+        described = json.dumps(tfds.features.FeaturesDict(features).to_json())
+        (tmp_path / "insects/1.0.0/features.json").write_text(described)
+        with pytest.raises(UserError, match=words):
+            tfds_source(tmp_path, "insects", "train")
+
+
+def test_a_tfds_data_set_built_anew_is_another_one(tmp_path, jpegs, write_tfds):
+    """Of as many examples and, as ArrayRecord pads them, bytes."""
+    found = []
+    for contents in (jpegs["train"], [(data, 2 - label) for data, label in jpegs["train"]]):
+        write_tfds(tmp_path, "insects", CLASSES, {"train": contents})
+        (path,) = (tmp_path / "insects/1.0.0").glob("*.array_record*")
+        found.append((path.stat().st_size, tfds_source(tmp_path, "insects", "train").fingerprint))
+        shutil.rmtree(tmp_path / "insects")
+    assert found[0][0] == found[1][0]
+    assert found[0][1] != found[1][1]
+
+
+def test_a_tfds_folder_may_be_named_from_home(prepared, monkeypatch):
+    monkeypatch.setenv("HOME", str(prepared.parent))
+    data = Data(source="tfds:insects", tfds_dir=f"~/{prepared.name}")
+    assert len(sources.open_source(data, "train")) == 9
 
 
 def test_tfds_is_looked_for_where_its_own_variable_says(prepared, tmp_path, monkeypatch):

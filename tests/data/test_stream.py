@@ -79,7 +79,7 @@ def read(source, statistics) -> Callable[..., list[Batch]]:
             size=SIZE,
             rows=rows,
             start_step=start,
-            num_steps=stop,
+            stop_step=stop,
             origin=origin,
         )
         return list(batches)
@@ -252,7 +252,7 @@ def test_colour_shifts_spread_as_the_statistics_and_sigma_say(source, statistics
         size=SIZE,
         rows=rows,
         start_step=0,
-        num_steps=5,
+        stop_step=5,
     )
     shift = joined(list(batches))["shift"]
     values, vectors = statistics.eigenvalues, statistics.eigenvectors
@@ -336,7 +336,7 @@ def test_images_of_other_sizes_become_squares_and_crops(pictures, statistics, tm
     )
     rows = Rows(5, range(5))
     (batch,) = stream.train_batches(
-        source, statistics, Data(), seed=0, size=SIZE, rows=rows, start_step=0, num_steps=1
+        source, statistics, Data(), seed=0, size=SIZE, rows=rows, start_step=0, stop_step=1
     )
     assert sorted(which(batch, squares)) == [0, 1, 2, 3, 4]
     (batch,) = stream.evaluation_batches(source, Data(), stored=STORED, rows=rows)
@@ -352,7 +352,7 @@ def test_a_file_that_breaks_after_the_survey_is_an_error_with_its_name(
     paths[4].write_bytes(paths[4].read_bytes()[:200] if damage is None else damage)
     rows = Rows(3, range(3))
     training = stream.train_batches(
-        source, statistics, Data(), seed=0, size=SIZE, rows=rows, start_step=0, num_steps=2
+        source, statistics, Data(), seed=0, size=SIZE, rows=rows, start_step=0, stop_step=2
     )
     evaluation = stream.evaluation_batches(source, Data(), stored=STORED, rows=rows)
     for batches in (training, evaluation):
@@ -374,7 +374,7 @@ def endless(source, statistics) -> Callable[[], Iterator[Batch]]:
         size=SIZE,
         rows=Rows(4, range(4)),
         start_step=0,
-        num_steps=10**9,
+        stop_step=10**9,
     )
 
 
