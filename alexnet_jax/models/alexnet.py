@@ -18,7 +18,7 @@ from jax import Array, lax
 
 from alexnet_jax import ops
 from alexnet_jax.config import Model
-from alexnet_jax.models.layers import Affine, Dropout, Layer, Parameters, connected, scaled
+from alexnet_jax.models.layers import Affine, Dropout, Layer, connected, scaled
 
 SPATIAL_LRN = {"size": 5, "k": 1.0, "alpha": 4e-5, "beta": 0.75}  # layers-145.cfg, rnorm2's second
 POOLED: tuple[str, ...] = ("conv1", "conv2", "conv5")
@@ -80,9 +80,7 @@ class AlexNet(nnx.Module):
     Args:
       config: the net.
       num_classes: columns of fc8.
-      parameters: gives each layer's kernel and bias.
-      shards: devices the towers are split over, 1 or 2.
-      axis_name: the mesh axis of those devices; None where there is one.
+      shards: devices along the mesh axis `model`, over which the towers are split: 1 or 2.
 
     Shapes in the comments are those of preset `paper`, c/n standing for c on n shards.
     """
@@ -97,20 +95,12 @@ class AlexNet(nnx.Module):
     fc7: Affine
     fc8: Affine
 
-    def __init__(
-        self,
-        config: Model,
-        num_classes: int,
-        parameters: Parameters,
-        shards: int = 1,
-        axis_name: str | None = None,
-    ):
+    def __init__(self, config: Model, num_classes: int, shards: int):
         self.config = config
         self.num_classes = num_classes
         self.shards = shards
-        self.axis_name = axis_name
         for layer in shapes(config, num_classes, config.input_size):
-            setattr(self, layer.name, Affine(layer, parameters, shards))
+            setattr(self, layer.name, Affine(layer, shards))
 
     def outputs(self, images: Array, dropout: Dropout | None) -> Iterator[tuple[str, Array]]:
         """Each layer's name and output, this device's share; of fc8 the logits of all classes.
@@ -181,9 +171,9 @@ class AlexNet(nnx.Module):
         Differentiated, the all-gather becomes a reduce-scatter: each device has the gradient of its
         own use of both towers' maps, and a map's owner gets the sum of the two.
         """
-        if self.axis_name is None:
+        if self.shards == 1:
             return x
-        return lax.all_gather(x, self.axis_name, axis=x.ndim - 1, tiled=True)
+        return lax.all_gather(x, "model", axis=x.ndim - 1, tiled=True)
 
     def activation(self, x: Array) -> Array:
         return ops.activation(x, self.config.activation)
@@ -224,7 +214,7 @@ class AlexNet(nnx.Module):
         keep = None
         if dropout is not None:
             local = config.towers // self.shards
-            first = 0 if self.axis_name is None else lax.axis_index(self.axis_name) * local
+            first = 0 if self.shards == 1 else lax.axis_index("model") * local
             keep = ops.keep_mask(
                 dropout.key,
                 dropout.rows,

@@ -11,7 +11,7 @@ from jax import Array
 
 from alexnet_jax import ops
 from alexnet_jax.config import Model
-from alexnet_jax.models.layers import Affine, Dropout, Layer, Parameters, connected, scaled
+from alexnet_jax.models.layers import Affine, Dropout, Layer, connected, scaled
 
 CHANNELS = {"conv1": 32, "conv2": 32, "conv3": 64}
 KERNEL, PADDING = 5, ((2, 2), (2, 2))  # pixels, of every convolution
@@ -37,7 +37,6 @@ class Cifar(nnx.Module):
     Args:
       config: its width, activation and dtype.
       num_classes: columns of fc4.
-      parameters: gives each layer's kernel and bias.
     """
 
     conv1: Affine
@@ -45,10 +44,10 @@ class Cifar(nnx.Module):
     conv3: Affine
     fc4: Affine
 
-    def __init__(self, config: Model, num_classes: int, parameters: Parameters):
+    def __init__(self, config: Model, num_classes: int):
         self.config = config
         for layer in shapes(config, num_classes, config.input_size):
-            setattr(self, layer.name, Affine(layer, parameters, shards=1))
+            setattr(self, layer.name, Affine(layer, shards=1))
 
     def outputs(self, images: Array, dropout: Dropout | None) -> Iterator[tuple[str, Array]]:
         """Each layer's name and output, behind activation and pool; of fc4 the logits.

@@ -1,7 +1,6 @@
 """What nets are made of: weight layers, their shapes and their initial parameters."""
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -53,52 +52,33 @@ def scaled(count: int, width: float, towers: int) -> int:
     return max(1, round(count * width / towers)) * towers
 
 
-Parameters = Callable[[Layer], tuple[Any, Any]]  # a layer's kernel and bias
-
-
-def initial_parameters(config: Model, seed: int) -> Parameters:
-    """The preset's random parameters of a layer, float32, in their natural shapes.
+def initial_parameters(config: Model, layer: Layer, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The preset's random kernel and bias of a layer, float32, in their natural shapes.
 
     Drawn on the host, so that they depend on the seed and the layer alone, on any platform.
     """
-
-    def draw(layer: Layer) -> tuple[np.ndarray, np.ndarray]:
-        place = LAYERS.index(SHARES_ENTRY.get(layer.name, layer.name))
-        stream = INITIAL_STREAM + (*LAYERS, *SHARES_ENTRY).index(layer.name)
-        rng = np.random.Generator(np.random.Philox(key=np.array([seed, stream], np.uint64)))
-        if config.init == "uniform":
-            bound = 1 / math.sqrt(math.prod(layer.kernel[:-1]))
-            sizes = (layer.kernel, layer.kernel[-1:])
-            kernel, bias = (
-                2 * bound * rng.random(s, np.float32) - np.float32(bound) for s in sizes
-            )
-            return kernel, bias
-        # A narrower net keeps the size of its signals; conv1 reads the same pixels at any width.
-        spread = 1.0 if layer.name == "conv1" else math.sqrt(config.width)
-        std = np.float32(config.weight_std[place] / spread)
-        kernel = std * rng.standard_normal(layer.kernel, np.float32)
-        return kernel, np.full(layer.kernel[-1:], config.bias[place], np.float32)
-
-    return draw
-
-
-def zero_parameters(shards: int) -> Parameters:
-    """Zeros in the shapes of one device's share."""
-
-    def zeros(layer: Layer) -> tuple[Array, Array]:
-        outputs = -(-layer.kernel[-1] // shards)
-        return jnp.zeros((*layer.kernel[:-1], outputs)), jnp.zeros(outputs)
-
-    return zeros
+    place = LAYERS.index(SHARES_ENTRY.get(layer.name, layer.name))
+    stream = INITIAL_STREAM + (*LAYERS, *SHARES_ENTRY).index(layer.name)
+    rng = np.random.Generator(np.random.Philox(key=np.array([seed, stream], np.uint64)))
+    if config.init == "uniform":
+        bound = 1 / math.sqrt(math.prod(layer.kernel[:-1]))
+        sizes = (layer.kernel, layer.kernel[-1:])
+        kernel, bias = (2 * bound * rng.random(s, np.float32) - np.float32(bound) for s in sizes)
+        return kernel, bias
+    # A narrower net keeps the size of its signals; conv1 reads the same pixels at any width.
+    spread = 1.0 if layer.name == "conv1" else math.sqrt(config.width)
+    std = np.float32(config.weight_std[place] / spread)
+    kernel = std * rng.standard_normal(layer.kernel, np.float32)
+    return kernel, np.full(layer.kernel[-1:], config.bias[place], np.float32)
 
 
 class Affine(nnx.Module):
-    """A convolution or a fully connected layer, or one device's share of its output."""
+    """A convolution or a fully connected layer, or one device's share of its output: zeros."""
 
-    def __init__(self, layer: Layer, parameters: Parameters, shards: int):
-        kernel, bias = parameters(layer)
-        self.kernel = nnx.Param(jnp.asarray(kernel))
-        self.bias = nnx.Param(jnp.asarray(bias))
+    def __init__(self, layer: Layer, shards: int):
+        outputs = -(-layer.kernel[-1] // shards)
+        self.kernel = nnx.Param(jnp.zeros((*layer.kernel[:-1], outputs)))
+        self.bias = nnx.Param(jnp.zeros(outputs))
         self.groups = layer.groups // shards if layer.groups > 1 else 1
         self.stride = layer.stride
         self.padding = layer.padding

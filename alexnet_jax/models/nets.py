@@ -2,7 +2,7 @@
 
 from alexnet_jax.config import Model, UserError
 from alexnet_jax.models import alexnet, cifar
-from alexnet_jax.models.layers import Layer, Parameters
+from alexnet_jax.models.layers import Layer
 
 
 def layers(config: Model, num_classes: int) -> tuple[Layer, ...]:
@@ -26,14 +26,8 @@ def layers(config: Model, num_classes: int) -> tuple[Layer, ...]:
     )
 
 
-def make_net(
-    config: Model,
-    num_classes: int,
-    parameters: Parameters,
-    shards: int = 1,
-    axis_name: str | None = None,
-) -> alexnet.AlexNet | cifar.Cifar:
-    """The net's module on one device of `shards`, which mesh axis `axis_name` joins."""
+def make_net(config: Model, num_classes: int, shards: int) -> alexnet.AlexNet | cifar.Cifar:
+    """The net's module on one device of `shards`, all parameters 0."""
     if config.net == "cifar":
-        return cifar.Cifar(config, num_classes, parameters)
-    return alexnet.AlexNet(config, num_classes, parameters, shards, axis_name)
+        return cifar.Cifar(config, num_classes)
+    return alexnet.AlexNet(config, num_classes, shards)

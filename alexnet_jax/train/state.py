@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from alexnet_jax.config import Model
 from alexnet_jax.mesh import parameter_spec
-from alexnet_jax.models.layers import Dropout, initial_parameters, zero_parameters
+from alexnet_jax.models.layers import Dropout, initial_parameters
 from alexnet_jax.models.nets import layers, make_net
 
 Params = dict[str, dict[str, Array]]  # {layer: {"kernel": ..., "bias": ...}}, float32
@@ -36,13 +36,7 @@ def make_apply(model: Model, num_classes: int, shards: int, layer: str | None = 
     With two shards it is to be called under `shard_map` with mesh axis `model`; the output of a
     layer before the last is then this shard's.
     """
-    axis_name = "model" if shards > 1 else None
-    graph = nnx.graphdef(
-        nnx.eval_shape(
-            lambda: make_net(model, num_classes, zero_parameters(shards), shards, axis_name)
-        )
-    )
-
+    graph = nnx.graphdef(nnx.eval_shape(lambda: make_net(model, num_classes, shards)))
     last = layers(model, num_classes)[-1].name
 
     def apply(params: Params, images: Array, dropout: Dropout | None) -> Array:
@@ -73,9 +67,8 @@ def initial_state(
     seed: int,
 ) -> TrainState:
     """The state before the first step, on the host: numpy arrays in their natural shapes."""
-    draw = initial_parameters(model, seed)
     params = {
-        layer.name: dict(zip(("kernel", "bias"), draw(layer), strict=True))
+        layer.name: dict(zip(("kernel", "bias"), initial_parameters(model, layer, seed)))
         for layer in layers(model, num_classes)
     }
     shapes = state_shapes(model, num_classes, optimizer)

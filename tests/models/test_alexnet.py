@@ -188,9 +188,8 @@ def test_the_least_input_really_goes_through_the_net(preset, configured):
 
 
 def drawn(model: configs.Model, num_classes: int, seed: int = 42) -> oracle.Params:
-    draw = initial_parameters(model, seed)
     return {
-        layer.name: dict(zip(("kernel", "bias"), draw(layer)))
+        layer.name: dict(zip(("kernel", "bias"), initial_parameters(model, layer, seed)))
         for layer in layers(model, num_classes)
     }
 
@@ -228,9 +227,8 @@ def test_weights_and_biases_start_as_the_presets_table_says(preset, configured):
 def test_at_full_width_the_stds_are_the_tables_own(configured):
     model = configured("paper").model
     found = {layer.name: layer for layer in layers(model, 1000)}
-    draw = initial_parameters(model, 42)
     for name, std in [("conv1", 0.01), ("conv2", 0.01), ("conv3", 0.03), ("fc8", 0.01)]:
-        kernel, _ = draw(found[name])
+        kernel, _ = initial_parameters(model, found[name], 42)
         assert kernel.shape == found[name].kernel
         assert kernel.std() == pytest.approx(std, rel=4 / math.sqrt(2 * kernel.size))
 
@@ -479,7 +477,8 @@ def test_a_fully_connected_sum_of_bfloat16_is_not_counted_in_bfloat16(configured
     """4096 ones: bfloat16 additions would stop at 256."""
     fc6 = layers(configured("paper", {"model.input_size": 131}).model, 2)[5]
     assert fc6.kernel[0] == 2304
-    affine = Affine(fc6, lambda layer: (np.ones((2304, 1)), np.zeros(1)), 1)
-    total = affine(jnp.ones((1, 2304), jnp.bfloat16))
+    affine = Affine(fc6, 1)
+    affine.kernel[...] = np.ones((2304, 1))
+    total = affine(jnp.ones((1, 2304), jnp.bfloat16))[0, 0]
     assert total.dtype == jnp.bfloat16
     assert total.item() == 2304
