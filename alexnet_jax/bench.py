@@ -20,6 +20,7 @@ from alexnet_jax.data.examples import Source
 from alexnet_jax.mesh import check_batch, make_mesh, put_batch, put_everywhere
 from alexnet_jax.models.nets import layers
 from alexnet_jax.train import optim
+from alexnet_jax.train.calendar import Calendar
 from alexnet_jax.train.state import initial_state, make_apply, put
 
 SECONDS = 5.0  # at least, of each measurement
@@ -137,7 +138,7 @@ def make_advance(
     batch: Any,
 ) -> Callable[[Any], Any]:
     """What trains on a batch, compiled and run once; its result is there when the step is done."""
-    calendar = setup.Calendar(num_examples, config.train.batch_size, ENDLESS)
+    calendar = Calendar(num_examples, config.train.batch_size, ENDLESS)
     apply = make_apply(config.model, num_classes, mesh.shape["model"])
     step = setup.make_step(apply, config, mesh, calendar)
     optimizer = optim.make_optimizer(config.optim)

@@ -19,6 +19,7 @@ from alexnet_jax.mesh import start_cpu_devices
 from alexnet_jax.models.layers import Layer
 from alexnet_jax.models.nets import layers
 from alexnet_jax.train import optim
+from alexnet_jax.train.calendar import Calendar
 from alexnet_jax.train.state import make_apply, placed_shapes, state_shapes
 from alexnet_jax.train.step import make_train_step
 
@@ -211,7 +212,7 @@ def training_step(
     step = make_train_step(
         make_apply(model, num_classes, mesh.shape["model"]),
         optim.make_update(config.optim),
-        optim.make_schedule(config.optim, num_examples=1000, batch_size=batch_size, num_steps=1000),
+        optim.make_schedule(config.optim, Calendar(1000, batch_size, 1000)),
         mesh,
         seed=config.seed,
         mean=config.data.mean,

@@ -19,6 +19,7 @@ from alexnet_jax.mesh import check_batch, make_mesh
 from alexnet_jax.models.nets import layers
 from alexnet_jax.ops import native
 from alexnet_jax.train import optim
+from alexnet_jax.train.calendar import Calendar, make_calendar
 from alexnet_jax.train.state import (
     Apply,
     Params,
@@ -31,33 +32,6 @@ from alexnet_jax.train.state import (
 from alexnet_jax.train.step import EvalStep, TrainStep, make_train_step
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Calendar:
-    """When things are due. Step n is the n-th update; all are due after the last."""
-
-    num_examples: int
-    batch_size: int
-    num_steps: int
-    # Images seen at step 0, as if all steps had had `batch_size`; 0 unless it was changed.
-    origin: int = 0
-
-    def position(self, step: int) -> int:
-        """In the stream, after a step."""
-        return self.origin + step * self.batch_size
-
-    def epochs(self, step: int) -> float:
-        return self.position(step) / self.num_examples
-
-    def is_due(self, step: int, every: int) -> bool:
-        """After each `every` steps, and after the last step; 0 for never else."""
-        return step == self.num_steps or (every > 0 and step % every == 0)
-
-    def epoch_ends(self, step: int, every: int) -> bool:
-        """At the first step at which another `every` epochs are over, and after the last step."""
-        turns = [self.position(n) // self.num_examples // every for n in (step - 1, step)]
-        return step == self.num_steps or turns[1] > turns[0]
 
 
 class Run(NamedTuple):
@@ -120,8 +94,7 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
             meta = dataclasses.replace(meta, statistics=statistics)
         shapes = state_shapes(config.model, num_classes, optimizer)
         state = checkpoints.read_state(latest, shapes)
-    steps = num_steps(config, num_examples, meta.origin)
-    calendar = Calendar(num_examples, config.train.batch_size, steps, meta.origin)
+    calendar = make_calendar(config.train, num_examples, meta.origin)
     with job.one_first():
         if job.leads:
             checkpoints.clean()
@@ -141,7 +114,7 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
         state=put(state, mesh),
         train_step=make_step(apply, config, mesh, calendar),
         eval_step=evaluate.make_step(apply, config, mesh),
-        schedule=jax.jit(optim.make_schedule(config.optim, *dataclasses.astuple(calendar))),
+        schedule=jax.jit(optim.make_schedule(config.optim, calendar)),
     )
 
 
@@ -185,7 +158,7 @@ def make_step(apply: Apply, config: Config, mesh: Mesh, calendar: Calendar) -> T
     return make_train_step(
         apply,
         optim.make_update(config.optim),
-        optim.make_schedule(config.optim, *dataclasses.astuple(calendar)),
+        optim.make_schedule(config.optim, calendar),
         mesh,
         seed=config.seed,
         mean=config.data.mean,
@@ -197,13 +170,6 @@ def _origin(meta: Meta, step: int, batch_size: int, num_examples: int) -> int:
     """The `Calendar.origin` with which a run goes on at `step` where it was, in epochs."""
     position = meta.origin + step * meta.config.train.batch_size
     return round(position * num_examples / meta.num_examples) - step * batch_size
-
-
-def num_steps(config: Config, num_examples: int, origin: int = 0) -> int:
-    """Of the whole training."""
-    train = config.train
-    epochs, size = train.num_epochs, train.batch_size
-    return train.num_steps or optim.first_step(epochs, num_examples, size, origin)
 
 
 def check_parameters(config: Config) -> None:

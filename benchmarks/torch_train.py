@@ -23,11 +23,11 @@ import torch_nets
 import train_step
 
 from alexnet_jax import config as configs
-from alexnet_jax import setup
 from alexnet_jax.config import Config
 from alexnet_jax.data import sources, stream, survey
 from alexnet_jax.models.nets import layers
 from alexnet_jax.train import optim, state
+from alexnet_jax.train.calendar import make_calendar
 
 
 def main() -> None:
@@ -62,9 +62,8 @@ def trained(config: Config, form: str, path: pathlib.Path) -> Iterator[dict[str,
     validation = sources.open_source(config.data, config.eval.split)
     validation, _ = survey.surveyed(validation, config.data, config.model)
     batch_size, size = config.train.batch_size, config.model.input_size
-    calendar = setup.Calendar(len(source), batch_size, setup.num_steps(config, len(source)))
-    numbers = (calendar.num_examples, batch_size, calendar.num_steps)
-    schedule = jax.jit(optim.make_schedule(config.optim, *numbers))
+    calendar = make_calendar(config.train, len(source))
+    schedule = jax.jit(optim.make_schedule(config.optim, calendar))
     run = Run(config, len(source.labels), np.asarray(statistics.mean_image), form)
     rows = stream.Rows(batch_size, range(batch_size))
     batches = stream.train_batches(

@@ -188,6 +188,7 @@ def ours(batch: int, dtype: str, what: str) -> tuple[timing.Work, str]:
     from alexnet_jax.data.augment import Statistics
     from alexnet_jax.mesh import make_mesh, put_batch
     from alexnet_jax.train import optim, state
+    from alexnet_jax.train.calendar import Calendar
 
     user = configs.blank()
     user.model.dtype = timing.set_precision(dtype)
@@ -215,7 +216,7 @@ def ours(batch: int, dtype: str, what: str) -> tuple[timing.Work, str]:
             "mirror": np.zeros(batch, bool),
             "gain": np.ones(batch, np.float32),
         }
-        step = setup.make_step(apply, config, mesh, setup.Calendar(1_000_000, batch, 10**9))
+        step = setup.make_step(apply, config, mesh, Calendar(1_000_000, batch, 10**9))
         scale = jnp.float32(1e-6)  # of the rate: weights hardly move, whatever is shown
     else:
         numbers["valid"] = np.ones(batch, bool)

@@ -50,6 +50,7 @@ ROOMS = (
     "models.cifar",
     "models.nets",
     "train.pixels",
+    "train.calendar",
     "train.state",
     "train.optim",
     "train.step",

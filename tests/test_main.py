@@ -16,10 +16,10 @@ from jax.experimental.compilation_cache import compilation_cache
 from alexnet_jax import command as shared
 from alexnet_jax import config as configs
 from alexnet_jax import main as command
-from alexnet_jax import setup
 from alexnet_jax.checkpoint import Checkpoints, Saver
 from alexnet_jax.report import Report
 from alexnet_jax.train import optim, state
+from alexnet_jax.train.calendar import Calendar
 
 CLASSES = ("cat", "dog", "owl")
 
@@ -463,7 +463,7 @@ def test_a_step_that_was_never_saved_is_a_mistake(trained, run, capsys):
 
 
 def test_the_calendar_ends_an_epoch_at_the_first_step_past_it():
-    calendar = setup.Calendar(num_examples=10, batch_size=4, num_steps=9)
+    calendar = Calendar(num_examples=10, batch_size=4, num_steps=9)
     # Steps 3 (12 images), 5 (20), 8 (32); and 9, the last.
     assert [step for step in range(1, 10) if calendar.epoch_ends(step, 1)] == [3, 5, 8, 9]
     assert [step for step in range(1, 10) if calendar.epoch_ends(step, 2)] == [5, 9]

@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 
 from alexnet_jax.config import LAYERS, SHARES_ENTRY, Optim
 from alexnet_jax.ops import native
+from alexnet_jax.train.calendar import Calendar
 from alexnet_jax.train.state import Params
 
 Rates = dict[str, Array]  # "kernel", "bias"; "conv1_kernel", "conv1_bias" where they differ
@@ -152,34 +153,17 @@ def _scale_by_rates(layer_rates: Mapping[str, float]) -> optax.GradientTransform
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def first_step(epoch: float, num_examples: int, batch_size: int, origin: int = 0) -> int:
-    """The step at which epochs are over: the first with origin + step * batch >= epoch * N."""
-    return math.ceil((epoch * num_examples - origin) / batch_size)
-
-
-def make_schedule(
-    optim: Optim, num_examples: int, batch_size: int, num_steps: int, origin: int = 0
-) -> Schedule:
+def make_schedule(optim: Optim, calendar: Calendar) -> Schedule:
     """Learning rates by step.
-
-    Args:
-      optim: which schedule, and its numbers.
-      num_examples: in one epoch.
-      batch_size: global.
-      num_steps: of the whole training, for `exponential` and `cosine`.
-      origin: images that had been seen at step 0, as if all steps had had `batch_size`.
 
     Returns:
       (step, scale) -> rates, float32 scalars. `scale` is `plateau_scale`'s; 1 for the others.
     """
-
-    before = origin / batch_size  # steps
+    num_steps, at = calendar.num_steps, calendar.first_step
+    before = calendar.origin / calendar.batch_size  # steps
 
     def passed(steps: list[int], step: Array) -> Array:
         return jnp.sum(step >= jnp.array(steps, jnp.int32))
-
-    def at(epoch: float) -> int:
-        return first_step(epoch, num_examples, batch_size, origin)
 
     def share(part: float) -> int:
         """The step at which a part of the whole training is over."""

@@ -12,6 +12,7 @@ import pytest
 from alexnet_jax import checkpoint
 from alexnet_jax.config import Optim
 from alexnet_jax.train import optim
+from alexnet_jax.train.calendar import Calendar
 from alexnet_jax.train.optim import Plateau
 
 N, B = 1000, 10  # examples in an epoch and in a batch: 100 steps an epoch
@@ -153,7 +154,7 @@ def test_velocities_have_the_shapes_of_the_parameters():
 
 def test_source2012_follows_the_log_of_net_145(configured):
     """Epoch 25, 51, 79: weights / 10; 67: conv1 / 10; 72: conv1 frozen; biases stay at .02."""
-    schedule = optim.make_schedule(configured("source2012").optim, N, B, 91 * N // B)
+    schedule = optim.make_schedule(configured("source2012").optim, Calendar(N, B, 91 * N // B))
     epochs = [0, 24, 25, 50, 51, 66, 67, 71, 72, 78, 79, 90]
     found = [rates_at(schedule, 100 * epoch) for epoch in epochs]
     drops = [1, 1, 1e-1, 1e-1, 1e-2, 1e-2, 1e-2, 1e-2, 1e-2, 1e-2, 1e-3, 1e-3]
@@ -170,14 +171,16 @@ def test_source2012_follows_the_log_of_net_145(configured):
 
 
 def test_owt_drops_weights_and_biases_alike_from_one_rate(configured):
-    schedule = optim.make_schedule(configured("owt").optim, N, B, 9000)
+    schedule = optim.make_schedule(configured("owt").optim, Calendar(N, B, 9000))
     for step, rate in [(0, 1e-2), (2999, 1e-2), (3000, 1e-3), (5999, 1e-3), (6000, 1e-4)]:
         expected = {"kernel": pytest.approx(rate), "bias": pytest.approx(rate)}
         assert rates_at(schedule, step) == expected
 
 
 def test_caffe_drops_by_ten_every_hundred_thousand_steps(configured):
-    schedule = optim.make_schedule(configured("caffe_alexnet").optim, 1_281_167, 256, 450_000)
+    schedule = optim.make_schedule(
+        configured("caffe_alexnet").optim, Calendar(1_281_167, 256, 450_000)
+    )
     steps = [0, 99_999, 100_000, 199_999, 200_000, 449_999]
     found = [rates_at(schedule, step) for step in steps]
     expected = 0.01 * np.array([1, 1, 1e-1, 1e-1, 1e-2, 1e-4])
@@ -187,7 +190,7 @@ def test_caffe_drops_by_ten_every_hundred_thousand_steps(configured):
 
 def test_the_exponential_schedule_has_the_published_rates_of_net_170():
     """.01, .00159, .000252, .00004 at 0, 25, 50, 75 %; biases .02, and .002 from 50 %."""
-    schedule = optim.make_schedule(Optim(schedule="exponential"), N, B, 1000)
+    schedule = optim.make_schedule(Optim(schedule="exponential"), Calendar(N, B, 1000))
     steps = [0, 249, 250, 499, 500, 749, 750, 999]
     found = [rates_at(schedule, step) for step in steps]
     weights = [0.01, 0.01, 0.00159, 0.00159, 0.000252, 0.000252, 0.00004, 0.00004]
@@ -198,7 +201,7 @@ def test_the_exponential_schedule_has_the_published_rates_of_net_170():
 
 
 def test_the_cosine_schedule_is_half_a_wave_that_ends_at_zero():
-    schedule = optim.make_schedule(Optim(schedule="cosine", learning_rate=0.4), N, B, 90)
+    schedule = optim.make_schedule(Optim(schedule="cosine", learning_rate=0.4), Calendar(N, B, 90))
     steps = [0, 15, 30, 45, 60, 90, 200]
     expected = [0.2 * (1 + math.cos(math.pi * min(step, 90) / 90)) for step in steps]
     np.testing.assert_allclose(kernel_rates(schedule, steps), expected, atol=1e-8)
@@ -208,7 +211,7 @@ def test_the_cosine_schedule_is_half_a_wave_that_ends_at_zero():
 
 @pytest.mark.parametrize("kind", ["plateau", "epochs", "exponential", "cosine", "steps"])
 def test_the_scale_multiplies_every_rate(kind):
-    schedule = optim.make_schedule(Optim(schedule=kind, conv1_drop_epoch=1), N, B, 1000)
+    schedule = optim.make_schedule(Optim(schedule=kind, conv1_drop_epoch=1), Calendar(N, B, 1000))
     whole, tenth = (rates_at(schedule, 120, scale) for scale in (1.0, 0.1))
     assert len(whole) == 4
     for name, rate in whole.items():
@@ -216,7 +219,7 @@ def test_the_scale_multiplies_every_rate(kind):
 
 
 def test_the_plateau_schedule_itself_is_constant():
-    schedule = optim.make_schedule(Optim(), N, B, 1000)
+    schedule = optim.make_schedule(Optim(), Calendar(N, B, 1000))
     assert kernel_rates(schedule, [0, 500, 10**6]) == [pytest.approx(0.01)] * 3
 
 
@@ -225,9 +228,9 @@ def test_the_plateau_schedule_itself_is_constant():
 )
 def test_an_epoch_ends_at_the_first_step_with_so_many_examples_behind_it(epoch, examples, batch):
     least = next(s for s in range(10**6) if s * batch >= epoch * examples)
-    assert optim.first_step(epoch, examples, batch) == least
+    assert Calendar(examples, batch, 1).first_step(epoch) == least
     schedule = optim.make_schedule(
-        Optim(schedule="epochs", drop_epochs=(epoch,)), examples, batch, 10**6
+        Optim(schedule="epochs", drop_epochs=(epoch,)), Calendar(examples, batch, 10**6)
     )
     expected = [pytest.approx(0.01), pytest.approx(0.001)]
     assert kernel_rates(schedule, [least - 1, least]) == expected
@@ -237,8 +240,8 @@ def test_an_epoch_ends_at_the_first_step_with_so_many_examples_behind_it(epoch, 
 def test_with_an_origin_rates_are_those_of_as_many_steps_later(kind):
     """The first 100 of 400 steps had 20 images: step n is what n + 100 of 500 would be."""
     settings = Optim(schedule=kind, drop_epochs=(2, 3), conv1_drop_epoch=2, conv1_freeze_epoch=4)
-    shifted = optim.make_schedule(settings, N, B, 400, origin=100 * B)
-    plain = optim.make_schedule(settings, N, B, 500)
+    shifted = optim.make_schedule(settings, Calendar(N, B, 400, origin=100 * B))
+    plain = optim.make_schedule(settings, Calendar(N, B, 500))
     steps = [100, 101, 149, 150, 199, 200, 274, 275, 299, 300, 399]
     for step in steps:
         assert rates_at(shifted, step) == pytest.approx(rates_at(plain, step + 100), rel=1e-6)

@@ -10,6 +10,7 @@ from alexnet_jax.config import Config
 from alexnet_jax.data import augment, images
 from alexnet_jax.data.augment import Statistics
 from alexnet_jax.train import optim, pixels
+from alexnet_jax.train.calendar import Calendar
 from alexnet_jax.train.state import TrainState
 from alexnet_jax.train.step import make_train_step
 
@@ -47,7 +48,7 @@ def test_colour_noise_is_on_the_scale_of_pixels_whatever_is_subtracted(mean, div
     step = make_train_step(
         apply,
         optim.make_update(Config().optim),
-        optim.make_schedule(Config().optim, 4, 4, 1),
+        optim.make_schedule(Config().optim, Calendar(4, 4, 1)),
         Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto,) * 2),
         seed=0,
         mean=mean,

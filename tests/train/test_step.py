@@ -25,6 +25,7 @@ from alexnet_jax import mesh as meshes
 from alexnet_jax.data.augment import Statistics
 from alexnet_jax.models.layers import Dropout
 from alexnet_jax.train import optim, state, step
+from alexnet_jax.train.calendar import Calendar
 
 BATCH, SIZE, STORED, SEED, STEPS = 16, 48, 55, 9, 3
 TOLERANCE = 2e-5
@@ -179,7 +180,7 @@ def run(problem):
         train_step = step.make_train_step(
             state.make_apply(config.model, classes, model),
             optim.make_update(config.optim),
-            optim.make_schedule(config.optim, num_examples=100, batch_size=BATCH, num_steps=STEPS),
+            optim.make_schedule(config.optim, Calendar(100, BATCH, STEPS)),
             mesh,
             seed=SEED,
             mean="central",
@@ -304,7 +305,7 @@ def test_an_update_that_is_not_finite_is_not_applied(data, model, problem):
     train_step = step.make_train_step(
         state.make_apply(config.model, 7, model),
         optim.make_update(config.optim),
-        optim.make_schedule(config.optim, num_examples=100, batch_size=BATCH, num_steps=STEPS),
+        optim.make_schedule(config.optim, Calendar(100, BATCH, STEPS)),
         mesh,
         seed=SEED,
         mean="central",
