@@ -25,7 +25,7 @@ from orbax.checkpoint import v1 as ocp
 
 from alexnet_jax import config as configs
 from alexnet_jax import seals
-from alexnet_jax.config import Config, UserError
+from alexnet_jax.config import Config, FailedError, UserError
 from alexnet_jax.data.augment import Statistics
 from alexnet_jax.train.optim import Plateau
 from alexnet_jax.train.state import Params, TrainState
@@ -64,8 +64,8 @@ class Meta:
     top1_error: float | None = None  # a fraction, where a validation pass was made at the step
 
 
-class SaveError(Exception):
-    """A checkpoint could not be written. Exit status 1; older ones are whole."""
+class SaveError(FailedError):
+    """A checkpoint could not be written; older ones are whole."""
 
 
 Told = Callable[[Callable[[], str]], str]

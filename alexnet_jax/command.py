@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from alexnet_jax import cluster
 from alexnet_jax import config as configs
-from alexnet_jax.config import UserError
+from alexnet_jax.config import FailedError, UserError
 
 # What absl says of a value that is not of its field's type, and what that must be.
 ILL_TYPED = {
@@ -32,10 +32,10 @@ ILL_TYPED = {
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
-def status(work: Callable[[], int], failures: tuple[type[Exception], ...]) -> int:
+def status(work: Callable[[], int]) -> int:
     """The exit status of a command's `work`, which returns its own; errors in one line on stderr.
 
-    0 the whole job is done; 1 one of `failures`; 2 a mistake of the user's; 130 and 143 where a
+    0 the whole job is done; 1 a failure; 2 a mistake of the user's; 130 and 143 where a
     signal ended it.
     """
     handler = logging.StreamHandler(sys.stderr)
@@ -48,7 +48,7 @@ def status(work: Callable[[], int], failures: tuple[type[Exception], ...]) -> in
     sys.unraisablehook = functools.partial(_ctrl_c_again, otherwise=before)
     try:
         return work()
-    except (UserError, *failures) as error:
+    except (UserError, FailedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return cluster.exit_status(error)
     except MemoryError as error:

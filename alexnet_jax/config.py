@@ -31,6 +31,10 @@ class UserError(Exception):
     """The user's mistake, in one line: the value, the rule and the way out. Exit status 2."""
 
 
+class FailedError(Exception):
+    """What else ends a command, in one line. Exit status 1."""
+
+
 class Rule(NamedTuple):
     """What a value must be, in words and as a predicate."""
 

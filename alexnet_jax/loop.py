@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from alexnet_jax import evaluate, metrics, resident, setup, workdir
 from alexnet_jax.checkpoint import Meta
 from alexnet_jax.cluster import Job
-from alexnet_jax.config import Config
+from alexnet_jax.config import Config, FailedError
 from alexnet_jax.data import stream
 from alexnet_jax.data.augment import Statistics
 from alexnet_jax.data.examples import Source
@@ -26,17 +26,14 @@ from alexnet_jax.mesh import local_columns, local_rows, over_model, put_batch, p
 from alexnet_jax.models.nets import layers
 from alexnet_jax.report import Report, Silent
 from alexnet_jax.train import optim
-from alexnet_jax.train.state import (
-    TrainState,
-    natural_state,
-)
+from alexnet_jax.train.state import TrainState, natural_state
 from alexnet_jax.train.step import DeviceBatch, StepResults, TrainStep
 
 log = logging.getLogger(__name__)
 
 
-class TrainingError(Exception):
-    """Training cannot go on. Exit status 1."""
+class TrainingError(FailedError):
+    """Training cannot go on."""
 
 
 class StopSignal:

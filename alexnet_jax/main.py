@@ -19,9 +19,7 @@ from absl import flags
 
 from alexnet_jax import bench, cluster, command, figures, gallery, inspection, loop, mesh, predict
 from alexnet_jax import config as configs
-from alexnet_jax.checkpoint import SaveError
 from alexnet_jax.config import UserError
-from alexnet_jax.data.images import ImageError
 
 MODES = ("train", "eval", "predict", "features", "figures", "inspect", "bench")
 WITHOUT_WORKDIR = ("inspect", "bench")
@@ -35,7 +33,7 @@ def main(argv: list[str]) -> int:
         options, paths = parse(argv)
         return 0 if options is None else run(options, paths)
 
-    return command.status(work, (loop.TrainingError, SaveError, ImageError, OSError))
+    return command.status(work)
 
 
 def parse(argv: list[str]) -> tuple[flags.FlagValues | None, list[str]]:

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
             return 0
         return verify(_path(values.verify)) if values.verify else run(values)
 
-    return command.status(work, (prepare.BrokenImagesError, OSError))
+    return command.status(work)
 
 
 def parse(argv: list[str]) -> flags.FlagValues:

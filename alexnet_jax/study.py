@@ -23,11 +23,9 @@ from absl import flags
 
 from alexnet_jax import command, figures, loop, mesh, predict, report, setup, tables
 from alexnet_jax import config as configs
-from alexnet_jax.checkpoint import SaveError
 from alexnet_jax.cluster import Job
 from alexnet_jax.config import Config, UserError
 from alexnet_jax.data import sources
-from alexnet_jax.data.images import ImageError
 from alexnet_jax.files import write_text
 from alexnet_jax.models.nets import layers
 from alexnet_jax.studies import STUDIES, Settings, Study
@@ -48,7 +46,7 @@ def main(argv: list[str]) -> int:
             return 0
         return run(values)
 
-    return command.status(work, (loop.TrainingError, SaveError, ImageError, OSError))
+    return command.status(work)
 
 
 def parse(argv: Sequence[str]) -> flags.FlagValues:

@@ -137,7 +137,7 @@ def work():
     time.sleep(20)
     return 0
 
-sys.exit(command.status(work, ()))
+sys.exit(command.status(work))
 """
 
 
@@ -339,7 +339,7 @@ def test_a_lack_of_memory_is_told_in_a_line(capsys):
     def work() -> int:
         raise MemoryError("Unable to allocate 9 GiB")
 
-    assert shared.status(work, ()) == 1
+    assert shared.status(work) == 1
     assert capsys.readouterr().err == (
         "error: there is not enough memory (Unable to allocate 9 GiB)\n"
     )

@@ -11,6 +11,7 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from alexnet_jax.config import FailedError
 from alexnet_jax.data import native
 from alexnet_jax.data.examples import Example
 
@@ -28,7 +29,7 @@ _own = threading.local()
 _SCAN, _EXIF, _XMP = b"\xff\xda\0", b"Exif\0\0", b"http:/"
 
 
-class ImageError(Exception):
+class ImageError(FailedError):
     """An image that cannot be read: its name and why, in one line."""
 
     def __init__(self, message: str):

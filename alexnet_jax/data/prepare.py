@@ -22,7 +22,7 @@ import numpy as np
 import simplejpeg
 from tqdm import tqdm
 
-from alexnet_jax.config import UserError
+from alexnet_jax.config import FailedError, UserError
 from alexnet_jax.data import images, native, records, workers
 from alexnet_jax.data.examples import Source, check_labels
 from alexnet_jax.data.images import ImageError
@@ -37,8 +37,8 @@ ODDITIES = ("greyscale", "cmyk", "misnamed", "rotated")
 PLAN, PLAN_TMP = "plan.json", "plan.json.tmp"
 
 
-class BrokenImagesError(Exception):
-    """More images were broken than allowed. Exit status 1."""
+class BrokenImagesError(FailedError):
+    """More images were broken than allowed."""
 
 
 class Settings(NamedTuple):
