@@ -27,8 +27,8 @@ from alexnet_jax import config as configs
 from alexnet_jax import seals
 from alexnet_jax.config import Config, FailedError, UserError
 from alexnet_jax.data.augment import Statistics
-from alexnet_jax.train.optim import Plateau
-from alexnet_jax.train.state import Params, TrainState
+from alexnet_jax.train.optim import Plateau, make_optimizer
+from alexnet_jax.train.state import Params, TrainState, state_shapes
 
 BEGINNING = Plateau()
 # A failed save is raised; that Orbax logs it too, in hundreds of lines, helps nobody.
@@ -216,8 +216,10 @@ class Checkpoints:
         """A step's parameters on the host, numpy arrays in their natural shapes."""
         return self._read_all(step, "params")
 
-    def read_state(self, step: int, shapes: TrainState) -> TrainState:
-        """A step's state on the host, numpy arrays of the structure and shapes of `shapes`."""
+    def read_state(self, step: int, meta: Meta) -> TrainState:
+        """A step's state on the host, numpy arrays in their natural shapes."""
+        optimizer = make_optimizer(meta.config.optim)
+        shapes = state_shapes(meta.config.model, len(meta.labels), optimizer)
         training = {"step": shapes.step, "opt_state": shapes.opt_state}
         params = self._read(step, "params", shapes.params)
         return TrainState(params=params, **self._read(step, "training", training))

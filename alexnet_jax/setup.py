@@ -27,7 +27,6 @@ from alexnet_jax.train.state import (
     initial_state,
     make_apply,
     put,
-    state_shapes,
 )
 from alexnet_jax.train.step import EvalStep, TrainStep, make_train_step
 
@@ -74,8 +73,8 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
         source, statistics = survey.surveyed(source, config.data, config.model)
         validation, _ = survey.surveyed(validation, config.data, config.model)
     num_examples, num_classes = len(source), len(source.labels)
-    optimizer = optim.make_optimizer(config.optim)
     if latest is None:
+        optimizer = optim.make_optimizer(config.optim)
         meta = Meta(config, source.labels, statistics, num_examples=num_examples)
         state = initial_state(config.model, num_classes, optimizer, config.seed)
         if config.train.init_from:
@@ -92,8 +91,7 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
         meta = dataclasses.replace(meta, config=config, num_examples=num_examples, origin=origin)
         if any(name.startswith("data.") for name in changed):
             meta = dataclasses.replace(meta, statistics=statistics)
-        shapes = state_shapes(config.model, num_classes, optimizer)
-        state = checkpoints.read_state(latest, shapes)
+        state = checkpoints.read_state(latest, meta)
     calendar = make_calendar(config.train, num_examples, meta.origin)
     with job.one_first():
         if job.leads:

@@ -27,7 +27,6 @@ import jax
 import numpy as np
 
 from alexnet_jax import checkpoint
-from alexnet_jax.train import optim, state
 
 RUNS = {"undisturbed": False, "undisturbed again": False, "stopped and started again": True}
 
@@ -102,10 +101,7 @@ def last_step(workdir: pathlib.Path) -> int:
 def hashes(workdir: pathlib.Path, step: int) -> dict[str, str]:
     """SHA-256 of the weights, of the velocities, and of all that was written down but times."""
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints")
-    meta = checkpoints.read_meta(step)
-    optimizer = optim.make_optimizer(meta.config.optim)
-    shapes = state.state_shapes(meta.config.model, len(meta.labels), optimizer)
-    found = checkpoints.read_state(step, shapes)
+    found = checkpoints.read_state(step, checkpoints.read_meta(step))
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     for record in records:
         record.pop("images_per_second")

@@ -19,7 +19,8 @@ from alexnet_jax.train.optim import Plateau, make_optimizer
 from alexnet_jax.train.state import initial_state, natural_state, put
 
 CLASSES = 7  # odd: two shards hold eight columns
-OPTIMIZER = make_optimizer(Config().optim)
+MODEL = dataclasses.replace(Config().model, width=1 / 16, input_size=36)
+CONFIG = dataclasses.replace(Config(), model=MODEL)
 
 
 @dataclasses.dataclass
@@ -32,8 +33,7 @@ class Saved:
 
 @pytest.fixture(scope="module")
 def state() -> Any:
-    model = dataclasses.replace(Config().model, width=1 / 16, input_size=36)
-    state = initial_state(model, CLASSES, OPTIMIZER, seed=3)
+    state = initial_state(MODEL, CLASSES, make_optimizer(CONFIG.optim), seed=3)
     rng = np.random.default_rng(1)
     velocities = jax.tree.map(lambda v: rng.normal(size=v.shape).astype(v.dtype), state.opt_state)
     return state._replace(step=np.int32(5), opt_state=velocities)
@@ -45,7 +45,7 @@ def meta() -> Meta:
     shapes = Statistics(*((41, 41, 3), (3,), (3,), (3, 3)))
     statistics = Statistics(*(rng.uniform(size=shape).astype(np.float32) for shape in shapes))
     labels = tuple(f"class {number}" for number in range(CLASSES))
-    return Meta(Config(), labels, statistics, Plateau(0.25, 3, 1), top1_error=0.3)
+    return Meta(CONFIG, labels, statistics, Plateau(0.25, 3, 1), top1_error=0.3)
 
 
 def make_mesh(data: int, model: int) -> Mesh:
@@ -77,7 +77,7 @@ def test_what_one_mesh_saves_another_reads(saver, reader, state, meta, tmp_path)
         checkpoints.save(5, natural_state(placed, CLASSES), meta)
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.newest_whole() == 5
-    found = checkpoints.read_state(5, state)
+    found = checkpoints.read_state(5, meta)
     assert_equal(checkpoints.read_params(5), state.params)
     assert found.params["fc8"]["kernel"].shape[-1] == CLASSES
     assert_equal(found, state)
@@ -105,7 +105,7 @@ def test_a_state_donated_right_after_its_save_is_saved_as_it_was(state, meta, tm
             jax.block_until_ready(placed)
             assert between.params["fc6"]["kernel"].is_deleted()
             checkpoints.wait()
-            assert_equal(checkpoints.read_state(step, state), expected)
+            assert_equal(checkpoints.read_state(step, meta), expected)
             expected = plus_one(plus_one(expected))
 
 

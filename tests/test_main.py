@@ -14,11 +14,10 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from alexnet_jax import command as shared
-from alexnet_jax import config as configs
 from alexnet_jax import main as command
 from alexnet_jax.checkpoint import Checkpoints, Saver
 from alexnet_jax.report import Report
-from alexnet_jax.train import optim, state
+from alexnet_jax.train import state
 from alexnet_jax.train.calendar import Calendar
 
 CLASSES = ("cat", "dog", "owl")
@@ -30,11 +29,9 @@ def records(workdir: pathlib.Path, split: str) -> list[dict]:
 
 
 def final_state(workdir: pathlib.Path, step: int | None = None) -> state.TrainState:
-    config = configs.from_dict(json.loads((workdir / "config.json").read_text()))
     checkpoints = Checkpoints(workdir / "checkpoints")
     step = step or checkpoints.steps()[-1]
-    shapes = state.state_shapes(config.model, 3, optim.make_optimizer(config.optim))
-    return checkpoints.read_state(step, shapes)
+    return checkpoints.read_state(step, checkpoints.read_meta(step))
 
 
 def steps(workdir: pathlib.Path) -> list[int]:

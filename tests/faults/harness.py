@@ -27,10 +27,8 @@ import jax
 import numpy as np
 from PIL import Image
 
-from alexnet_jax import config as configs
 from alexnet_jax import seals
 from alexnet_jax.checkpoint import UNFINISHED, Checkpoints
-from alexnet_jax.train import optim, state
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = """
@@ -286,12 +284,9 @@ def records(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 def digest(workdir: pathlib.Path) -> str:
     """SHA-256 of the newest step, parameters and velocities."""
-    config = configs.from_dict(json.loads((workdir / "config.json").read_text()))
-    optimizer = optim.make_optimizer(config.optim)
-    shapes = state.state_shapes(config.model, config.model.num_classes, optimizer)
+    checkpoints, step = Checkpoints(workdir / "checkpoints"), newest(workdir)
     found = hashlib.sha256()
-    saved = Checkpoints(workdir / "checkpoints").read_state(newest(workdir), shapes)
-    for leaf in jax.tree.leaves(saved):
+    for leaf in jax.tree.leaves(checkpoints.read_state(step, checkpoints.read_meta(step))):
         found.update(np.ascontiguousarray(leaf))
     return found.hexdigest()
 
