@@ -119,13 +119,15 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
     return rest[1:]
 
 
-def file_to_write(flag: str, text: str) -> pathlib.Path:
+def file_to_write(flag: str, text: str, *suffixes: str) -> pathlib.Path:
     """The file that a flag names, whose folder is there after this.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: it ends in none of `suffixes`, or cannot be written.
     """
     path = pathlib.Path(text)
+    if path.suffix not in suffixes:
+        raise UserError(f"--{flag}={text}: must end in {' or '.join(suffixes)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()

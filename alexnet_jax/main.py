@@ -109,18 +109,16 @@ def run_mode(
     if options.mode == "eval":
         output = None
         if options.output and job.leads:
-            output = command.file_to_write("output", options.output)
+            output = command.file_to_write("output", options.output, ".npz", ".csv")
         found, classes = predict.evaluate_workdirs(config, directories, output, job.told)
         if job.leads:
             print(classes)
             print(json.dumps(found))
         return 0
     if options.mode == "predict":
-        if options.figure and not options.figure.endswith((".png", ".svg")):
-            raise UserError(f"--figure={options.figure}: must end in .png or .svg")
         if options.figure:
             figures.check_installed()
-            figure = command.file_to_write("figure", options.figure)
+            figure = command.file_to_write("figure", options.figure, ".png", ".svg")
         known, status = [], 0
         for entry in predict.predict_files(config, directories, paths):
             print(json.dumps(entry), flush=True)
@@ -137,7 +135,7 @@ def run_mode(
     if len(directories) > 1:
         raise UserError(f"--workdir={options.workdir}: --mode={options.mode} takes one")
     if options.mode == "features":
-        output = command.file_to_write("output", options.output)
+        output = command.file_to_write("output", options.output, ".npz")
         found = predict.write_features(config, directories[0], options.layer, output)
         print(json.dumps(found))
         return 0

@@ -206,10 +206,8 @@ def evaluate_workdirs(
       loss of ten crops and of several nets is that of the averaged probability. And the table.
 
     Raises:
-      UserError: as `together`; the output is neither .npz nor .csv.
+      UserError: as `together`.
     """
-    if output is not None and output.suffix not in (".npz", ".csv"):
-        raise UserError(f"--output={output}: must end in .npz or .csv")
     found, steps = together(config, directories, told)
     if output is not None:
         _write(output, found)
@@ -347,10 +345,8 @@ def write_features(
     """Write a layer's outputs for split `eval.split` to an .npz file; say what is in it.
 
     Raises:
-      UserError: as `open_net`, `open_split` and `features`; the output is no .npz.
+      UserError: as `open_net`, `open_split` and `features`.
     """
-    if output.suffix != ".npz":
-        raise UserError(f"--output={output}: must end in .npz")
     net = open_net(config, directory)
     source = open_split(net, config.eval.split)
     found = features(net, source, layer)

@@ -194,7 +194,7 @@ def test_features_are_the_layers_outputs(trained, images, run, capsys, tmp_path,
             ["--mode=eval", "--output=/dev/null/a.csv"],
             ["--output=/dev/null/a.csv cannot be written"],
         ),
-        (["--mode=eval", "--output=/"], ["--output=/ cannot be written", "directory"]),
+        (["--mode=eval", "--output=/"], ["--output=/", ".npz or .csv"]),
         (
             ["--mode=predict", "--figure=/dev/null/a.png"],
             ["--figure=/dev/null/a.png cannot be written"],
