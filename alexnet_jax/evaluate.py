@@ -1,6 +1,6 @@
 """Errors of a net on a whole split while it trains: centre or ten crops, every example once."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -42,13 +42,7 @@ def evaluate(
         at(f"validation batch {len(parts) + 1}")
         parts.append(eval_step(params, put_batch(batch, mesh), statistics))
         jax.block_until_ready(parts[-3:][0])  # no more than this many batches on the devices
-    return total(parts)
-
-
-def total(parts: Iterable[Array]) -> metrics.Sums:
-    """What evaluation steps found, (4, shards) float32, added up on the host in float64."""
-    found = [np.asarray(part.addressable_data(0))[:, 0] for part in parts]
-    return metrics.Sums(*np.sum(np.array(found, np.float64), axis=0))
+    return metrics.added([np.asarray(part.addressable_data(0))[:, 0] for part in parts])
 
 
 def check_labels(trained: tuple[str, ...], given: tuple[str, ...], where: str) -> None:

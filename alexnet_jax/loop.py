@@ -99,7 +99,7 @@ class Interval:
             moved, weights = np.sqrt(squares[:, 1:]).T
             ratios.append(np.divide(moved, weights, out=np.zeros_like(moved), where=weights > 0))
         seconds = time.perf_counter() - self.started
-        values = metrics.errors(metrics.Sums(*np.sum(np.array(sums, np.float64), axis=0)))
+        values = metrics.errors(metrics.added(sums))
         values["gradient_norm"] = float(np.sqrt(np.mean(np.sum(gradients, axis=1))))
         for name, ratio in zip(names, np.mean(ratios, axis=0)):
             values[f"update_to_weight/{name}"] = float(ratio)

@@ -1,9 +1,11 @@
 """Cross-entropy and top-1, top-5 errors, exact over padded batches."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 
@@ -42,6 +44,11 @@ def sums(log_probs: Array, labels: Array, valid: Array | None = None) -> Sums:
     if valid is not None:
         rows = tuple(jnp.where(valid, row, jnp.zeros_like(row)) for row in rows)
     return Sums(*(jnp.sum(row.astype(jnp.float32)) for row in rows))
+
+
+def added(parts: Sequence[Any]) -> Sums:
+    """The sums over several batches, of each the four numbers; float64, on the host."""
+    return Sums(*np.sum(np.array(parts, np.float64), axis=0))
 
 
 def errors(total: Sums) -> dict[str, float]:

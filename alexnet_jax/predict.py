@@ -22,7 +22,7 @@ from alexnet_jax.files import whole, write_arrays
 from alexnet_jax.mesh import local_rows, make_mesh, put_batch, put_everywhere
 from alexnet_jax.models.nets import layers
 from alexnet_jax.train.state import Params, make_apply, put
-from alexnet_jax.train.step import PredictStep, make_features_step, make_predict_step
+from alexnet_jax.train.step import EvalStep, make_features_step, make_predict_step
 from alexnet_jax.workdir import CHECKPOINTS
 
 log = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ def feature_batches(net: Net, source: Source, layer: str) -> Iterator[np.ndarray
         left -= len(output)
 
 
-def _outputs(net: Net, source: Source, step: PredictStep) -> Iterator[np.ndarray]:
+def _outputs(net: Net, source: Source, step: EvalStep) -> Iterator[np.ndarray]:
     """What `step` makes of each global batch, padding included."""
     size = batch_size(net.config, net.mesh)
     rows = stream.Rows(size, local_rows(net.mesh, size))
@@ -218,12 +218,11 @@ def evaluate_workdirs(
         )
         for first in range(0, len(found.targets), 4096)
     ]
-    total = np.sum(np.array([[float(value) for value in part] for part in sums]), axis=0)
     values = {
         "split": config.eval.split,
         "num_examples": len(found.targets),
         "num_crops": config.eval.num_crops,
-        **metrics.errors(metrics.Sums(*total)),
+        **metrics.errors(metrics.added(sums)),
     }
     if len(directories) == 1:
         return values | {"step": steps[0]}, class_table(found)

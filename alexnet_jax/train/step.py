@@ -81,7 +81,6 @@ TrainStep = Callable[
     [TrainState, DeviceBatch, Statistics, ArrayLike], tuple[TrainState, StepResults]
 ]
 EvalStep = Callable[[Params, DeviceBatch, Statistics], Array]
-PredictStep = Callable[[Params, DeviceBatch, Statistics], Array]
 
 
 def make_train_step(
@@ -207,7 +206,7 @@ def make_eval_step(apply: Apply, mesh: Mesh, *, size: int, num_crops: int, mean:
 
 def make_predict_step(
     apply: Apply, mesh: Mesh, *, size: int, num_crops: int, mean: str
-) -> PredictStep:
+) -> EvalStep:
     """As `make_eval_step`: (params, batch, statistics) -> log probabilities.
 
     (shards, b, classes) float32, rows split over `data`; all shards hold the same.
@@ -219,7 +218,7 @@ def make_predict_step(
     return _jitted(local_predict, mesh, P("model", "data"))
 
 
-def make_features_step(features: Apply, mesh: Mesh, *, size: int, mean: str) -> PredictStep:
+def make_features_step(features: Apply, mesh: Mesh, *, size: int, mean: str) -> EvalStep:
     """A layer's output for centre crops: (params, batch, statistics) -> (b, pixels, c) float32.
 
     One pixel where the layer is fully connected.
