@@ -131,6 +131,11 @@ class Model:
     bias: tuple[float, ...] = _setting((0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0), _numbers(8))
 
     @property
+    def splits(self) -> bool:
+        """Whether the towers can lie on two devices."""
+        return self.towers == 2 and not self.normalises_across
+
+    @property
     def normalises_across(self) -> bool:
         """Whether response normalisation reads both towers' maps."""
         return self.lrn and self.lrn_across_towers

@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from alexnet_jax import config as configs
 from alexnet_jax.config import Config, stored_size
 from alexnet_jax.data.augment import Statistics
-from alexnet_jax.mesh import start_cpu_devices
+from alexnet_jax.mesh import make_mesh, start_cpu_devices
 from alexnet_jax.models.layers import Layer
 from alexnet_jax.models.nets import layers
 from alexnet_jax.train import optim
@@ -114,14 +115,12 @@ def inspect(config: Config) -> dict[str, Any]:
     start_cpu_devices(2, at_least=True)
     model = config.model
     num_classes = model.num_classes or IMAGENET_CLASSES
-    splits = model.towers == 2 and not model.normalises_across
-    devices = np.asarray(jax.devices("cpu")[: 1 + splits]).reshape(1, -1)
-    mesh = Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    mesh = make_mesh(configs.Mesh(model=1 + model.splits, data=1), model)
     found = layers(model, num_classes)
-    reads_both = [layer for layer in found if layer.groups == 1][1:] if splits else []
+    reads_both = [layer for layer in found if layer.groups == 1][1:] if model.splits else []
     step, arguments = training_step(config, num_classes, mesh)
     traced = step.trace(*arguments)
-    sent = exchanged_bytes(traced.jaxpr) if splits else []
+    sent = exchanged_bytes(traced.jaxpr) if model.splits else []
     into = dict(zip((layer.name for layer in reads_both), sent))
     hlo = traced.lower().compile().as_text()
     rows = [_row(layer, model.towers, into.get(layer.name, 0)) for layer in found]

@@ -31,7 +31,7 @@ def make_mesh(mesh: configs.Mesh, model: configs.Model) -> jax.sharding.Mesh:
     Raises:
       UserError: the net does not split, or there are fewer devices than the mesh takes.
     """
-    if mesh.model == 2 and (model.towers != 2 or model.normalises_across):
+    if mesh.model == 2 and not model.splits:
         reason = "has one tower" if model.towers != 2 else "normalises across the towers"
         raise UserError(
             f"mesh.model=2: the net of preset {model.preset!r} {reason} and does not split; "
