@@ -17,7 +17,7 @@ from alexnet_jax.config import Config, Data, Model, stored_size
 from alexnet_jax.data import augment, images, sources, stream, survey, workers
 from alexnet_jax.data.augment import Statistics
 from alexnet_jax.data.examples import Source
-from alexnet_jax.mesh import check_batch, make_mesh, put_batch, put_everywhere
+from alexnet_jax.mesh import put_batch, put_everywhere, training_mesh
 from alexnet_jax.models.nets import layers
 from alexnet_jax.train import optim
 from alexnet_jax.train.calendar import Calendar
@@ -39,9 +39,7 @@ def bench(config: Config) -> dict[str, Any]:
       speed, measured in the same run, that the step reaches. Steps follow each other as in
       training, which does not wait for one before it sends the next.
     """
-    mesh = make_mesh(config.mesh, config.model)
-    batch_size = config.train.batch_size
-    check_batch("train.batch_size", batch_size, mesh, config.train.accumulation_steps)
+    mesh, batch_size = training_mesh(config), config.train.batch_size
     source = sources.open_source(config.data, "train")
     config = setup.with_classes(config, source.labels)
     source, statistics = survey.surveyed(source, config.data, config.model)

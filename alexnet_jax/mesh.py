@@ -81,15 +81,22 @@ def _even(processes: Iterable[Sequence[int]]) -> bool:
     )
 
 
-def check_batch(name: str, batch_size: int, mesh: jax.sharding.Mesh, parts: int = 1) -> None:
-    """Raises UserError unless the batch splits evenly over the mesh's data axis and `parts`."""
+def training_mesh(config: configs.Config) -> jax.sharding.Mesh:
+    """`make_mesh`, for batches that split evenly over its data axis and accumulation's parts.
+
+    Raises:
+      UserError: as `make_mesh`; or the batch does not split so.
+    """
+    mesh = make_mesh(config.mesh, config.model)
+    batch_size, parts = config.train.batch_size, config.train.accumulation_steps
     shares = mesh.shape["data"] * parts
     if batch_size % shares:
         micro = f" x {parts} accumulation steps" if parts > 1 else ""
         raise UserError(
-            f"{name}={batch_size}: must divide by the {mesh.shape['data']} devices of mesh axis "
-            f"data{micro}; set --config.{name}={-(-batch_size // shares) * shares}"
+            f"train.batch_size={batch_size}: must divide by the {mesh.shape['data']} devices of "
+            f"mesh axis data{micro}; set --config.train.batch_size={-(-batch_size // shares) * shares}"
         )
+    return mesh
 
 
 def parameter_spec(array: jax.Array | jax.ShapeDtypeStruct) -> P:

@@ -15,7 +15,7 @@ from alexnet_jax.cluster import Job
 from alexnet_jax.config import Config, UserError
 from alexnet_jax.data import sources, survey
 from alexnet_jax.data.examples import Source
-from alexnet_jax.mesh import check_batch, make_mesh
+from alexnet_jax.mesh import training_mesh
 from alexnet_jax.models.nets import layers
 from alexnet_jax.ops import native
 from alexnet_jax.train import optim
@@ -52,8 +52,7 @@ class Run(NamedTuple):
 def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool, job: Job) -> Run:
     """Open the data, restore or begin, and build the steps; the same on every rank of the job."""
     layers(config.model, num_classes=1)  # an input that is too small is told before all else
-    mesh = make_mesh(config.mesh, config.model)
-    check_batch("train.batch_size", config.train.batch_size, mesh, config.train.accumulation_steps)
+    mesh = training_mesh(config)
     with job.one_first():  # what it compiles, draws, or learns by looking at all images, is kept
         compiled = native.available()
         source = sources.open_source(config.data, "train")

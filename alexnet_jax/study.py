@@ -129,9 +129,7 @@ def check(study: Study, user: Any, seeds: Sequence[int]) -> None:
     mesh.start_cpu_devices(next(iter(chosen.values())).mesh.cpu_devices)
     nets, labels = {}, ()
     for name, config in chosen.items():
-        here = mesh.make_mesh(config.mesh, config.model)
-        parts = config.train.accumulation_steps
-        mesh.check_batch("train.batch_size", config.train.batch_size, here, parts)
+        mesh.training_mesh(config)
         labels = labels or sources.open_source(config.data, "train").labels
         config = setup.with_classes(config, labels)
         setup.check_parameters(config)
