@@ -30,7 +30,6 @@ from alexnet_jax.data.augment import Statistics
 from alexnet_jax.train.optim import Plateau, make_optimizer
 from alexnet_jax.train.state import Params, TrainState, state_shapes
 
-BEGINNING = Plateau()
 # A failed save is raised; that Orbax logs it too, in hundreds of lines, helps nobody.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
@@ -46,6 +45,7 @@ def _unraisable(found: Any, otherwise: Callable[[Any], Any] = sys.unraisablehook
 
 sys.unraisablehook = _unraisable
 
+BEGINNING = Plateau()
 log = logging.getLogger(__name__)
 
 UNFINISHED = "*.orbax-checkpoint-tmp*"
@@ -144,7 +144,7 @@ class Checkpoints:
             )
         return None
 
-    def _damage_of(self, step: int, told: Told = alone) -> str:
+    def _damage_of(self, step: int, told: Told) -> str:
         """What is wrong with a checkpoint, in words; "" where it is whole."""
         folder = self.folder(step)
         if told(lambda: "sealed" if seals.is_sealed(folder) else ""):

@@ -89,14 +89,14 @@ def library(
     folder, name = _kept(), f"{source.stem}-{suffix}"
     for path in folder.glob(f"{name}-*.so"):
         with contextlib.suppress(OSError):
-            if path.stem.rpartition("-")[2] == _digest(path):
+            if path.stem.rpartition("-")[2] == files.digest(path)[:16]:
                 return _loaded(path, symbols), suffix
             path.unlink()  # damaged
     with tempfile.TemporaryDirectory() as scratch:
         made = pathlib.Path(scratch) / f"{name}.so"
         run(*FLAGS, *flags, str(source), "-o", str(made))
         loaded = _loaded(made, symbols)
-        path = folder / f"{name}-{_digest(made)}.so"
+        path = folder / f"{name}-{files.digest(made)[:16]}.so"
         with contextlib.suppress(OSError), files.whole(path) as partial:
             shutil.copyfile(made, partial)
         return loaded, suffix
@@ -123,7 +123,3 @@ def _kept() -> pathlib.Path:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ[KEPT] = folder
     return pathlib.Path(folder)
-
-
-def _digest(path: pathlib.Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -145,10 +145,10 @@ def kernels(towers: Sequence[np.ndarray], titles: Sequence[str]) -> Any:
     return figure
 
 
-def _sheet(tower: np.ndarray, columns: int = 16) -> np.ndarray:
+def _sheet(tower: np.ndarray) -> np.ndarray:
     """Kernels (k, k, 3, o) in 0..1 side by side, a white pixel between: (h, w, 3)."""
     size, count = tower.shape[0], tower.shape[3]
-    columns = min(columns, count)
+    columns = min(16, count)
     rows = math.ceil(count / columns)
     sheet = np.ones((rows * (size + 1) - 1, columns * (size + 1) - 1, 3))
     for place in range(count):

@@ -111,15 +111,13 @@ def guesses(source: Source, probabilities: np.ndarray, size: int) -> list[Guess]
     """
     found = []
     for index in _spread(len(source), GUESSES):
-        row = probabilities[index]
-        best = np.argsort(-row, kind="stable")[:5]
         image, label = _picture(source, index, size)
-        labels = [source.labels[place] for place in best]
-        found.append(Guess(image, label, labels, row[best].tolist(), label))
+        best = predict.best_labels(probabilities[index], source.labels)
+        found.append(Guess(image, label, right=label, **best))
     return found
 
 
-def file_guesses(found: Sequence[dict[str, Any]], size: int = 256) -> Any:
+def file_guesses(found: Sequence[dict[str, Any]]) -> Any:
     """What `predict.predict_files` says of image files, drawn as in the paper's figure 4."""
     drawn = []
     if len(found) > MOST_FILES:
@@ -127,7 +125,7 @@ def file_guesses(found: Sequence[dict[str, Any]], size: int = 256) -> Any:
     for entry in found[:MOST_FILES]:
         pixels = images.decode(pathlib.Path(entry["file"]).read_bytes(), entry["file"])
         name = pathlib.Path(entry["file"]).name
-        square = images.square(pixels, size)
+        square = images.square(pixels, 256)
         drawn.append(Guess(square, name, entry["labels"], entry["probabilities"], None))
     return figures.guesses(drawn)
 

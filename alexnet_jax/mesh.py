@@ -93,8 +93,8 @@ def training_mesh(config: configs.Config) -> jax.sharding.Mesh:
     if batch_size % shares:
         micro = f" x {parts} accumulation steps" if parts > 1 else ""
         raise UserError(
-            f"train.batch_size={batch_size}: must divide by the {mesh.shape['data']} devices of "
-            f"mesh axis data{micro}; set --config.train.batch_size={-(-batch_size // shares) * shares}"
+            f"train.batch_size={batch_size}: must divide by the {mesh.shape['data']} devices of mesh "
+            f"axis data{micro}; set --config.train.batch_size={-(-batch_size // shares) * shares}"
         )
     return mesh
 

@@ -311,15 +311,16 @@ def predict_files(
         whole = tuple(path for path in some if path not in broken)
         source = sources.Folder(labels, np.zeros(len(whole), np.int64), "", whole)
         found = averaged([predict(source) for predict in predictors]) if whole else ()
-        best = iter(_best(path, row, labels) for path, row in zip(whole, np.exp(found)))
+        best = iter(
+            {"file": path, **best_labels(row, labels)} for path, row in zip(whole, np.exp(found))
+        )
         yield from (broken[path] if path in broken else next(best) for path in some)
 
 
-def _best(path: str, probabilities: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
-    """A file and its five best labels."""
+def best_labels(probabilities: np.ndarray, labels: Sequence[str]) -> dict[str, list]:
+    """The five best `labels` and their `probabilities`."""
     best = np.argsort(-probabilities, kind="stable")[:5]
     return {
-        "file": path,
         "labels": [labels[place] for place in best],
         "probabilities": [float(probabilities[place]) for place in best],
     }

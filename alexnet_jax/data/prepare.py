@@ -29,7 +29,7 @@ from alexnet_jax.data.images import ImageError
 from alexnet_jax.data.inputs import Input
 from alexnet_jax.data.sources import Folder
 from alexnet_jax.data.statistics import Sums
-from alexnet_jax.files import synced, write_arrays, write_text
+from alexnet_jax.files import digest, read_arrays, synced, write_arrays, write_text
 
 log = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ def write_shard(
     synced(partial)
     facts = {
         "fingerprint": portion.fingerprint,
-        "sha256": records.digest(partial),
+        "sha256": digest(partial),
         "oddities": {name: oddities[name] for name in ODDITIES},
         "broken": broken,
         "count": sums.count,
@@ -222,7 +222,7 @@ def _encoded(square: np.ndarray, settings: Settings) -> tuple[bytes, np.ndarray]
 def _journal(entry: pathlib.Path) -> _Entry:
     sums = Sums(0)
     try:
-        arrays: dict[str, Any] = records.read_arrays(
+        arrays: dict[str, Any] = read_arrays(
             entry, ("facts", "pixels", "products", "offset", "length", "label")
         )
         facts = json.loads(str(arrays.pop("facts")))

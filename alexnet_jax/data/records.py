@@ -15,7 +15,6 @@ import os
 import pathlib
 import resource
 import struct
-import zipfile
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from alexnet_jax.config import UserError
 from alexnet_jax.data.augment import Statistics
 from alexnet_jax.data.examples import Example, taken
-from alexnet_jax.files import digest
+from alexnet_jax.files import digest, read_arrays
 
 VERSION = 1
 MANIFEST, LABELS, STATISTICS = "manifest.json", "labels.txt", "statistics.npz"
@@ -271,24 +270,6 @@ def shard_file(split: str, number: int) -> str:
 
 def index_file(split: str) -> str:
     return f"{split}.index.npz"
-
-
-def read_arrays(path: pathlib.Path, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file that `files.write_arrays` wrote.
-
-    Nothing in it is unpickled, nor unpacked: what is read lies on the disk at its full size.
-
-    Raises:
-      ValueError: it is no such file.
-    """
-    try:
-        with zipfile.ZipFile(path) as members:
-            if any(m.compress_type != zipfile.ZIP_STORED for m in members.infolist()):
-                raise ValueError("its arrays are compressed")
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: np.asarray(arrays[name]) for name in names}
-    except Exception as error:  # at damaged bytes numpy and zipfile raise what they stumble over
-        raise ValueError(" ".join(str(error).split())[:160] or type(error).__name__) from error
 
 
 def read_statistics(path: pathlib.Path, size: int) -> Statistics:

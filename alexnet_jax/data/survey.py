@@ -18,9 +18,9 @@ from alexnet_jax.config import Data, Model, UserError, stored_size
 from alexnet_jax.data import images, workers
 from alexnet_jax.data.augment import Statistics
 from alexnet_jax.data.examples import Source
-from alexnet_jax.data.records import Records, read_arrays, read_statistics
+from alexnet_jax.data.records import Records, read_statistics
 from alexnet_jax.data.statistics import Sums
-from alexnet_jax.files import write_arrays
+from alexnet_jax.files import read_arrays, write_arrays
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def survey(
         log.info("surveying %d images, once; kept in %s", len(source), path.parent)
         found = _found(*_scan(source, stored_size, num_workers))
         with _writing(path.parent):
-            write_arrays(path, sync=False, **found)
+            write_arrays(path, **found)
     broken = found.pop("broken")
     if len(broken):
         log.warning("%d of %d images are broken and left out:", len(broken), len(source))

@@ -62,7 +62,8 @@ def _window_slices(x: Array, window: int, stride: int) -> list[Array]:
     b, h, w, c = x.shape
     rows, columns = pooled_size(h, window, stride), pooled_size(w, window, stride)
     tall, wide = (rows - 1) * stride + window, (columns - 1) * stride + window
-    padded = _fit(x, tall, wide, -jnp.inf)
+    edges = [(0, 0, 0), (0, tall - h, 0), (0, wide - w, 0), (0, 0, 0)]
+    padded = lax.pad(x, jnp.array(-jnp.inf, x.dtype), edges)
     return [
         lax.slice(
             padded,
@@ -73,12 +74,6 @@ def _window_slices(x: Array, window: int, stride: int) -> list[Array]:
         for i in range(window)
         for j in range(window)
     ]
-
-
-def _fit(x: Array, tall: int, wide: int, value: float) -> Array:
-    """Cut or pad x with `value` on the bottom and right to (b, tall, wide, c)."""
-    edges = [(0, 0, 0), (0, tall - x.shape[1], 0), (0, wide - x.shape[2], 0), (0, 0, 0)]
-    return lax.pad(x, jnp.array(value, x.dtype), edges)
 
 
 def max_pool_and_places(x: Array, window: int, stride: int) -> tuple[Array, Array]:
