@@ -89,12 +89,13 @@ def training_mesh(config: configs.Config) -> jax.sharding.Mesh:
     """
     mesh = make_mesh(config.mesh, config.model)
     batch_size, parts = config.train.batch_size, config.train.accumulation_steps
-    shares = mesh.shape["data"] * parts
+    places = mesh.shape["data"]
+    shares = places * parts
     if batch_size % shares:
         micro = f" x {parts} accumulation steps" if parts > 1 else ""
         raise UserError(
-            f"train.batch_size={batch_size}: must divide by the {mesh.shape['data']} devices of mesh "
-            f"axis data{micro}; set --config.train.batch_size={-(-batch_size // shares) * shares}"
+            f"train.batch_size={batch_size}: must divide by the {places} devices of mesh axis "
+            f"data{micro}; set --config.train.batch_size={-(-batch_size // shares) * shares}"
         )
     return mesh
 

@@ -26,7 +26,7 @@ import end_to_end
 import jax
 import numpy as np
 
-from alexnet_jax import checkpoint
+from alexnet_jax import checkpoint, report
 
 RUNS = {"undisturbed": False, "undisturbed again": False, "stopped and started again": True}
 
@@ -92,10 +92,8 @@ def run(folder: pathlib.Path, flags: list[str], stop_after: int) -> None:
 
 def last_step(workdir: pathlib.Path) -> int:
     """The last one that is written down; 0 for none."""
-    metrics = workdir / "metrics.jsonl"
-    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]
-    return json.loads(whole[-1])["step"] if whole else 0
+    records = report.training_records(workdir)
+    return records[-1]["step"] if records else 0
 
 
 def hashes(workdir: pathlib.Path, step: int) -> dict[str, str]:

@@ -16,6 +16,8 @@ import subprocess
 import sys
 import time
 
+from alexnet_jax import report
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARED = {
     "model.width": 1.0,
@@ -64,9 +66,7 @@ def main() -> int:
 
 def levels(workdir: pathlib.Path) -> dict:
     """What the run's log says: the last records, the lowest error, the median pace."""
-    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    training = [record for record in records if record["split"] == "train"]
-    validation = [record for record in records if record["split"] != "train"]
+    training, validation = report.training_records(workdir), report.evaluation_records(workdir)
     return {
         "training": training[-1],
         "validation": validation[-1],

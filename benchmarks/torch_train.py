@@ -23,6 +23,7 @@ import torch_nets
 import train_step
 
 from alexnet_jax import config as configs
+from alexnet_jax import report
 from alexnet_jax.config import Config
 from alexnet_jax.data import sources, stream, survey
 from alexnet_jax.models.nets import layers
@@ -39,9 +40,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # it only draws the weights and tells the rates
     config = configs.from_dict(json.loads((options.workdir / "config.json").read_text()))
     records = list(trained(config, options.form, options.workdir / "pytorch.jsonl"))
-    lines = (options.workdir / "metrics.jsonl").read_text().splitlines()
-    theirs = [r for r in map(json.loads, lines) if r["split"] == config.eval.split]
-    found = {"this package": theirs, "PyTorch": records}
+    found = {"this package": report.evaluation_records(options.workdir), "PyTorch": records}
     print(
         "| | epoch | loss | top-1 error | top-5 error | lowest top-1 |\n|---|---|---|---|---|---|"
     )

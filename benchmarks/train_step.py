@@ -17,6 +17,7 @@ with mode="reduce-overhead".
 
 import argparse
 import contextlib
+import functools
 import importlib
 import importlib.util
 import json
@@ -180,15 +181,13 @@ def make(name: str, batch: int, dtype: str, what: str) -> tuple[timing.Work, str
 
 def ours(batch: int, dtype: str, what: str) -> tuple[timing.Work, str]:
     import jax
-    import jax.numpy as jnp
     import numpy as np
 
+    from alexnet_jax import bench, evaluate
     from alexnet_jax import config as configs
-    from alexnet_jax import evaluate, setup
     from alexnet_jax.data.augment import Statistics
     from alexnet_jax.mesh import make_mesh, put_batch
     from alexnet_jax.train import optim, state
-    from alexnet_jax.train.calendar import Calendar
 
     user = configs.blank()
     user.model.dtype = timing.set_precision(dtype)
@@ -201,14 +200,10 @@ def ours(batch: int, dtype: str, what: str) -> tuple[timing.Work, str]:
     size = 224 if what == "train" else 256
     mean = np.full((256, 256, 3), 120, np.float32)
     pixels = Statistics(mean, np.ones(3, np.float32), np.eye(3, dtype=np.float32), np.ones(3))
-    pixels = jax.device_put(pixels)
     numbers = {
         "image": rng.integers(0, 256, (batch, size, size, 3), np.uint8),
         "label": rng.integers(0, 1000, batch, np.int32),
     }
-    apply = state.make_apply(config.model, 1_000, 1)
-    optimizer = optim.make_optimizer(config.optim)
-    now = state.put(state.initial_state(config.model, 1_000, optimizer, 0), mesh)
     if what == "train":
         numbers |= {
             "shift": rng.standard_normal((batch, 3), np.float32),
@@ -216,19 +211,15 @@ def ours(batch: int, dtype: str, what: str) -> tuple[timing.Work, str]:
             "mirror": np.zeros(batch, bool),
             "gain": np.ones(batch, np.float32),
         }
-        step = setup.make_step(apply, config, mesh, Calendar(1_000_000, batch, 10**9))
-        scale = jnp.float32(1e-6)  # of the rate: weights hardly move, whatever is shown
+        given = put_batch(numbers, mesh)
+        advance = bench.make_advance(config, mesh, pixels, 1_000, 1_000_000, given)
+        call = functools.partial(advance, given)
     else:
-        numbers["valid"] = np.ones(batch, bool)
-        step = evaluate.make_step(apply, config, mesh)
-    given = put_batch(numbers, mesh)
-
-    def train():
-        nonlocal now
-        now, results = step(now, given, pixels, scale)
-        return now, results
-
-    call = train if what == "train" else lambda: step(now.params, given, pixels)
+        given = put_batch(numbers | {"valid": np.ones(batch, bool)}, mesh)
+        optimizer = optim.make_optimizer(config.optim)
+        params = state.put(state.initial_state(config.model, 1_000, optimizer, 0).params, mesh)
+        step = evaluate.make_step(state.make_apply(config.model, 1_000, 1), config, mesh)
+        call = functools.partial(step, params, given, jax.device_put(pixels))
     alone = jax.default_backend() == "cpu"
     return timing.Work(call, jax.block_until_ready, alone), jax.devices()[0].device_kind
 
