@@ -32,10 +32,10 @@ Entry = tuple[str, bytes] | tarfile.TarInfo
 Files = dict[str, bytes]
 
 
-def tarred(entries: Iterable[Entry], form: int = tarfile.GNU_FORMAT) -> bytes:
+def tarred(entries: Iterable[Entry], form: int = tarfile.GNU_FORMAT, packed: str = "") -> bytes:
     """A tar's bytes: (name, data) is a file, a TarInfo a member without data."""
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:", format=form) as tar:
+    with tarfile.open(fileobj=buffer, mode=f"w:{packed}", format=form) as tar:
         for entry in entries:
             if isinstance(entry, tarfile.TarInfo):
                 tar.addfile(entry)
@@ -89,16 +89,9 @@ def devkit(synsets: list[dict] | None = None, truth: str = "", leave_out: str = 
         (f"{top}/data/meta.mat", mat.getvalue()),
         (f"{top}/data/ILSVRC2012_validation_ground_truth.txt", truth.encode()),
     ]
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
-        for entry in entries:
-            if isinstance(entry, tarfile.TarInfo):
-                tar.addfile(entry)
-            elif not (leave_out and entry[0].endswith(f"data/{leave_out}")):
-                info = tarfile.TarInfo(entry[0])
-                info.size = len(entry[1])
-                tar.addfile(info, io.BytesIO(entry[1]))
-    return packed.getvalue()
+    left_out = f"{top}/data/{leave_out}"
+    kept = [e for e in entries if isinstance(e, tarfile.TarInfo) or e[0] != left_out]
+    return tarred(kept, packed="gz")
 
 
 def synset(name: str, number: int, num_children: int = 0) -> dict:
