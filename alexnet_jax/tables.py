@@ -196,8 +196,8 @@ def _markdown(name: str, study: Study, runs: Sequence[Done], rows: Sequence[dict
 
 
 def _csv(rows: Sequence[dict[str, Any]]) -> str:
-    names = list(rows[0]) if rows else []
-    lines = [names, *([("" if row[name] is None else row[name]) for name in names] for row in rows)]
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(lines)
+    table = csv.DictWriter(text, rows[0] if rows else (), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
     return text.getvalue()

@@ -5,9 +5,9 @@ import datetime
 import fcntl
 import json
 import logging
-import os
 import pathlib
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -33,9 +33,7 @@ def make(workdir: pathlib.Path) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / CHECKPOINTS).mkdir(exist_ok=True)
-        probe = workdir / f".writable.{socket.gethostname()}.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=workdir).close()
     except OSError as error:
         raise UserError(
             f"--workdir={workdir} cannot be written ({error.strerror}); choose another"

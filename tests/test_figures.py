@@ -141,9 +141,7 @@ def test_mode_figures_writes_every_picture_twice(trained, run, capsys):
         assert (folder / f"{name}.svg").read_text().count("<path") > 3
 
 
-def test_neighbours_are_the_nearest_in_the_features_file(
-    trained, images, run, capsys, tmp_path, monkeypatch
-):
+def test_neighbours_are_the_nearest_in_the_features_file(trained, run, tmp_path, monkeypatch):
     asked = {}
     monkeypatch.setattr(
         figures, "neighbours", lambda *given: asked.update(zip(("queries", "nearest"), given))

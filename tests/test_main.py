@@ -206,7 +206,7 @@ def test_a_loss_that_is_not_finite_ends_with_status_1_and_keeps_the_good_checkpo
     assert_equal(final_state(tmp_path), good)
 
 
-def test_another_model_is_refused_and_other_settings_need_a_flag(trained, run, tmp_path, capsys):
+def test_another_model_is_refused_and_other_settings_need_a_flag(trained, run, capsys):
     assert run(trained, "--config.model.width=0.125") == 2
     assert "model.width: 0.0625 -> 0.125" in capsys.readouterr().err
     assert run(trained, "--config.seed=7", "--config.optim.momentum=0.5") == 2

@@ -161,7 +161,7 @@ def test_files_and_folders_are_given_their_best_labels_in_their_order(
 
 @pytest.mark.parametrize("towers", [1, 2])
 @pytest.mark.parametrize("layer", ["conv1", "conv4", "conv5", "fc7"])
-def test_features_are_the_layers_outputs(trained, images, run, capsys, tmp_path, towers, layer):
+def test_features_are_the_layers_outputs(trained, images, run, tmp_path, towers, layer):
     output = tmp_path / "features.npz"
     flags = (f"--layer={layer}", f"--output={output}", f"--config.mesh.model={towers}")
     assert run(trained, "--mode=features", *flags) == 0

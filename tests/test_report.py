@@ -94,7 +94,7 @@ def test_records_later_than_the_start_are_taken_out(tmp_path):
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
 
 
-def test_tensorflow_is_not_needed(tmp_path):
+def test_tensorflow_is_not_needed():
     code = "import sys; from alexnet_jax import report; print('tensorflow' in sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -102,7 +102,6 @@ def test_tensorflow_is_not_needed(tmp_path):
     assert result.stdout.strip() == "False"
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_a_terminal_gets_a_progress_bar_with_errors_and_speed(tmp_path):
     ours, theirs = pty.openpty()
     command = [

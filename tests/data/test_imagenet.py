@@ -637,7 +637,7 @@ def test_a_class_tar_is_never_whole_in_memory(tmp_path, monkeypatch):
     assert peak < 2**19
 
 
-def test_a_scan_reads_on_only_as_far_as_asked(tar_path, classes):
+def test_a_scan_reads_on_only_as_far_as_asked(tar_path):
     scan = Scan(tar_path, "train", Classes(tuple(sorted(COUNTS)), None, None), None, 2)
     assert scan.position == 0
     assert len(next(iter(scan))) == 2
@@ -654,7 +654,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("odd", ODD.values(), ids=ODD)
-def test_links_and_devices_are_refused_by_name(classes, tmp_path, odd):
+def test_links_and_devices_are_refused_by_name(tmp_path, odd):
     inner = tarred([("n01_1.JPEG", b"1"), odd])
     outer = tmp_path / "outer.tar"
     outer.write_bytes(tarred([("n01.tar", tarred([("n01_1.JPEG", b"1")])), odd]))

@@ -384,7 +384,7 @@ def test_up_it_overshoots_an_edge_as_only_a_cubic_does(form):
     assert (square[:, :12] == 60).all()  # four pixels from the edge it has no influence
 
 
-def test_a_harmless_warning_of_libjpeg_does_not_cost_the_picture(tmp_path):
+def test_a_harmless_warning_of_libjpeg_does_not_cost_the_picture():
     pixels = np.random.default_rng(0).integers(0, 255, (60, 50, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG")
@@ -524,7 +524,7 @@ def test_nothing_beside_an_image_or_its_crop_is_touched(library, pictures, last)
 
 
 @pytest.mark.skipif(not native.available(), reason="no C++ compiler")
-def test_without_a_compiler_a_jpeg_looks_the_same(pictures, monkeypatch):
+def test_without_a_compiler_a_jpeg_looks_the_same(pictures):
     """Whole, cut, and with bytes changed."""
     rng = np.random.default_rng(0)
     kinds = [{}, {"progressive": True}, {"mode": "L"}, {"mode": "CMYK"}, {"exif": oriented(6)}]

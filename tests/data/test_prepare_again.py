@@ -108,7 +108,7 @@ def test_other_settings_do_not_go_on(unfinished, run, tmp_path, flag):
     assert tree(tmp_path) == before
 
 
-def test_another_input_does_not_go_on(unfinished, folder, run, tmp_path):
+def test_another_input_does_not_go_on(unfinished, folder, run):
     words = ("another input", "choose another --output", "remove it")
     assert_refused(run(*unfinished[1:], f"--input={folder}"), *words)
 
@@ -150,9 +150,7 @@ def test_other_labels_of_the_same_tars_do_not_go_on(tars, run, tmp_path):
     assert_refused(run(*flags, "--allow_broken=1"), "another input")
 
 
-def test_shards_that_are_not_there_any_more_are_written_again(
-    unfinished, with_broken, run, tmp_path
-):
+def test_shards_that_are_not_there_any_more_are_written_again(unfinished, run, tmp_path):
     partial = tmp_path / "out.partial"
     (partial / "data/train-00001.array_record").unlink()
     (partial / "journal/validation-00000.npz").unlink()

@@ -498,7 +498,7 @@ def test_a_tfds_folder_may_be_named_from_home(prepared, monkeypatch):
     assert len(sources.open_source(data, "train")) == 9
 
 
-def test_tfds_is_looked_for_where_its_own_variable_says(prepared, tmp_path, monkeypatch):
+def test_tfds_is_looked_for_where_its_own_variable_says(prepared, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(prepared))
     script = "\n".join([
         "from alexnet_jax.config import Data",
