@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 
-import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from alexnet_jax.report import Report, evaluation_records, training_records
