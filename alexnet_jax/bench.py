@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 from alexnet_jax import loop, setup
 from alexnet_jax.config import Config, Data, Model, stored_size
 from alexnet_jax.data import augment, images, sources, stream, survey, workers
-from alexnet_jax.data.augment import Statistics
 from alexnet_jax.data.examples import Source
+from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.mesh import put_batch, put_everywhere, training_mesh
 from alexnet_jax.models.nets import layers
 from alexnet_jax.train import optim

@@ -26,7 +26,7 @@ from orbax.checkpoint import v1 as ocp
 from alexnet_jax import config as configs
 from alexnet_jax import seals
 from alexnet_jax.config import Config, FailedError, UserError
-from alexnet_jax.data.augment import Statistics
+from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.train.optim import Plateau, make_optimizer
 from alexnet_jax.train.state import Params, TrainState, state_shapes
 

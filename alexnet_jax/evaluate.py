@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 from alexnet_jax import metrics
 from alexnet_jax.config import Config, Data, UserError
 from alexnet_jax.data import stream
-from alexnet_jax.data.augment import Statistics
 from alexnet_jax.data.examples import Source
+from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.mesh import local_rows, put_batch
 from alexnet_jax.train.state import Apply, Params
 from alexnet_jax.train.step import EvalStep, make_eval_step

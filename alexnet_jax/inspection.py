@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from alexnet_jax import config as configs
 from alexnet_jax.config import Config, stored_size
-from alexnet_jax.data.augment import Statistics
+from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.mesh import make_mesh, start_cpu_devices
 from alexnet_jax.models.layers import Layer
 from alexnet_jax.models.nets import layers

@@ -20,8 +20,8 @@ from alexnet_jax.checkpoint import Meta
 from alexnet_jax.cluster import Job
 from alexnet_jax.config import Config, FailedError
 from alexnet_jax.data import stream
-from alexnet_jax.data.augment import Statistics
 from alexnet_jax.data.examples import Source
+from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.mesh import local_columns, local_rows, over_model, put_batch, put_everywhere
 from alexnet_jax.models.nets import layers
 from alexnet_jax.report import Report, Silent

@@ -185,7 +185,7 @@ def ours(batch: int, dtype: str, what: str) -> tuple[timing.Work, str]:
 
     from alexnet_jax import bench, evaluate
     from alexnet_jax import config as configs
-    from alexnet_jax.data.augment import Statistics
+    from alexnet_jax.data.statistics import Statistics
     from alexnet_jax.mesh import make_mesh, put_batch
     from alexnet_jax.train import optim, state
 

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh
 from alexnet_jax import seals
 from alexnet_jax.checkpoint import Checkpoints, Meta, NewestAndBest, SaveError, Saver
 from alexnet_jax.config import Config, UserError
-from alexnet_jax.data.augment import Statistics
+from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.train.optim import Plateau, make_optimizer
 from alexnet_jax.train.state import initial_state, natural_state, put
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from alexnet_jax.config import Data
+from alexnet_jax.data.statistics import Statistics
 
 CROP_STREAM, COLOUR_STREAM, ORDER_STREAM = 1, 2, 3  # independent random streams of one seed
 
@@ -20,15 +21,6 @@ class Draws(NamedTuple):
     offset: np.ndarray  # (n, 2) int32, the crop's top and left in the stored square
     mirror: np.ndarray  # (n,) bool
     colour: np.ndarray  # (n, 3) float64, standard normal
-
-
-class Statistics(NamedTuple):
-    """Of the training split's stored squares, on the scale 0..255."""
-
-    mean_image: np.ndarray  # (stored, stored, 3) float32
-    channel_std: np.ndarray  # (3,) float32
-    eigenvalues: np.ndarray  # (3,) float32, ascending, of the covariance of RGB pixel values
-    eigenvectors: np.ndarray  # (3, 3) float32, in columns
 
 
 def random_blocks(seed: int, stream: int, start: int, count: int) -> np.ndarray:

@@ -22,8 +22,8 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from alexnet_jax.config import UserError
-from alexnet_jax.data.augment import Statistics
 from alexnet_jax.data.examples import Example, taken
+from alexnet_jax.data.statistics import Statistics, read_statistics
 from alexnet_jax.files import digest, read_arrays
 
 VERSION = 1
@@ -270,20 +270,6 @@ def shard_file(split: str, number: int) -> str:
 
 def index_file(split: str) -> str:
     return f"{split}.index.npz"
-
-
-def read_statistics(path: pathlib.Path, size: int) -> Statistics:
-    """The statistics of an .npz file, for squares of `size` pixels a side.
-
-    Raises:
-      ValueError: it has none of that size.
-    """
-    found = Statistics(**read_arrays(path, Statistics._fields))
-    shapes = ((size, size, 3), (3,), (3,), (3, 3))
-    for name, array, shape in zip(Statistics._fields, found, shapes):
-        if array.dtype != np.float32 or array.shape != shape or not np.isfinite(array).all():
-            raise ValueError(f"{name} is not {shape} finite float32")
-    return found
 
 
 def _check_index(index: Index, split: dict[str, Any], num_classes: int) -> None:

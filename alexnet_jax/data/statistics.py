@@ -1,8 +1,34 @@
 """Sums over pixels, and what follows of them: mean image, deviations, principal colours."""
 
+import pathlib
+from typing import NamedTuple
+
 import numpy as np
 
-from alexnet_jax.data.augment import Statistics
+from alexnet_jax.files import read_arrays
+
+
+class Statistics(NamedTuple):
+    """Of the training split's stored squares, on the scale 0..255."""
+
+    mean_image: np.ndarray  # (stored, stored, 3) float32
+    channel_std: np.ndarray  # (3,) float32
+    eigenvalues: np.ndarray  # (3,) float32, ascending, of the covariance of RGB pixel values
+    eigenvectors: np.ndarray  # (3, 3) float32, in columns
+
+
+def read_statistics(path: pathlib.Path, size: int) -> Statistics:
+    """The statistics of an .npz file, for squares of `size` pixels a side.
+
+    Raises:
+      ValueError: it has none of that size.
+    """
+    found = Statistics(**read_arrays(path, Statistics._fields))
+    shapes = ((size, size, 3), (3,), (3,), (3, 3))
+    for name, array, shape in zip(Statistics._fields, found, shapes):
+        if array.dtype != np.float32 or array.shape != shape or not np.isfinite(array).all():
+            raise ValueError(f"{name} is not {shape} finite float32")
+    return found
 
 
 class Sums:

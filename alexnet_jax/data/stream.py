@@ -19,8 +19,8 @@ from absl import flags
 
 from alexnet_jax.config import Data
 from alexnet_jax.data import augment, buffers, images, native, workers
-from alexnet_jax.data.augment import Statistics
 from alexnet_jax.data.examples import Source
+from alexnet_jax.data.statistics import Statistics
 
 PIECE = 128  # rows at most
 

@@ -16,10 +16,9 @@ from tqdm import tqdm
 
 from alexnet_jax.config import Data, Model, UserError, stored_size
 from alexnet_jax.data import images, workers
-from alexnet_jax.data.augment import Statistics
 from alexnet_jax.data.examples import Source
-from alexnet_jax.data.records import Records, read_statistics
-from alexnet_jax.data.statistics import Sums
+from alexnet_jax.data.records import Records
+from alexnet_jax.data.statistics import Statistics, Sums, read_statistics
 from alexnet_jax.files import read_arrays, write_arrays
 
 log = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from alexnet_jax.data.augment import Statistics
+from alexnet_jax.data.statistics import Statistics
 
 
 def cut(squares: Array, place: Array, size: int) -> Array:

@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 
 from alexnet_jax import metrics
 from alexnet_jax.data import augment
-from alexnet_jax.data.augment import Statistics
+from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.mesh import parameter_spec
 from alexnet_jax.models.layers import Dropout
 from alexnet_jax.train import optim, pixels

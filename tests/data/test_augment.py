@@ -9,7 +9,7 @@ import scipy.stats
 
 from alexnet_jax.config import Data
 from alexnet_jax.data import augment
-from alexnet_jax.data.augment import Statistics
+from alexnet_jax.data.statistics import Statistics
 
 MARGIN = 32
 MANY = 40_000

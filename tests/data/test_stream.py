@@ -15,8 +15,8 @@ from PIL import Image
 
 from alexnet_jax.config import Data
 from alexnet_jax.data import augment, images, sources, stream, survey, workers
-from alexnet_jax.data.augment import Statistics
 from alexnet_jax.data.examples import Source
+from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.data.stream import Batch, Rows
 
 EXAMPLES = 11

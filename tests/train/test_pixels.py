@@ -8,7 +8,7 @@ from jax.sharding import AxisType, Mesh
 
 from alexnet_jax.config import Config
 from alexnet_jax.data import augment, images
-from alexnet_jax.data.augment import Statistics
+from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.train import optim, pixels
 from alexnet_jax.train.calendar import Calendar
 from alexnet_jax.train.state import TrainState

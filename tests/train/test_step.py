@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from alexnet_jax import config as configs
 from alexnet_jax import inspection, metrics, ops
 from alexnet_jax import mesh as meshes
-from alexnet_jax.data.augment import Statistics
+from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.models.layers import Dropout
 from alexnet_jax.train import optim, state, step
 from alexnet_jax.train.calendar import Calendar
