@@ -64,7 +64,7 @@ def survey(
         log.info("surveying %d images, once; kept in %s", len(source), path.parent)
         found = _found(*_scan(source, stored_size, num_workers))
         with _writing(path.parent):
-            write_arrays(path, **found)
+            write_arrays(path, sync=False, **found)
     broken = found.pop("broken")
     if len(broken):
         log.warning("%d of %d images are broken and left out:", len(broken), len(source))
