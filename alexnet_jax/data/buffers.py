@@ -11,7 +11,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
+import cloudpickle
 import numpy as np
 
 LENT = 3  # batches at once: one arrives, one is sent to the devices, one is there
@@ -77,14 +79,11 @@ class Slots:
         self.ahead, self.shape, count = ahead, shape, ahead + LENT
         words = -(-(count + 1) // 8) * 8  # what is behind them begins at a multiple of 64 bytes
         size = words * _WORD.itemsize + count * int(np.prod(shape))
-        self.descriptor, made = -1, not path
+        made = not path
         if made:
-            if hasattr(os, "memfd_create"):  # Linux
-                self.descriptor = os.memfd_create("alexnet_jax")
-                path = f"/proc/{os.getpid()}/fd/{self.descriptor}"
-            else:
-                self.descriptor, path = tempfile.mkstemp(prefix="alexnet_jax-")
-            os.ftruncate(self.descriptor, size)
+            self.file = _File()
+            path = self.file.path
+            os.ftruncate(self.file.descriptor, size)
         self.path = path
         with open(path, "r+b") as file:
             memory = mmap.mmap(file.fileno(), size)
@@ -129,6 +128,48 @@ class Slots:
     def close(self) -> None:
         """To be called when all who were sent this have come or gone. What is held stays."""
         self.release()
+        self.file.close()
+
+
+class Sent:
+    """A function that goes to other processes by way of a file.
+
+    The pipe that a new process is sent all else by holds 64 KiB: where it was sent more and killed
+    before it read that, whoever starts it would wait for ever.
+    """
+
+    def __init__(self, function: Callable[[int], Any]):
+        self.function, self.file = function, _File()
+        with open(self.file.path, "wb") as file:
+            cloudpickle.dump(function, file)
+
+    def __reduce__(self):
+        return _received, (self.file.path,)
+
+    def __call__(self, number: int) -> Any:
+        return self.function(number)
+
+    def close(self) -> None:
+        """To be called when all who were sent this have come or gone."""
+        self.file.close()
+
+
+def _received(path: str) -> Callable[[int], Any]:
+    with open(path, "rb") as file:
+        return cloudpickle.load(file)
+
+
+class _File:
+    """A file that other processes open by its path; on Linux in no folder, and gone with this."""
+
+    def __init__(self):
+        if hasattr(os, "memfd_create"):  # Linux
+            self.descriptor = os.memfd_create("alexnet_jax")
+            self.path = f"/proc/{os.getpid()}/fd/{self.descriptor}"
+        else:
+            self.descriptor, self.path = tempfile.mkstemp(prefix="alexnet_jax-")
+
+    def close(self) -> None:
         os.close(self.descriptor)
         if not self.path.startswith("/proc/"):
             os.unlink(self.path)

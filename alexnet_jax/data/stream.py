@@ -9,6 +9,7 @@ go through Grain: threads and processes write them into the batch itself.
 
 import contextlib
 import functools
+import itertools
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import NamedTuple
@@ -167,13 +168,13 @@ def _batches(read: ReadPiece, local: range, side: int, steps: range, data: Data)
         turn, place = divmod(number, len(pieces))
         return read(steps[turn], pieces[place], memory(turn)[places[place]])
 
-    elements = grain.MapDataset.range(len(steps) * len(pieces)).map(element)
+    numbers = grain.MapDataset.range(len(steps) * len(pieces))
     if workers.kind(data, len(steps) * len(local)) == "processes":
         memory = buffers.Slots(-(-max(ahead, 2 * count) // len(pieces)), shape)
-        making = _by_processes(elements, memory, count, ahead)
+        making = _by_processes(numbers, element, memory, count, ahead)
     else:
         memory = buffers.Images(shape)
-        making = _by_threads(elements, count, ahead)
+        making = _by_threads(numbers.map(element), count, ahead)
     with making as arriving:
         for turn in range(len(steps)):
             parts = [next(arriving) for _ in pieces]
@@ -192,21 +193,34 @@ def _by_threads(elements: grain.MapDataset, count: int, ahead: int) -> Iterator[
 
 @contextlib.contextmanager
 def _by_processes(
-    elements: grain.MapDataset, slots: buffers.Slots, count: int, ahead: int
+    numbers: grain.MapDataset,
+    element: Callable[[int], Batch],
+    slots: buffers.Slots,
+    count: int,
+    ahead: int,
 ) -> Iterator[Iterator[Batch]]:
     """The elements, made by processes, which wait for slots."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads its own flags and insists
     native.available()  # compiled here, once, before many ask for it
-    one_by_one = elements.to_iter_dataset(grain.ReadOptions(num_threads=0))
+    sent = buffers.Sent(element)
+    one_by_one = numbers.map(sent).to_iter_dataset(grain.ReadOptions(num_threads=0))
     options = grain.MultiprocessingOptions(count, per_worker_buffer_size=-(-ahead // count))
     in_pipes = grain.experimental.DatasetOptions(min_shm_size=1 << 20)  # all that is left is small
     working = grain.experimental.WithOptionsIterDataset(
         one_by_one.mp_prefetch(options, worker_init_fn=_live_with_parent), in_pipes
     )
-    with contextlib.closing(slots), contextlib.closing(iter(working)) as arriving:
+    with (
+        contextlib.closing(slots),
+        contextlib.closing(sent),
+        contextlib.closing(iter(working)) as arriving,
+    ):
         try:
-            yield arriving
+            # They start with the first, and from then on leave signals, which a terminal or a
+            # scheduler may send to all, to the parent.
+            with workers.unheard(signal.SIGINT, signal.SIGTERM):
+                first = [*itertools.islice(arriving, 1)]
+            yield itertools.chain(first, arriving)
         except RuntimeError as error:
             if "exit code -" not in str(error):  # by a signal
                 raise
@@ -219,6 +233,4 @@ def _by_processes(
 
 
 def _live_with_parent(worker: int, count: int) -> None:
-    """A worker leaves SIGTERM, which a scheduler may send to all, to the parent."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     workers.live_with_parent()

@@ -183,14 +183,23 @@ def _ctrl_c_later() -> Iterator[None]:
         return
     came: list[int] = []
     usual = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
-    # A new process takes over what is blocked. The tracker that the first would bring along would
+    try:
+        with unheard(signal.SIGINT):
+            yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+        if came:
+            signal.raise_signal(came[0])
+
+
+@contextlib.contextmanager
+def unheard(*signals: signal.Signals) -> Iterator[None]:
+    """Threads that are started in this, and processes that they start, never hear the signals."""
+    # They take over what is blocked. The tracker that the first process would bring along would
     # lift it, so it comes before.
     resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        signal.signal(signal.SIGINT, usual)
-        if came:
-            signal.raise_signal(came[0])

@@ -29,6 +29,7 @@ Update = Callable[[Array, Params, Any, Params, Rates], tuple[Params, Any, dict]]
 # The automatic schedule of the original's net #170: the weights' rate falls to .004 of its start
 # in three equal steps of training, the biases' once, by ten, halfway.
 EXPONENTIAL_RATIO = 0.004
+NEVER = 2**31 - 1  # steps, which a state counts in int32
 
 
 def make_optimizer(optim: Optim) -> optax.GradientTransformationExtraArgs:
@@ -159,15 +160,18 @@ def make_schedule(optim: Optim, calendar: Calendar) -> Schedule:
     Returns:
       (step, scale) -> rates, float32 scalars. `scale` is `plateau_scale`'s; 1 for the others.
     """
-    num_steps, at = calendar.num_steps, calendar.first_step
+    num_steps = calendar.num_steps
     before = calendar.origin / calendar.batch_size  # steps
 
     def passed(steps: list[int], step: Array) -> Array:
         return jnp.sum(step >= jnp.array(steps, jnp.int32))
 
+    def at(epoch: float) -> int:
+        return min(calendar.first_step(epoch), NEVER)
+
     def share(part: float) -> int:
         """The step at which a part of the whole training is over."""
-        return math.ceil((num_steps + before) * part - before)
+        return min(math.ceil((num_steps + before) * part - before), NEVER)
 
     def factors(step: Array) -> tuple[Array | float, Array | float]:
         """What the starting rates of weights and of biases are multiplied by."""
@@ -175,7 +179,7 @@ def make_schedule(optim: Optim, calendar: Calendar) -> Schedule:
             drop = optim.drop_factor ** passed([at(epoch) for epoch in optim.drop_epochs], step)
             return drop, drop if optim.biases_drop else 1.0
         if optim.schedule == "steps":
-            drop = optim.drop_factor ** (step // optim.drop_every_steps)
+            drop = optim.drop_factor ** (step // min(optim.drop_every_steps, NEVER))
             return drop, drop
         if optim.schedule == "exponential":
             weights = EXPONENTIAL_RATIO ** (passed([share(k / 4) for k in (1, 2, 3)], step) / 3)

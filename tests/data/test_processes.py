@@ -157,6 +157,41 @@ def alive(number: int) -> bool:
     return state != "Z"
 
 
+def children_of(process: subprocess.Popen) -> list[int]:
+    """Those that read, dead ones too."""
+    listed = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").parent.parent
+    numbers = " ".join(path.read_text() for path in listed.glob("*/children")).split()
+    commands = {number: pathlib.Path(f"/proc/{number}/cmdline").read_bytes() for number in numbers}
+    return [int(number) for number, command in commands.items() if b"spawn_main" in command]
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/stat").exists(), reason="reads Linux's /proc")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_readers_that_are_signalled_while_they_start_do_not_hang(number, pictures, tmp_path):
+    """A killed one is told of; others, as when all of a group are sent it, are not even hit."""
+    pictures.folder(tmp_path / "images/train", {"ant": 1500})  # whose names no pipe holds
+    script = tmp_path / "endless.py"
+    script.write_text(textwrap.dedent(ENDLESS))
+    command = [sys.executable, str(script), f"folder:{tmp_path}/images", str(tmp_path / "cache")]
+    with open(tmp_path / "said", "w") as said:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True)
+    assert process.stdout is not None
+    try:
+        deadline = time.monotonic() + 60
+        while not (starting := children_of(process)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(starting[0], number)
+        if number == signal.SIGKILL:
+            assert process.wait(60) == 1
+            last = (tmp_path / "said").read_text().splitlines()[-1]
+            assert "OSError: a process that reads images was killed" in last
+        else:
+            assert starting[0] in json.loads(process.stdout.readline())
+    finally:
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.skipif(not pathlib.Path("/proc/self/stat").exists(), reason="reads Linux's /proc")
 @pytest.mark.parametrize("killed", ["parent", "reader"])
 def test_reading_processes_and_their_parent_end_together(killed, folder, tmp_path):

@@ -10,9 +10,9 @@ import optax
 import pytest
 
 from alexnet_jax import checkpoint
-from alexnet_jax.config import Optim
+from alexnet_jax.config import Optim, Train
 from alexnet_jax.train import optim
-from alexnet_jax.train.calendar import Calendar
+from alexnet_jax.train.calendar import Calendar, make_calendar
 from alexnet_jax.train.optim import Plateau
 
 N, B = 1000, 10  # examples in an epoch and in a batch: 100 steps an epoch
@@ -186,6 +186,21 @@ def test_caffe_drops_by_ten_every_hundred_thousand_steps(configured):
     expected = 0.01 * np.array([1, 1, 1e-1, 1e-1, 1e-2, 1e-4])
     np.testing.assert_allclose([rates["kernel"] for rates in found], expected, rtol=1e-5)
     np.testing.assert_allclose([rates["bias"] for rates in found], 2 * expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "late",
+    [
+        {"schedule": "epochs", "drop_epochs": (300_000, 900_000)},
+        {"schedule": "plateau", "conv1_freeze_epoch": 300_000},
+        {"schedule": "steps", "drop_every_steps": 10**10},
+        {"schedule": "exponential"},
+    ],
+)
+def test_what_comes_after_more_steps_than_are_counted_never_comes(late):
+    calendar = make_calendar(Train(batch_size=128, num_epochs=1e6), 1_281_167)
+    schedule = optim.make_schedule(Optim(learning_rate=0.01, **late), calendar)
+    assert kernel_rates(schedule, [0, 2**31 - 2]) == pytest.approx([0.01, 0.01])
 
 
 def test_the_exponential_schedule_has_the_published_rates_of_net_170():
