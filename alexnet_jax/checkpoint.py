@@ -9,6 +9,7 @@ The newest is kept, and the one with the lowest validation top-1 error, of equal
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import math
@@ -287,9 +288,7 @@ class Saver(Checkpoints):
         """Move the checkpoints after a step out of the way of those that will take their place."""
         later = [number for number in self.steps() if step is not None and number > step]
         for number in later:
-            aside = self.directory / f"{number}.damaged"
-            shutil.rmtree(aside, ignore_errors=True)
-            self.folder(number).rename(aside)
+            _set_aside(self.folder(number))
         if later:
             self.reload()
 
@@ -383,7 +382,19 @@ def _set_aside_unreadable(directory: pathlib.Path) -> None:
     for folder in unreadable:
         log.warning("CHECKPOINT %s IS DAMAGED (its metrics); trying the others", folder)
         with contextlib.suppress(FileNotFoundError):  # another process did
-            folder.rename(folder.with_suffix(".damaged"))
+            _set_aside(folder)
+
+
+def _set_aside(folder: pathlib.Path) -> None:
+    """Rename to N.damaged, which may be there of an earlier N."""
+    aside = folder.with_suffix(".damaged")
+    try:
+        folder.rename(aside)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
 
 
 @contextlib.contextmanager

@@ -46,6 +46,8 @@ def status(work: Callable[[], int]) -> int:
     logger.propagate = False
     before = sys.unraisablehook
     sys.unraisablehook = functools.partial(_ctrl_c_again, otherwise=before)
+    if os.getpid() == 1:  # of a container: the kernel keeps from it what it does not listen to
+        signal.signal(signal.SIGTERM, _stop)
     try:
         return work()
     except (UserError, FailedError, OSError) as error:
@@ -59,6 +61,10 @@ def status(work: Callable[[], int]) -> int:
         return cluster.exit_status(stop)
     finally:
         sys.unraisablehook = before
+
+
+def _stop(number: int, frame: object) -> None:
+    raise KeyboardInterrupt(number)
 
 
 def _ctrl_c_again(ignored: Any, otherwise: Callable[[Any], object]) -> None:

@@ -338,9 +338,9 @@ FREE_ON_RESUME = frozenset({
     "data.workers", "data.worker_kind", "data.prefetch", "data.on_device", "data.cache_dir",
     "data.tfds_dir", "train.deterministic",
     "train.num_epochs", "train.num_steps", "train.accumulation_steps", "train.log_every_steps",
-    "train.init_from", "train.max_parameters",
+    "train.init_from", "train.max_parameters", "eval.batch_size", "eval.every_epochs",
 })  # fmt: skip
-FREE_SECTIONS = frozenset({"mesh", "eval", "checkpoint"})
+FREE_SECTIONS = frozenset({"mesh", "checkpoint"})
 
 
 def blank() -> Any:

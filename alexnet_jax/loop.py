@@ -56,7 +56,8 @@ class StopSignal:
         if self.job.signal:
             raise KeyboardInterrupt(number)
         self.job.stop(number)
-        print("stopping after this step; once more stops at once", file=sys.stderr)
+        with contextlib.suppress(OSError):  # who would read it may have been stopped as well
+            print("stopping after this step; once more stops at once", file=sys.stderr)
 
 
 class Interval:
@@ -80,7 +81,7 @@ class Interval:
         """Means over the interval, of the gradient's norm the root mean square; starts the next.
 
         Raises:
-          TrainingError: a loss or a gradient is not finite.
+          TrainingError: a loss, a gradient, an update or a weight is not finite.
         """
         names, sums = self.results[0][1].layers, []
         gradients, ratios = [], []  # (layers,) of each step
@@ -89,12 +90,12 @@ class Interval:
             sums.append(StepResults(mine[:, 0], names).sums)  # ()
             squares = np.array([*StepResults(all_shards, names).squares.values()])  # (layers, 3)
             gradients.append(squares[:, 0])
-            if not (np.isfinite(sums[-1].loss) and np.isfinite(gradients[-1]).all()):
-                bad = [name for name, ok in zip(names, np.isfinite(gradients[-1])) if not ok]
+            bad = [name for name, row in zip(names, squares) if not np.isfinite(row).all()]
+            if bad or not np.isfinite(sums[-1].loss):
                 raise TrainingError(
                     f"step {step}: the loss is {sums[-1].loss / self.batch_size}, and the gradient "
-                    f"is not finite in {', '.join(bad) or 'no layer'}; the last good checkpoint "
-                    "stays; a lower --config.optim.learning_rate is the usual way out"
+                    f"or the update is not finite in {', '.join(bad) or 'no layer'}; the last "
+                    "checkpoint stays; a lower --config.optim.learning_rate is the usual way out"
                 )
             moved, weights = np.sqrt(squares[:, 1:]).T
             ratios.append(np.divide(moved, weights, out=np.zeros_like(moved), where=weights > 0))
@@ -118,7 +119,7 @@ def train(
 
     Raises:
       UserError: the data, the mesh, the workdir or their combination cannot be used.
-      TrainingError: a loss or a gradient was not finite.
+      TrainingError: a loss, a gradient or an update was not finite.
     """
     workdir.make(directory)
     with workdir.locked(directory) if job.leads else contextlib.nullcontext():
@@ -206,7 +207,7 @@ def _validated(
     values = metrics.errors(sums)
     if not math.isfinite(values["loss"]):
         raise TrainingError(
-            f"step {step}: the validation loss is {values['loss']}; the last good checkpoint "
+            f"step {step}: the validation loss is {values['loss']}; the last checkpoint "
             "stays; a lower --config.optim.learning_rate is the usual way out"
         )
     values["num_examples"] = int(sums.count)

@@ -39,7 +39,7 @@ def sums(log_probs: Array, labels: Array, valid: Array | None = None) -> Sums:
     classes = jnp.arange(log_probs.shape[1])
     ahead = (log_probs > right) | ((log_probs == right) & (classes < labels[:, None]))
     rank = jnp.sum(ahead, axis=1)  # (b,)
-    rank = jnp.where(jnp.isnan(log_probs).any(axis=1), log_probs.shape[1], rank)
+    rank = jnp.where(jnp.isnan(log_probs).any(axis=1), max(5, log_probs.shape[1]), rank)
     rows = (-right[:, 0], rank < 1, rank < 5, jnp.ones_like(rank))
     if valid is not None:
         rows = tuple(jnp.where(valid, row, jnp.zeros_like(row)) for row in rows)

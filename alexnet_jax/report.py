@@ -3,6 +3,7 @@
 import datetime
 import json
 import math
+import os
 import pathlib
 import sys
 import time
@@ -105,9 +106,17 @@ class Report(Silent):
         return elapsed / (step - self.first_step) * (self.num_steps - step)
 
     def say(self, text: str) -> None:
-        """A line for the person at the terminal, above the bar where there is one."""
-        with tqdm.external_write_mode(file=sys.stdout):
-            print(text, flush=True)
+        """A line for the person at the terminal, above the bar where there is one.
+
+        Where nobody reads it any more, as after Ctrl-C in `... | tee log`, the run goes on.
+        """
+        try:
+            with tqdm.external_write_mode(file=sys.stdout):
+                print(text, flush=True)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
 
 
 def described(values: Mapping[str, Any]) -> str:

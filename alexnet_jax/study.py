@@ -180,12 +180,10 @@ def claim(directory: pathlib.Path, name: str, reference: Config) -> None:
     old = dataclasses.replace(configs.from_dict(claimed["config"]), seed=reference.seed)
     refused, asked = configs.changes(old, reference)
     changed = refused | asked
-    free = {"eval": ("split", "num_crops"), "train": ("init_from", *length)}
-    for section, fields in free.items():  # in a run, but not in a table
-        for field in fields:
-            pair = tuple(getattr(getattr(c, section), field) for c in (old, reference))
-            if pair[0] != pair[1]:
-                changed[f"{section}.{field}"] = pair
+    for field in ("init_from", *length):  # free in a run, but not in a table
+        pair = getattr(old.train, field), getattr(reference.train, field)
+        if pair[0] != pair[1]:
+            changed[f"train.{field}"] = pair
     if changed:
         words = ", ".join(f"{key}: {was!r} -> {now!r}" for key, (was, now) in changed.items())
         raise UserError(

@@ -210,10 +210,14 @@ def test_unreadable_metrics_of_one_checkpoint_do_not_cost_the_others(state, meta
         checkpoints.wait()
         assert checkpoints.newest_whole() == 2
     assert f"CHECKPOINT {tmp_path / '2'} IS DAMAGED" in caplog.text
+    shutil.copytree(tmp_path / "1", tmp_path / "3")
+    (tmp_path / "2" / "metrics" / "metrics").write_bytes(b"{")  # once more
+    with Saver(tmp_path) as checkpoints:
+        assert checkpoints.newest_whole() == 3
+    assert (tmp_path / "2.damaged" / "metrics" / "metrics").read_bytes() == b"{"
     shutil.rmtree(tmp_path / "1")
     with Saver(tmp_path) as checkpoints:  # what was set aside is no more than that
-        assert checkpoints.newest_whole() == 2
-    assert (tmp_path / "2.damaged").is_dir()
+        assert checkpoints.newest_whole() == 3
 
 
 def test_reading_changes_nothing(state, meta, tmp_path, caplog):

@@ -154,6 +154,6 @@ def test_changes_sort_into_refused_asked_and_free():
         "data": {"workers": 3},
         "mesh": {"model": 2},
         "checkpoint": {"every_steps": 5},
-        "eval": {"num_crops": 10},
+        "eval": {"every_epochs": 2},
     }.items():
         assert changed(section, **fields) == ({}, {})

@@ -138,6 +138,29 @@ sys.exit(command.status(work))
 """
 
 
+FIRST = """
+import os, signal, sys, time
+from alexnet_jax import command
+
+def work():
+    signal.raise_signal(signal.SIGTERM)
+    time.sleep(20)
+    return 0
+
+os.getpid = lambda: 1
+sys.exit(command.status(work))
+"""
+
+
+def test_the_first_process_of_a_container_listens_to_sigterm():
+    """Which the kernel drops where there is no handler; elsewhere it ends Python at once."""
+    ended = subprocess.run(
+        [sys.executable, "-c", FIRST], capture_output=True, text=True, timeout=50
+    )
+    assert ended.returncode == 143
+    assert ended.stderr == "stopped; the same command goes on from what was saved\n"
+
+
 def test_a_ctrl_c_that_python_drops_comes_again():
     """JAX has such a callback of the garbage collector's."""
     ended = subprocess.run([sys.executable, "-c", LOST], capture_output=True, text=True, timeout=50)
@@ -186,10 +209,27 @@ def test_a_signal_at_any_moment_of_a_step_saves_before_it_ends(
     assert signal.getsignal(number) == handler
 
 
-def test_parameters_that_the_last_update_ruined_are_not_saved(run, tmp_path, capsys):
-    ruin = ("--config.optim.learning_rate=1e30", "--config.train.num_steps=1")
+def test_ctrl_c_saves_also_where_it_ends_who_reads_what_is_said(config_file, trained, tmp_path):
+    """As in `... 2>&1 | tee log`."""
+    line = [sys.executable, "-m", "alexnet_jax.main", f"--config={config_file}"]
+    line += [f"--workdir={tmp_path}", "--config.train.num_steps=100000"]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    while "step 2/" not in (said := process.stdout.readline()):
+        assert said
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert len(steps(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("rate", "words"), [("1e15", "validation loss"), ("1e30", "update is not finite in conv1")]
+)
+def test_parameters_that_the_last_update_ruined_are_not_saved(rate, words, run, tmp_path, capsys):
+    ruin = (f"--config.optim.learning_rate={rate}", "--config.train.num_steps=1")
     assert run(tmp_path, *ruin) == 1
-    assert "validation loss" in capsys.readouterr().err
+    assert words in capsys.readouterr().err
     assert steps(tmp_path) == []
 
 
