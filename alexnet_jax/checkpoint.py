@@ -61,6 +61,7 @@ class Meta:
     statistics: Statistics  # of the training split
     plateau: Plateau = BEGINNING
     num_examples: int = 0  # of the training split: with them the stream's positions change
+    pool: str = ""  # that the split was drawn from
     origin: int = 0  # of the `Calendar`
     top1_error: float | None = None  # a fraction, where a validation pass was made at the step
 
@@ -210,7 +211,8 @@ class Checkpoints:
             statistics=Statistics(**arrays),
             plateau=_plateau_from_json(meta["plateau"]),
             num_examples=meta["num_examples"],
-            origin=meta.get("origin", 0),  # not there in older ones
+            pool=meta.get("pool", ""),  # not there in older ones, nor is origin
+            origin=meta.get("origin", 0),
         )
 
     def read_params(self, step: int) -> Params:
@@ -311,6 +313,7 @@ class Saver(Checkpoints):
                 "labels": list(meta.labels),
                 "plateau": _plateau_to_json(meta.plateau),
                 "num_examples": meta.num_examples,
+                "pool": meta.pool,
                 "origin": meta.origin,
             },
             "statistics": {k: np.asarray(v) for k, v in meta.statistics._asdict().items()},

@@ -85,6 +85,11 @@ def open_split(net: Net, split: str) -> Source:
     """
     source = sources.open_source(net.config.data, split)
     check_labels(net.meta.labels, source.labels, net.config.data.source)
+    if net.meta.pool and source.pool and source.pool != net.meta.pool:
+        log.warning(
+            "%s holds other files than the net was trained with, so that it is split otherwise: "
+            "images of its %s split may be among those trained on", net.config.data.source, split,
+        )  # fmt: skip
     return survey.surveyed(source, net.config.data, net.config.model)[0]
 
 
@@ -162,20 +167,22 @@ def together(
     Several are averaged as the paper's ensembles are: by their probabilities.
 
     Raises:
-      UserError: a workdir cannot be used, or they are of different classes.
+      UserError: a workdir cannot be used; they are of different classes, or split the data
+        otherwise.
     """
-    found, steps = [], []
+    found, steps, sources_of = [], [], []
     for directory in directories:
         net = open_net(config, directory, told)
-        one = predictions(net, config.eval.split)
-        found.append(one.log_probabilities)
-        steps.append(net.step)
-        if found[0].shape != found[-1].shape:
+        sources_of.append(open_split(net, config.eval.split))
+        if sources_of[0].fingerprint != sources_of[-1].fingerprint:
             raise UserError(
-                f"--workdir={directory} sees {found[-1].shape} images and classes, the first "
-                f"{found[0].shape}; an ensemble needs the same"
+                f"--workdir={directory} was trained with another data.split or data.split_seed "
+                f"than {directories[0]}, and sees other images; an ensemble needs the same"
             )
-    return one._replace(log_probabilities=averaged(found)), steps
+        found.append(predictor(net)(sources_of[-1]))
+        steps.append(net.step)
+    source = sources_of[0]
+    return Predictions(averaged(found), source.targets, source), steps
 
 
 def averaged(log_probs: Sequence[np.ndarray]) -> np.ndarray:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from alexnet_jax import evaluate, workdir
 from alexnet_jax.checkpoint import Checkpoints, Meta, Saver, Told
 from alexnet_jax.cluster import Job
-from alexnet_jax.config import Config, UserError
+from alexnet_jax.config import SHARES_ENTRY, Config, UserError
 from alexnet_jax.data import sources, survey
 from alexnet_jax.data.examples import Source
 from alexnet_jax.mesh import training_mesh
@@ -74,20 +74,26 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
     num_examples, num_classes = len(source), len(source.labels)
     if latest is None:
         optimizer = optim.make_optimizer(config.optim)
-        meta = Meta(config, source.labels, statistics, num_examples=num_examples)
+        meta = Meta(config, source.labels, statistics, num_examples=num_examples, pool=source.pool)
         state = initial_state(config.model, num_classes, optimizer, config.seed)
         if config.train.init_from:
-            params = _taken_over(config.train.init_from, state.params, source.labels, job.told)
+            params = _taken_over(config, state.params, source.labels, job.told)
             state = state._replace(params=params)
     else:
-        if meta.num_examples != num_examples and not allow_config_change:
-            raise UserError(
-                f"{config.data.source} has {num_examples} training images, and had "
-                f"{meta.num_examples} when the run began; bring them back, or go on by "
-                "--allow_config_change"
+        if not allow_config_change:
+            _check_images(meta, source, config.data.source)
+        began, given = meta.config.train.init_from, config.train.init_from
+        if given not in ("", began):
+            log.warning(
+                "train.init_from=%s is not used: this run goes on from its step %d", given, latest
             )
+        config = dataclasses.replace(
+            config, train=dataclasses.replace(config.train, init_from=began)
+        )
         origin = _origin(meta, latest, config.train.batch_size, num_examples)
-        meta = dataclasses.replace(meta, config=config, num_examples=num_examples, origin=origin)
+        meta = dataclasses.replace(
+            meta, config=config, num_examples=num_examples, pool=source.pool, origin=origin
+        )
         if any(name.startswith("data.") for name in changed):
             meta = dataclasses.replace(meta, statistics=statistics)
         state = checkpoints.read_state(latest, meta)
@@ -115,15 +121,29 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
     )
 
 
-def _taken_over(init_from: str, params: Params, labels: tuple[str, ...], told: Told) -> Params:
-    """The parameters of the newest checkpoint in workdir `init_from`, in the place of `params`.
+def _check_images(meta: Meta, source: Source, name: str) -> None:
+    """Raises UserError where a run would go on with other training images than it began with."""
+    if meta.num_examples != len(source):
+        change = f"has {len(source)} training images, and had {meta.num_examples}"
+    elif meta.pool and meta.pool != source.pool:
+        change = "is split otherwise, since its files have other names than they had"
+    else:
+        return
+    raise UserError(
+        f"{name} {change} when the run began; bring them back, or go on by --allow_config_change"
+    )
+
+
+def _taken_over(config: Config, params: Params, labels: tuple[str, ...], told: Told) -> Params:
+    """The parameters of the newest checkpoint in `train.init_from`, in the place of `params`.
 
     fc8 begins with zeros where the classes are others: every class is then equally probable. A
     conv6 that the other net does not have stays as it was drawn (paper, section 6.1).
 
     Raises:
-      UserError: there is no checkpoint, or its net is another one.
+      UserError: there is no checkpoint, its net is another one, or what is new would stay so.
     """
+    init_from = config.train.init_from
     origin = pathlib.Path(init_from).expanduser()
     if not (origin / workdir.CHECKPOINTS).is_dir():
         raise UserError(f"train.init_from={init_from!r} holds no checkpoints; train there")
@@ -146,6 +166,13 @@ def _taken_over(init_from: str, params: Params, labels: tuple[str, ...], told: T
             )
         else:
             found[layer] = given[layer]
+    rates = optim.layer_rates(config.optim)
+    for layer in new:
+        if not rates[layer]:
+            raise UserError(
+                f"optim.layer_rates={config.optim.layer_rates}: {layer} has a rate of 0, but is "
+                f"new here and would never learn; give {SHARES_ENTRY.get(layer, layer)} a rate"
+            )
     log.info("weights are taken over from %s; new: %s", init_from, ", ".join(new) or "nothing")
     return found
 

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pathlib
+import shutil
 
 import numpy as np
 import oracle
@@ -230,3 +231,24 @@ def test_classes_without_examples_take_no_place_in_the_table():
         ["class", str(2 * number), "2", "0.0%"] for number in range(1, 20)
     ]
     assert last.startswith("... of 30 classes")
+
+
+def test_a_split_is_that_of_training_or_it_is_told(images, run, capsys, tmp_path):
+    """Class folders alone are split by what is in them and data.split_seed."""
+    folder = tmp_path / "flat"
+    shutil.copytree(images / "train", folder)
+    data = f"--config.data.source=folder:{folder}"
+    for seed in (42, 43):
+        more = (f"--config.data.split_seed={seed}", "--config.train.num_steps=1")
+        assert run(tmp_path / str(seed), data, *more) == 0
+    both = f"{tmp_path / '42'},{tmp_path / '43'}"
+    assert run(both, data, "--mode=eval") == 2
+    assert "another data.split or data.split_seed" in capsys.readouterr().err
+    first = min((folder / CLASSES[0]).iterdir())
+    assert run(tmp_path / "42", data, "--mode=eval") == 0
+    assert "split otherwise" not in capsys.readouterr().err
+    first.rename(first.with_name("zz.jpg"))  # as many files, in another order
+    assert run(tmp_path / "42", data, "--config.train.num_steps=2") == 2
+    assert "is split otherwise" in capsys.readouterr().err
+    assert run(tmp_path / "42", data, "--mode=eval") == 0
+    assert "images of its validation split may be among those trained on" in capsys.readouterr().err

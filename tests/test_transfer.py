@@ -40,7 +40,7 @@ def test_other_classes_begin_with_the_weights_and_every_class_equally_probable(
     trained, birds, run, tmp_path, capsys
 ):
     data = f"--config.data.source=folder:{birds}"
-    frozen = rates(**dict.fromkeys(LAYERS, 0.0))
+    frozen = rates(**dict.fromkeys(LAYERS[:-1], 0.0))
     begun = [data, f"--config.train.init_from={trained}", "--config.train.num_steps=1"]
     assert run(tmp_path / "still", *begun, frozen) == 0
     assert "new: fc8" in capsys.readouterr().err
@@ -48,7 +48,6 @@ def test_other_classes_begin_with_the_weights_and_every_class_equally_probable(
     for layer in LAYERS[:-1]:
         assert_equal(new[layer], old[layer])
     assert new["fc8"]["kernel"].shape[1] == 4
-    assert not new["fc8"]["kernel"].any()
     assert run(tmp_path / "scratch", data, "--config.train.num_steps=1") == 0
     (fine,), (scratch,) = losses(tmp_path / "still"), losses(tmp_path / "scratch")
     assert fine == pytest.approx(np.log(4), rel=1e-6)
@@ -96,6 +95,10 @@ def test_a_sixth_convolution_is_new(trained, run, tmp_path, capsys):
         (["--config.train.init_from=/nowhere"], ["/nowhere", "holds no checkpoints"]),
         (["--config.model.width=0.125"], ["kernel", "both nets must be the same"]),
         (["--config.optim.layer_rates=(1,2)"], ["layer_rates", "8 numbers"]),
+        (
+            ["--config.model.preset=conv6", "--config.optim.layer_rates=(0,0,0,0,0,1,1,1)"],
+            ["conv6 has a rate of 0", "new here", "give conv5 a rate"],
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(trained, run, tmp_path, capsys, flags, words):
@@ -112,3 +115,15 @@ def test_a_resumed_run_does_not_begin_again(trained, run, tmp_path):
     assert run(tmp_path, "--config.train.num_steps=2", "--config.checkpoint.every_steps=1") == 0
     assert np.abs(params(tmp_path)["fc8"]["kernel"] - one["fc8"]["kernel"]).max() > 0
     assert len(losses(tmp_path)) == 2
+
+
+def test_a_run_that_goes_on_keeps_what_it_began_from(trained, run, tmp_path, capsys):
+    begun = [f"--config.train.init_from={trained}"]
+    for flags, later, origin in (([], begun, ""), (begun, [], str(trained))):
+        workdir = tmp_path / str(len(flags))
+        assert run(workdir, *flags, "--config.train.num_steps=1") == 0
+        assert run(workdir, *later, "--config.train.num_steps=2") == 0
+        said = f"train.init_from={trained} is not used" in capsys.readouterr().err
+        assert said == bool(later)
+        config = json.loads((workdir / "config.json").read_text())
+        assert config["train"]["init_from"] == origin

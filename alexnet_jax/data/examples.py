@@ -35,6 +35,14 @@ class Source(Protocol):
         """Text that is another when the examples may be."""
         ...
 
+    @property
+    def pool(self) -> str:
+        """Text that is another when the examples that this split was drawn from are, or how.
+
+        Nothing where the data came with its splits.
+        """
+        ...
+
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> Example: ...

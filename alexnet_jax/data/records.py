@@ -60,6 +60,7 @@ class Records:
     statistics: Statistics  # of the training split
     index: Index
     shards: "_Files"
+    pool: str = ""  # prepared data has its splits
 
     def __len__(self) -> int:
         return len(self.index.shard)

@@ -36,6 +36,7 @@ class Folder:
     targets: np.ndarray
     fingerprint: str
     paths: tuple[str, ...]
+    pool: str = ""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -49,7 +50,8 @@ class Folder:
 
     def take(self, indices: np.ndarray) -> "Folder":
         paths = tuple(self.paths[index] for index in indices)
-        return Folder(self.labels, self.targets[indices], taken(self, indices), paths)
+        targets, fingerprint = self.targets[indices], taken(self, indices)
+        return Folder(self.labels, targets, fingerprint, paths, self.pool)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Tfds:
     fingerprint: str
     examples: Sequence[Any]  # dicts with image, encoded bytes, and label
     indices: np.ndarray  # (n,) int64, of the examples that are this source's
+    pool: str = ""
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -136,7 +139,7 @@ def open_source(data: Data, split: str) -> Source:
     return _folder(pathlib.Path(name).expanduser(), split, data)
 
 
-def stratified(source: Source, split: str, data: Data) -> Source:
+def stratified(source: Folder | Tfds, split: str, data: Data) -> Source:
     """The part of `source` that `data.split` gives to `split`, class by class, by `split_seed`."""
     if not data.split[tuple(FOLDER_NAMES).index(split)]:
         raise NoSplitError(
@@ -145,6 +148,9 @@ def stratified(source: Source, split: str, data: Data) -> Source:
         )
     rng = np.random.Generator(np.random.Philox(data.split_seed))
     targets, chosen = source.targets, []
+    pool = hashlib.sha256(repr((data.split, data.split_seed, source.labels)).encode())
+    for index, target in enumerate(targets):
+        pool.update(os.fsencode(f"{target} {os.path.basename(source.name(index))}\n"))
     for label, name in enumerate(source.labels):
         order = rng.permutation(np.flatnonzero(targets == label))
         counts = [round(len(order) * part / sum(data.split)) for part in data.split[1:]]
@@ -156,7 +162,8 @@ def stratified(source: Source, split: str, data: Data) -> Source:
                 f"data.split={data.split}; add images or name the splits by folders"
             )
         chosen.append(parts[split])
-    return source.take(np.sort(np.concatenate(chosen)))
+    part = source.take(np.sort(np.concatenate(chosen)))
+    return dataclasses.replace(part, pool=pool.hexdigest())
 
 
 def _folder(root: pathlib.Path, split: str, data: Data) -> Source:

@@ -35,6 +35,7 @@ class Members:
     sizes: np.ndarray  # (n,) int64, bytes
     targets: np.ndarray  # (n,) int64
     fingerprint: str
+    pool: str = ""  # tars have their splits
 
     def __len__(self) -> int:
         return len(self.names)

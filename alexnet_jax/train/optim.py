@@ -39,7 +39,7 @@ def make_optimizer(optim: Optim) -> optax.GradientTransformationExtraArgs:
     """
     return optax.chain(
         optax.add_decayed_weights(optim.weight_decay, mask=_kernels),
-        _scale_by_rates(_layer_rates(optim)),
+        _scale_by_rates(layer_rates(optim)),
         optax.trace(decay=optim.momentum),
     )
 
@@ -66,7 +66,7 @@ def make_update(optim: Optim) -> Update:
             )
             return weights, optax.tree_utils.tree_set(opt_state, trace=velocities), squares
 
-        own = _layer_rates(optim)
+        own = layer_rates(optim)
         moves = {
             layer: {kind: good & (_rate(rates, own, layer, kind) > 0) for kind in kinds}
             for layer, kinds in params.items()
@@ -101,7 +101,7 @@ def square(leaf: Array) -> Array:
 def _in_place(
     optim: Optim, good: Array, params: Params, velocities: Params, gradients: Params, rates: Rates
 ) -> tuple[Params, Params, dict[str, tuple[Array, Array]]]:
-    own = _layer_rates(optim)
+    own = layer_rates(optim)
     weights: Params = {layer: {} for layer in params}
     moved: Params = {layer: {} for layer in params}
     squares = {}
@@ -124,7 +124,7 @@ def _in_place(
     return weights, moved, squares
 
 
-def _layer_rates(optim: Optim) -> Mapping[str, float]:
+def layer_rates(optim: Optim) -> Mapping[str, float]:
     """What a layer's rates are multiplied by; 1 where it is not named."""
     own: dict[str, float] = dict(zip(LAYERS, optim.layer_rates, strict=True))
     return {**own, **{name: own[other] for name, other in SHARES_ENTRY.items()}}
@@ -138,14 +138,13 @@ def _kernels(params: Any) -> Any:
     return {layer: {kind: kind == "kernel" for kind in kinds} for layer, kinds in params.items()}
 
 
-def _scale_by_rates(layer_rates: Mapping[str, float]) -> optax.GradientTransformationExtraArgs:
+def _scale_by_rates(own: Mapping[str, float]) -> optax.GradientTransformationExtraArgs:
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         del params
         rates: Rates = extra["rates"]
         scaled = {
             layer: {
-                kind: -_rate(rates, layer_rates, layer, kind) * gradient
-                for kind, gradient in kinds.items()
+                kind: -_rate(rates, own, layer, kind) * gradient for kind, gradient in kinds.items()
             }
             for layer, kinds in updates.items()
         }

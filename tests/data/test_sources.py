@@ -90,6 +90,7 @@ def test_without_a_validation_folder_test_serves(pictures, tmp_path, caplog):
         assert examples(opened(tmp_path, split)) == on_disk(tmp_path / "test")
     assert examples(opened(tmp_path, "train")) == on_disk(tmp_path / "train")
     caplog.set_level(logging.INFO)
+    caplog.clear()
     opened(tmp_path, "test")
     assert not caplog.records
     opened(tmp_path, "validation")
@@ -437,6 +438,7 @@ def test_another_data_set_unprepared_is_refused_with_its_own_way_out(prepared, n
 
 def test_tfds_without_validation_validates_with_test(prepared, jpegs, caplog):
     caplog.set_level(logging.INFO)
+    caplog.clear()
     for split in ("validation", "test"):
         source = tfds_source(prepared, "insects_two", split)
         check(source)
