@@ -156,6 +156,11 @@ def _flag_error(error: Exception) -> str:
     if inside and "ml_collections" not in frames[-1].filename:
         place = f"{inside[-1].filename}, line {inside[-1].lineno}"
         return f"the --config file fails ({place}: {type(error).__name__}: {text})"
+    # Of a TypeError or a ValueError in the file, text is all that ml_collections hands on.
+    places = re.findall(r'File "([^"]+)", line (\d+), in (?:<module>|get_config)\b', str(error))
+    if "Error whilst parsing config file" in text and places:
+        said = str(error).rstrip().splitlines()[-1]
+        return f"the --config file fails ({places[-1][0]}, line {places[-1][1]}: {said})"
     unknown = re.search(r"Did you mean \"(\w+)\" instead of \"(\w+)\"", text)
     if unknown:
         return f"config field {unknown[2]!r} does not exist; nearest is {unknown[1]!r}"
@@ -171,6 +176,6 @@ def _flag_error(error: Exception) -> str:
         return f"--config={missing[1]}: no such file" if missing else text
     if isinstance(error, AttributeError | KeyError):
         names = configs.field_names()
-        wrong = text.strip("'\"").split()[0]
+        wrong = text.removeprefix("'Key ").strip("'\"").split()[0].strip("'\"")
         return f"config field {wrong!r} does not exist; nearest is {configs.nearest(wrong, names)}"
     return text

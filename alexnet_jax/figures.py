@@ -80,10 +80,12 @@ def curves(
     ylabel: str,
     target: float | None = None,
     logarithmic: bool = False,
+    splits: Mapping[str, str] | None = None,
 ) -> Any:
     """Values by epoch: a colour and a mark a run, training in full lines, validation broken.
 
     Args:
+      splits: of each run, the split that stands for validation.
       target: where to draw a level line.
     """
     figure, ((axes,),) = _figure(3.2, 1, 1)
@@ -95,7 +97,7 @@ def curves(
         )
         for found, line, words in (
             (training, "-", "training" if validation else ""),
-            (validation, "--", "validation"),
+            (validation, "--", (splits or {}).get(name, "validation")),
         ):
             if found.get(name):
                 axes.plot(

@@ -60,11 +60,13 @@ def learning(directories: Sequence[pathlib.Path], value: str, ylabel: str) -> An
         or [(record["epoch"], record[value]) for record in report.training_records(place)]
         for name, place in runs.items()
     }
+    passes = {name: report.evaluation_records(place) for name, place in runs.items()}
     validation = {
-        name: [(record["epoch"], record[value]) for record in report.evaluation_records(place)]
-        for name, place in runs.items()
+        name: [(record["epoch"], record[value]) for record in found]
+        for name, found in passes.items()
     }
-    return figures.curves(training, validation, ylabel=ylabel)
+    splits = {name: found[-1]["split"] for name, found in passes.items() if found}
+    return figures.curves(training, validation, ylabel=ylabel, splits=splits)
 
 
 def names(directories: Sequence[pathlib.Path]) -> dict[str, pathlib.Path]:

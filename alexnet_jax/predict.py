@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import logging
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -336,14 +337,32 @@ def best_labels(probabilities: np.ndarray, labels: Sequence[str]) -> dict[str, l
 def _files(paths: Sequence[str]) -> list[str]:
     """The files named, and those in the folders named, at any depth, sorted."""
     found = []
-    for path in map(pathlib.Path, paths):
-        if not path.exists():
+    for path in paths:
+        if not os.path.exists(path):
             raise UserError(f"{path}: no such file or folder")
-        inside = sorted(entry for entry in path.rglob("*") if entry.is_file())
-        found += [str(entry) for entry in inside] if path.is_dir() else [str(path)]
+        found += _inside(path) if os.path.isdir(path) else [path]
     if not found:
         raise UserError("no image to look at: name files or folders after the flags")
     return found
+
+
+def _inside(folder: str) -> list[str]:
+    """The files in a folder, and in those it links to, less hidden ones."""
+    seen, found = {os.path.realpath(folder)}, []
+    for where, folders, files in os.walk(folder, followlinks=True):
+        for name in sorted(folders):
+            real = os.path.realpath(os.path.join(where, name))
+            if name[0] == "." or real in seen:
+                folders.remove(name)
+            seen.add(real)
+        found += [os.path.join(where, name) for name in files if name[0] != "."]
+    others = [path for path in found if not os.path.isfile(path)]
+    if others:
+        log.warning(
+            "%d links to nothing, pipes or devices are not looked at: %s", len(others),
+            ", ".join(map(images.printable, others[:20])),
+        )  # fmt: skip
+    return sorted(set(found) - set(others))
 
 
 def write_features(

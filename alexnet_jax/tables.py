@@ -12,6 +12,7 @@ import numpy as np
 import scipy.stats
 
 from alexnet_jax import figures, report
+from alexnet_jax.config import UserError
 from alexnet_jax.files import write_text
 from alexnet_jax.studies import STUDIES, Study
 
@@ -38,6 +39,13 @@ def read_runs(directory: pathlib.Path, study: Study) -> list[Done]:
             result = json.loads(path.read_text(encoding="utf-8"))
             epochs = epochs_to(path.parent, study.target_error) if study.target_error else None
             found.append(Done(name, result["seed"], result, epochs))
+    counts = {tuple(done.result[split]["num_examples"] for split in SPLITS) for done in found}
+    if len(counts) > 1:
+        words = " and ".join(f"{one:,} with {other:,}" for one, other in sorted(counts))
+        raise UserError(
+            f"{directory} holds runs of other data: {words} training and validation images, which "
+            "do not belong in one table; take the others away, or choose another --workdir"
+        )
     order = list(study.variants)
     return sorted(found, key=lambda done: (order.index(done.variant), done.seed))
 
@@ -181,12 +189,12 @@ def _markdown(name: str, study: Study, runs: Sequence[Done], rows: Sequence[dict
         cells.append(f"{row['difference']:+.2f}{margin}" if row["difference"] is not None else "")
         lines.append([*cells, row["verdict"] or "", row["paper"] or ""])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    examples = {done.result["validation"]["num_examples"] for done in runs}
+    examples = max((done.result["validation"]["num_examples"] for done in runs), default=1)
     notes = (
         "Errors in per cent, mean ± standard deviation over n seeds, of whole splits without "
         "dropout or augmentation. Differences to the first variant are paired over the seeds both "
         f"have, in points, with Student's {CONFIDENCE:.0%} interval over seeds. One image of "
-        f"{', '.join(map(str, sorted(examples)))} is {100 / max(examples, default=1):.2f} points."
+        f"{examples} is {100 / examples:.2f} points."
     )
     reached = [row["epochs_to_target"] for row in rows]
     if len(reached) > 1 and all(reached):

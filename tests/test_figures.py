@@ -114,6 +114,21 @@ def test_curves_of_many_runs_differ_in_more_than_colour():
     assert axes.lines[-1].get_ydata()[0] == 0.25
 
 
+def test_curves_name_the_split_that_was_measured(tmp_path):
+    for name, split in (("one", "test"), ("two", "validation")):
+        (tmp_path / name).mkdir()
+        lines = [
+            {"step": 1, "epoch": 1.0, "split": "train", "loss": 1.0, "top1_error": 0.5,
+             "learning_rate": 0.1},
+            {"step": 1, "epoch": 1.0, "split": split, "loss": 1.0, "top1_error": 0.5},
+        ]  # fmt: skip
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / name / "metrics.jsonl").write_text(text)
+    (axes,) = gallery.learning([tmp_path / "one", tmp_path / "two"], "loss", "loss").axes
+    told = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert told == ["one, training", "one, test", "two, training", "two, validation"]
+
+
 def test_the_same_numbers_make_the_same_files(tmp_path):
     for name in ("one", "two"):
         figure = figures.curves({"run": [(1, 0.5), (2, 0.25)]}, {}, ylabel="error")

@@ -385,16 +385,22 @@ def test_a_lack_of_memory_is_told_in_a_line(capsys):
 def test_a_config_file_that_gives_no_config_is_a_mistake(config_file, tmp_path, capsys):
     workdir = f"--workdir={tmp_path / 'workdir'}"
     assert "nope.py" in command_line(capsys, "--config=configs/nope.py", workdir)
+    begun = "from alexnet_jax.config import blank\ndef get_config():\n  c = blank()\n  "
     broken = {
         "def": "line 1: SyntaxError: invalid syntax",
         "x = 1\n1 / 0": "line 2: ZeroDivisionError: division by zero",
         "import os\ndef get_config():\n  os.environ['NOT_SET']": "line 3: KeyError: NOT_SET",
         "import os\ndef get_config():\n  os.getenvv()": "line 3: AttributeError: module 'os'",
+        f"{begun}c.train.batch_size = 'many'": "line 4: TypeError: Could not override",
+        f"{begun}c.seed + 'x'": "line 4: TypeError: unsupported operand",
     }
     for text, words in broken.items():
         path = tmp_path / "broken.py"
         path.write_text(text)
         assert f"{path}, {words}" in command_line(capsys, f"--config={path}", workdir)
+    path.write_text(f"{begun}c.batch_size = 3")
+    wrong = command_line(capsys, f"--config={path}", workdir)
+    assert "config field 'batch_size' does not exist; nearest is" in wrong
     assert "--config is missing" in command_line(capsys, workdir)
     assert "--workdir is missing" in command_line(capsys, f"--config={config_file}", "--workdir=")
     assert not (tmp_path / "workdir").exists()

@@ -160,6 +160,22 @@ def test_files_and_folders_are_given_their_best_labels_in_their_order(
     assert run(trained, "--mode=predict", str(one)) == 0
 
 
+def test_links_in_a_folder_are_followed_once_and_hidden_files_are_not_looked_at(
+    trained, images, run, capsys, tmp_path
+):
+    (tmp_path / "cats").symlink_to(images / "val/cat")
+    (tmp_path / "again").symlink_to(tmp_path)
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    (tmp_path / ".DS_Store").write_text("no image")
+    assert run(trained, "--mode=predict", str(tmp_path)) == 0
+    printed = capsys.readouterr()
+    found = [json.loads(line)["file"] for line in printed.out.splitlines()]
+    assert found == [f"{tmp_path}/cats/{n:02d}.jpg" for n in range(5)]
+    assert f"1 links to nothing, pipes or devices are not looked at: {tmp_path}/gone.jpg" in (
+        printed.err
+    )
+
+
 @pytest.mark.parametrize("towers", [1, 2])
 @pytest.mark.parametrize("layer", ["conv1", "conv4", "conv5", "fc7"])
 def test_features_are_the_layers_outputs(trained, images, run, tmp_path, towers, layer):

@@ -4,11 +4,13 @@ import csv
 import json
 import math
 import pathlib
+import shutil
 
 import pytest
 
 from alexnet_jax import report, tables
 from alexnet_jax import study as command
+from alexnet_jax.config import UserError
 from alexnet_jax.studies import STUDIES, Study
 
 FIGURE1 = ["--config.model.preset=cifar", "--config.model.input_size=32"]
@@ -158,6 +160,16 @@ def test_runs_with_other_settings_do_not_join_the_table(flags, words, finished, 
     error = capsys.readouterr().err
     assert all(word in error for word in [*words, "choose another --workdir"])
     assert not (finished / "with_lrn" / "9").exists()
+
+
+def test_runs_of_more_images_do_not_join_the_table(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "more")
+    path = tmp_path / "more/with_lrn/2" / tables.RESULT
+    result = json.loads(path.read_text())
+    result["train"]["num_examples"] += 12
+    path.write_text(json.dumps(result))
+    with pytest.raises(UserError, match=r"48 with 15 and 60 with 15 .* do not belong in one table"):
+        tables.read_runs(tmp_path / "more", STUDIES["lrn"])
 
 
 def test_another_study_does_not_join_the_table(finished, start, capsys):

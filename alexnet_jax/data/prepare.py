@@ -84,8 +84,9 @@ def prepare(
         if len(broken) > allow_broken:
             raise BrokenImagesError(
                 f"{len(broken)} broken images, {allow_broken} allowed: {'; '.join(broken[:20])}"
-                f"{'; ...' if len(broken) > 20 else ''}. Replace them, or leave them out by "
-                f"--allow_broken={len(broken)}; what was prepared is kept in {partial}"
+                f"{'; ...' if len(broken) > 20 else ''}. Leave them out by "
+                f"--allow_broken={len(broken)}, for which what was prepared is kept in {partial}; "
+                "or replace them, remove that folder, and begin again"
             )
         manifest = _finish(given, data, entries, settings)
         synced(data)
@@ -371,11 +372,15 @@ def _check_plan(path: pathlib.Path, given: Input, settings: Settings) -> None:
             f"{path} is damaged ({' '.join(str(error).split())[:100]}); remove {path.parent} to "
             "begin again"
         ) from error
-    changes = _changes(old, plan)
+    changes = _changes(old | {"fingerprint": fingerprint}, plan)
+    if changes:
+        changes = f"with another input, or other settings ({changes})"
+    elif old != plan:
+        changes = "with another input, or other files in it"
     if changes:
         raise UserError(
-            f"{path.parent} was begun with another input, or other settings ({changes}); "
-            "choose another --output, or remove it to begin again"
+            f"{path.parent} was begun {changes}; choose another --output, or remove it to begin "
+            "again"
         )
 
 
