@@ -23,6 +23,12 @@ from alexnet_jax.config import UserError
 
 MODES = ("train", "eval", "predict", "features", "figures", "inspect", "bench")
 WITHOUT_WORKDIR = ("inspect", "bench")
+OF_MODES = {
+    "output": ("eval", "features"),
+    "layer": ("features",),
+    "figure": ("predict",),
+    "json": ("inspect",),
+}
 BY_SEVERAL = ("train", "eval")
 
 
@@ -66,6 +72,12 @@ def parse(argv: list[str]) -> tuple[flags.FlagValues | None, list[str]]:
         raise UserError(f"argument {rest[0]!r} is not understood; flags are --name=value")
     if values.mode not in MODES:
         raise UserError(f"--mode={values.mode}: must be one of {', '.join(MODES)}")
+    for flag, modes in OF_MODES.items():
+        if values[flag].present and values.mode not in modes:
+            raise UserError(
+                f"--{flag} is for --mode={' and '.join(modes)}; leave it out of "
+                f"--mode={values.mode}"
+            )
     if not values.workdir and values.mode not in WITHOUT_WORKDIR:
         raise UserError(f"--workdir is missing: --mode={values.mode} needs one")
     if values.mode == "features" and not values.output:

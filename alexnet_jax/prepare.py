@@ -12,6 +12,7 @@ many broken images, wrong checksums, or the disk refused; 2 a mistake of the use
 """
 
 import pathlib
+import re
 import sys
 import time
 
@@ -77,13 +78,17 @@ def run(values: flags.FlagValues) -> int:
     started = time.perf_counter()
     command.keep_compiled(values.cache_dir)
     output = _path(values.output)
-    given = inputs.open_input(
-        values.input,
-        official=not values.unofficial,
-        split=values.split,
-        tfds_dir=values.tfds_dir,
-        cache_dir=values.cache_dir,
-    )
+    try:
+        given = inputs.open_input(
+            values.input,
+            official=not values.unofficial,
+            split=values.split,
+            tfds_dir=values.tfds_dir,
+            cache_dir=values.cache_dir,
+        )
+    except UserError as error:  # names the flags of training
+        own = re.sub(r"--config\.data\.(split|tfds_dir|cache_dir)=", r"--\1=", str(error))
+        raise UserError(own) from error
     if isinstance(given, inputs.SourceInput) and given.folder in (output, *output.parents):
         raise UserError(
             f"--output={values.output} lies in the folder that is read, where it would be taken "

@@ -61,6 +61,8 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
     for source_of in (source, validation):
         job.check_same(f"the data of {config.data.source}", source_of.fingerprint)
     config = with_classes(config, source.labels)
+    if len(source.labels) == 1:
+        log.warning("%s has one class: there is nothing to tell apart", config.data.source)
     check_parameters(config)
     checkpoints = Saver(directory / workdir.CHECKPOINTS)
     latest = checkpoints.newest_whole(job.told)

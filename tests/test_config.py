@@ -136,24 +136,35 @@ def test_an_unknown_preset_names_the_nearest():
         with_preset("cafenet")
 
 
-def test_changes_sort_into_refused_asked_and_free():
-    old = Config()
+ASKED = """
+    seed model.dtype data.source data.split data.split_seed data.stored_size data.random_crop
+    data.crop_share data.mirror data.colour_noise data.colour_noise_divides
+    data.colour_noise_epochs data.mean optim.learning_rate optim.momentum optim.weight_decay
+    optim.bias_rate_factor optim.schedule optim.drop_factor optim.plateau_patience
+    optim.plateau_min_delta optim.plateau_max_drops optim.drop_epochs optim.drop_every_steps
+    optim.biases_drop optim.conv1_drop_epoch optim.conv1_freeze_epoch optim.layer_rates
+    train.batch_size eval.split eval.num_crops
+"""
+FREE = """
+    data.workers data.worker_kind data.prefetch data.on_device data.cache_dir data.tfds_dir
+    mesh.model mesh.data mesh.cpu_devices mesh.step_timeout train.num_epochs train.num_steps
+    train.accumulation_steps train.init_from train.max_parameters train.log_every_steps
+    train.deterministic eval.batch_size eval.every_epochs checkpoint.every_steps checkpoint.step
+"""
 
-    def changed(section, **fields):
-        part = dataclasses.replace(getattr(old, section), **fields)
-        return configs.changes(old, dataclasses.replace(old, **{section: part}))
 
-    assert changed("model", width=0.5) == ({"model.width": (1.0, 0.5)}, {})
-    assert changed("model", preset="half") == ({"model.preset": ("paper", "half")}, {})
-    assert changed("optim", momentum=0.5) == ({}, {"optim.momentum": (0.9, 0.5)})
-    assert changed("train", batch_size=64) == ({}, {"train.batch_size": (128, 64)})
-    assert changed("data", mirror=False) == ({}, {"data.mirror": (True, False)})
-    assert configs.changes(old, dataclasses.replace(old, seed=7)) == ({}, {"seed": (42, 7)})
-    for section, fields in {
-        "train": {"num_epochs": 5.0},
-        "data": {"workers": 3},
-        "mesh": {"model": 2},
-        "checkpoint": {"every_steps": 5},
-        "eval": {"every_epochs": 2},
-    }.items():
-        assert changed(section, **fields) == ({}, {})
+def test_every_change_is_refused_asked_for_or_free():
+    old, found = Config(), {"refused": set(), "asked": set(), "free": set()}
+    for name in configs.field_names():
+        section, _, field = name.rpartition(".")
+        holder = getattr(old, section) if section else old
+        was = getattr(holder, field)
+        changed = dataclasses.replace(holder, **{field: "another"})
+        new = dataclasses.replace(old, **{section: changed}) if section else changed
+        refused, asked = configs.changes(old, new)
+        assert {**refused, **asked} in ({}, {name: (was, "another")})
+        found["refused" if refused else "asked" if asked else "free"].add(name)
+    models = {name for name in configs.field_names() if name.startswith("model.")}
+    assert found["refused"] == models - {"model.dtype"}
+    assert found["asked"] == set(ASKED.split())
+    assert found["free"] == set(FREE.split())

@@ -327,6 +327,8 @@ def test_other_classes_are_refused(trained, run, images, tmp_path, capsys):
         (["--mode=trian"], ["--mode=trian", "train, eval"]),
         (["--wrkdir=x"], ["wrkdir"]),
         (["stray"], ["stray"]),
+        (["--output=x.npz"], ["--output is for --mode=eval and features", "--mode=train"]),
+        (["--figure=x.png", "--mode=eval"], ["--figure is for --mode=predict", "--mode=eval"]),
         (["--config.train.batch_size=6", "--config.mesh.data=4"], ["train.batch_size=6", "4"]),
         (["--config.mesh.data=3", "--config.mesh.model=2"], ["JAX_NUM_CPU_DEVICES=6", "4 (cpu)"]),
         (["--config.model.preset=caffenet", "--config.mesh.model=2"], ["--config.mesh.model=1"]),

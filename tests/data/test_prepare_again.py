@@ -334,7 +334,11 @@ def test_help_names_every_flag(run):
         (["--workers=-1", "--input=x", "--output=y"], ["workers=-1"]),
         (["--allow_broken=-1", "--input=x", "--output=y"], ["allow_broken=-1"]),
         (["--input=/nowhere", "--output=y"], ["/nowhere", "no such file or folder"]),
-        (["--input=tfds:nothing", "--tfds_dir=/nowhere", "--output=y"], ["tfds:nothing"]),
+        (
+            ["--input=tfds:nothing", "--tfds_dir=/nowhere", "--output=y"],
+            ["tfds:nothing", "named by --tfds_dir=DIR"],
+        ),
+        (["--input=shapes", "--split=0,2,2", "--output=y"], ["set --split=..."]),
         (["--input=records:x", "--output=y"], ["records:x"]),
         (["--input=shapes:x", "--output=y"], ["shapes:x"]),
         (["--verify=/nowhere"], ["/nowhere", "manifest.json"]),
