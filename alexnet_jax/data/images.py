@@ -115,7 +115,7 @@ def _strictly_decoded(data: bytes, name: str, fleeting: bool) -> np.ndarray | No
     Raises ValueError where data is lost, which Pillow would fill in; of unusual chroma subsampling
     Pillow alone judges, and sees only whether a file ends too soon.
     """
-    scans, odd, height, width = native.look(data) if native.available() else look(data)
+    scans, odd, height, width = look(data)
     if scans > MAX_SCANS:
         raise ImageError(f"{name}: has {scans} scans; at most {MAX_SCANS} are read")
     try:

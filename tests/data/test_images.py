@@ -523,29 +523,18 @@ def test_nothing_beside_an_image_or_its_crop_is_touched(library, pictures, last)
                 np.testing.assert_array_equal(out, square[:, ::-1] if mirror else square)
 
 
-@pytest.mark.skipif(not native.available(), reason="no C++ compiler")
-def test_without_a_compiler_a_jpeg_looks_the_same(pictures):
-    """Whole, cut, and with bytes changed."""
-    rng = np.random.default_rng(0)
+def test_a_jpegs_segments_tell_its_scans_and_its_sides(pictures):
     kinds = [{}, {"progressive": True}, {"mode": "L"}, {"mode": "CMYK"}, {"exif": oriented(6)}]
     files = [pictures.encode(pictures.rough(9, 14), "JPEG", **kind) for kind in kinds]
-    assert [native.look(data)[1] for data in files] == [False, False, False, True, True]
-    assert native.look(files[0]) == (1, False, 9, 14)
-    assert native.look(files[1])[0] > 1
+    assert [images.look(data)[1] for data in files] == [False, False, False, True, True]
+    assert images.look(files[0]) == (1, False, 9, 14)
+    assert images.look(files[1])[0] > 1
     frame = b"\xff\xd8\xff\xc0\0\x11\x08\0\x09\0\x0e\3" + bytes(9)
     together, apart = (b"\xff\xda\0\x0c" + bytes([channels]) + bytes(9) for channels in (3, 1))
-    assert native.look(frame + together * 9) == (1, False, 9, 14)  # an image ends with such a scan
-    assert native.look(frame + apart * 9) == (9, False, 9, 14)
+    assert images.look(frame + together * 9) == (1, False, 9, 14)  # an image ends with such a scan
+    assert images.look(frame + apart * 9) == (9, False, 9, 14)
     without_length = frame[:2] + b"\xff\xd0\0\2" + frame[2:] + together
-    assert native.look(without_length) == images.look(without_length) == (1, True, 0, 0)
-    files += [frame + together * 9, frame + apart * 9, with_exif(files[0], ">", (3, 1, 1))]
-    for trial in range(3000):
-        data = np.frombuffer(files[trial % 8], np.uint8)[: rng.integers(len(files[0]) + 1)].copy()
-        if len(data):
-            data[rng.integers(len(data), size=trial % 4)] = rng.choice(
-                [0xFF, 0xDA, 0xC0, 0xD0, 0, 9]
-            )
-        assert native.look(data.tobytes()) == images.look(data.tobytes())
+    assert images.look(without_length) == (1, True, 0, 0)
 
 
 def test_an_orientation_in_xmp_counts_as_one_in_exif_does(form, pictures):
@@ -565,9 +554,8 @@ def with_exif(jpeg: bytes, order: str, *orientations: tuple[int, int, int]) -> b
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_an_exif_that_says_upright_is_taken_at_its_word_and_no_other(form, pictures, order):
+def test_an_exif_that_says_upright_is_taken_at_its_word_and_no_other(pictures, order):
     """Never where Pillow reads another orientation, whatever is broken."""
-    look = native.look if form == "native" else images.look
     jpeg, rng = pictures.encode(pictures.rough(9, 14), "JPEG"), np.random.default_rng(0)
     for orientations, upright in [
         ([(3, 1, 1)], True),
@@ -580,11 +568,11 @@ def test_an_exif_that_says_upright_is_taken_at_its_word_and_no_other(form, pictu
         ([(3, 1, 6), (3, 1, 1)], False),
     ]:
         data = with_exif(jpeg, order, *orientations)
-        assert look(data) == ((1, False, 9, 14) if upright else (1, True, 0, 0))
+        assert images.look(data) == ((1, False, 9, 14) if upright else (1, True, 0, 0))
         for _ in range(200):
             broken = np.frombuffer(data, np.uint8).copy()
             broken[rng.integers(4, 60, 2)] = rng.choice([0, 1, 3, 6, 8, 0x12, 0x49, 0x4D, 0xFF], 2)
-            if look(broken.tobytes())[1:] == (False, 9, 14):
+            if images.look(broken.tobytes())[1:] == (False, 9, 14):
                 with Image.open(io.BytesIO(broken.tobytes())) as image:
                     assert image.getexif().get(ORIENTATION, 1) not in range(2, 9)
 

@@ -1,4 +1,4 @@
-"""What workers do to bytes and pixels, in C++; the interpreter is free for others meanwhile.
+"""What workers do to pixels, in C++; the interpreter is free for others meanwhile.
 
 To be called where `available`; `data.images` does the same without, to the bit.
 """
@@ -17,7 +17,6 @@ SOURCE = pathlib.Path(__file__).parent / "images.cc"
 FLAGS = ("-ffp-contract=off",)
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 ARGUMENTS = {
-    "look": [ctypes.c_char_p, _NUMBER],
     "copy": [*[_POINTER, _NUMBER] * 2, *[_NUMBER] * 3],
     "resize": [_POINTER, *[_NUMBER] * 9, _POINTER, _NUMBER],
 }
@@ -26,12 +25,6 @@ ARGUMENTS = {
 def available() -> bool:
     """Whether a library could be compiled."""
     return _library() is not None
-
-
-def look(data: bytes) -> tuple[int, bool, int, int]:
-    """`look` of `data.images`."""
-    found = _library().look(data, len(data))
-    return found >> 33, bool(found >> 32 & 1), found >> 16 & 0xFFFF, found & 0xFFFF
 
 
 def copy(window: np.ndarray, mirror: bool, out: np.ndarray) -> None:

@@ -1,6 +1,5 @@
-// Bytes of JPEGs looked at; windows of RGB images copied, mirrored, made smaller or larger. No two
-// roundings are made one (the compiler is told -ffp-contract=off), so that the results are those of
-// numpy, bit for bit.
+// Windows of RGB images copied, mirrored, made smaller or larger. No two roundings are made one (the
+// compiler is told -ffp-contract=off), so that the results are those of numpy, bit for bit.
 
 #include <algorithm>
 #include <cmath>
@@ -243,68 +242,9 @@ void Across(const Cover& across, const float* line, int64_t side, uint8_t* to) {
   }
 }
 
-// Whether the first directory of a TIFF, as EXIF comes, says that the image is upright.
-bool IsUpright(const uint8_t* tiff, int64_t length) {
-  if (length < 8) return false;
-  const bool little = std::memcmp(tiff, "II*\0", 4) == 0;
-  if (!little && std::memcmp(tiff, "MM\0*", 4) != 0) return false;
-  const auto number = [=](int64_t place, int64_t bytes) {
-    int64_t found = 0;
-    for (int64_t i = 0; i < bytes; ++i) {
-      found = found << 8 | tiff[place + (little ? bytes - 1 - i : i)];
-    }
-    return found;
-  };
-  const int64_t first = number(4, 4);
-  if (first + 2 > length) return false;
-  const int64_t end = first + 2 + 12 * number(first, 2);
-  if (end > length) return false;
-  bool upright = false;
-  for (int64_t entry = first + 2; entry < end; entry += 12) {
-    if (number(entry, 2) != 0x0112) continue;  // the orientation: one number of 16 bits
-    upright = number(entry + 2, 2) == 3 && number(entry + 4, 4) == 1 && number(entry + 8, 2) == 1;
-    if (!upright) return false;
-  }
-  return upright;
-}
-
 }  // namespace
 
 extern "C" {
-
-// What a JPEG's segments say, from the last bit on: its width and height, 16 bits each; 1 unless
-// they show some pixels of one or three channels, upright as far as they say; at least as many
-// scans as are read.
-int64_t look(const uint8_t* data, int64_t length) {
-  int64_t scans = 0, size = 0, odd = 1, channels = 0;
-  bool sequential = false;
-  for (int64_t place = 2; place + 10 <= length;) {
-    const uint8_t *segment = data + place, kind = segment[1];
-    if (segment[0] != 0xFF || kind < 0xC0 || kind == 0xFF) break;
-    if (kind >= 0xD0 && kind <= 0xD9) break;  // what has no length
-    const int64_t next = place + 2 + (segment[2] << 8 | segment[3]);
-    if (std::memcmp(segment + 4, "http:/", 6) == 0) break;  // XMP, which may say how it lies
-    if (std::memcmp(segment + 4, "Exif\0", 6) == 0) {
-      if (!IsUpright(segment + 10, std::min(next, length) - (place + 10))) break;
-    } else if (kind == 0xDA) {
-      odd = (channels != 1 && channels != 3) || size >> 16 == 0 || (size & 0xFFFF) == 0;
-      scans = sequential && segment[4] == channels;  // whatever follows is no part of the image
-      break;
-    } else if (kind == 0xC0 || kind == 0xC1 || kind == 0xC2) {  // the frame
-      size = int64_t(segment[5]) << 24 | segment[6] << 16 | segment[7] << 8 | segment[8];
-      channels = segment[9], sequential = kind != 0xC2;
-    }
-    place = next;
-  }
-  if (scans == 0) {
-    for (const uint8_t *place = data, *last = data + length - 3; place <= last; ++place) {
-      place = static_cast<const uint8_t*>(std::memchr(place, 0xFF, last + 1 - place));
-      if (place == nullptr) break;
-      scans += place[1] == 0xDA && place[2] == 0;
-    }
-  }
-  return scans << 33 | odd << 32 | size;
-}
 
 // A window of `rows` times `columns` pixels; pitches are the bytes from row to row.
 int64_t copy(const uint8_t* from, int64_t pitch, uint8_t* to, int64_t to_pitch, int64_t rows,
