@@ -20,11 +20,11 @@ import ml_collections
 from ml_collections import config_dict
 
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
+SHARES_ENTRY = {"conv6": "conv5", "fc4": "fc8"}  # layers without an entry in tuples of one for each
 CIFAR_HEEDS = frozenset({
     "preset", "net", "width", "input_size", "num_classes", "dtype", "towers", "activation", "init",
     "weight_std", "bias",
 })  # fmt: skip
-SHARES_ENTRY = {"conv6": "conv5", "fc4": "fc8"}  # layers without one of their own in such tuples
 
 
 class UserError(Exception):
@@ -88,7 +88,7 @@ class Model:
     """The net. Per-layer tuples follow `LAYERS`; conv6 (preset `conv6`) takes conv5's entries."""
 
     preset: str = "paper"  # a name in PRESETS
-    # The paper's two towers, or figure 1's four layers, which heed what CIFAR_HEEDS names, of
+    # The paper's two towers, or figure 1's four layers, which use only what CIFAR_HEEDS names; of
     # `weight_std` and `bias` the entries of conv1..conv3 and fc8.
     net: str = _setting("alexnet", _one_of("alexnet", "cifar"))
     # Multiplies the channels of every layer but fc8; stds of conv2..fc8 grow by 1/sqrt(width).
@@ -106,13 +106,14 @@ class Model:
     without: tuple[str, ...] = _setting((), _LEFT_OUT)
     # Pixels a side, conv1..conv5. 0 at conv1 overhangs right and bottom so that no pixel is lost.
     paddings: tuple[int, ...] = _setting((0, 2, 1, 1, 1), _numbers(5, 0))
-    activation: str = _setting("relu", _one_of("relu", "tanh"))
+    activation: str = _setting("relu", _one_of("relu", "tanh"))  # paper, section 3.1
     after_conv1: tuple[str, ...] = _setting(("activation", "lrn", "pool"), _STAGE)  # section 3.3
     after_conv2: tuple[str, ...] = _setting(("activation", "lrn", "pool"), _STAGE)
     after_conv5: tuple[str, ...] = _setting(("activation", "pool"), _STAGE)
     lrn: bool = True  # False drops every response normalisation
-    lrn_size: int = _setting(5, Rule("odd and above 0", lambda n: n > 0 and n % 2 == 1))  # maps
-    lrn_k: float = _setting(2.0, _above(0))  # paper, section 3.3
+    # Maps, and the three constants; paper, section 3.3.
+    lrn_size: int = _setting(5, Rule("odd and above 0", lambda n: n > 0 and n % 2 == 1))
+    lrn_k: float = _setting(2.0, _above(0))
     lrn_alpha: float = _setting(1e-4, _at_least(0))  # multiplies the undivided sum
     lrn_beta: float = _setting(0.75, _above(0))
     lrn_across_towers: bool = False  # the paper normalises each tower by itself
@@ -152,7 +153,7 @@ class Data:
     # from; 0: 256 for inputs of 224 and 227, in proportion otherwise.
     random_crop: bool = True  # else the centre; paper, section 4.1
     crop_share: int = _setting(1, _at_least(1))  # images in a row with one crop and mirror
-    mirror: bool = True  # half of the images, at random
+    mirror: bool = True  # half of the images, at random; paper, section 4.1
     # Standard deviation of the PCA noise in units of sqrt(eigenvalue); section 4.1; 0: none.
     colour_noise: float = _setting(0.1, _at_least(0))
     colour_noise_divides: bool = False  # then also divide by 1 + colour_noise; source
@@ -189,6 +190,8 @@ class Optim:
     momentum: float = _setting(0.9, _FRACTION)
     weight_decay: float = _setting(0.0005, _at_least(0))  # of the weights, never of the biases
     bias_rate_factor: float = _setting(2.0, _at_least(0))  # source: .02 beside .01
+    # Drops when the validation error stops improving (paper, section 5), at given epochs (source),
+    # every so many steps (Caffe); the original's net #170's; half a cosine wave (ours).
     schedule: str = _setting(
         "plateau", _one_of("plateau", "epochs", "steps", "exponential", "cosine")
     )

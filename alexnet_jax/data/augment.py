@@ -1,8 +1,9 @@
 """The paper's augmentation (section 4.1): crop, mirror, PCA colour noise; and the ten test crops.
 
 Every draw is a function of (seed, position) alone, position being the image's place in the whole
-training stream, so neither workers nor devices nor restarts change it. The host moves bytes (crop
-and mirror, on uint8, `images.crop`); the device does the arithmetic (`train.pixels`).
+training stream, so neither workers nor devices nor restarts change it. Bytes are moved by the
+host (crop and mirror, on uint8: `images.crop`; by the device where it holds the images:
+`resident`); the arithmetic is the device's (`train.pixels`).
 """
 
 from typing import NamedTuple

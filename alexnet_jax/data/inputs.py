@@ -43,7 +43,7 @@ class Input(Protocol):
     def units(self, portion: Source) -> int: ...
 
     def files(self) -> dict[str, str]:
-        """Names and contents of small files more."""
+        """Names and contents of further small files."""
         ...
 
 

@@ -162,6 +162,10 @@ def _batches(read: ReadPiece, local: range, side: int, steps: range, data: Data)
     places = [slice(piece.start - local.start, piece.stop - local.start) for piece in pieces]
     shape = (len(local), side, side, 3)
     count, ahead = workers.count(data.workers), data.prefetch * len(pieces)
+    if workers.kind(data, len(steps) * len(local)) == "processes":
+        memory = buffers.Slots(-(-max(ahead, 2 * count) // len(pieces)), shape)
+    else:
+        memory = buffers.Images(shape)
 
     def element(number: int) -> Batch:
         """A piece, whose pixels are written into its batch's."""
@@ -169,11 +173,9 @@ def _batches(read: ReadPiece, local: range, side: int, steps: range, data: Data)
         return read(steps[turn], pieces[place], memory(turn)[places[place]])
 
     numbers = grain.MapDataset.range(len(steps) * len(pieces))
-    if workers.kind(data, len(steps) * len(local)) == "processes":
-        memory = buffers.Slots(-(-max(ahead, 2 * count) // len(pieces)), shape)
+    if isinstance(memory, buffers.Slots):
         making = _by_processes(numbers, element, memory, count, ahead)
     else:
-        memory = buffers.Images(shape)
         making = _by_threads(numbers.map(element), count, ahead)
     with making as arriving:
         for turn in range(len(steps)):

@@ -190,9 +190,8 @@ class AlexNet(nnx.Module):
         }
         pool: dict[str, Any] = {}
         if "pool" in steps:
-            place = POOLED.index(name)
-            sides = config.pool_windows[place], config.pool_strides[place]
-            pool = dict(zip(("window", "stride"), sides))
+            entry = POOLED.index(name)
+            pool = {"window": config.pool_windows[entry], "stride": config.pool_strides[entry]}
         if steps == RELU_LRN_POOL and config.activation == "relu" and config.lrn:
             return ops.relu_lrn_pool(x, **lrn, **pool)
         for step in steps:

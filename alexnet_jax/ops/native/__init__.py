@@ -74,7 +74,7 @@ def _suffix() -> str:
     """
     whose = importlib.metadata.version("jaxlib")  # another's headers make another library
     flags = (f"-I{jax.ffi.include_dir()}", f"-DJAXLIB={whose}")
-    instead = "XLA's slower convolutions are used"
+    instead = "XLA's slower forms are used"
     library, suffix = compiled.load(SOURCE, KERNELS, flags, instead)
     for kernel in KERNELS if library else ():
         capsule = jax.ffi.pycapsule(getattr(library, kernel))
