@@ -55,6 +55,19 @@ def test_a_configs_net_has_the_pinned_number_of_parameters(name):
     assert count == sum(math.prod(layer.kernel) + layer.output[-1] for layer in found)
 
 
+def test_a_config_asks_for_the_devices_its_net_lies_on():
+    """(mesh.model, mesh.cpu_devices); ImageNet is for machines that have their own."""
+    found = {name: load(FOLDER / f"{name}.py").mesh for name in PINNED}
+    assert {name: (mesh.model, mesh.cpu_devices) for name, mesh in found.items()} == {
+        "alexnet": (2, 0),
+        "imagenette": (1, 0),
+        "caltech101": (2, 2),
+        "cifar10": (1, 0),
+        "figure1": (1, 2),
+        "quickstart": (2, 2),
+    }
+
+
 @pytest.mark.parametrize("name", sorted(PINNED))
 def test_a_config_opens_with_its_command(name):
     text = (FOLDER / f"{name}.py").read_text()
