@@ -9,18 +9,29 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from PIL import Image
 
+from alexnet_jax import bench, ops
 from alexnet_jax import command as shared
 from alexnet_jax import main as command
-from alexnet_jax.checkpoint import Checkpoints, Saver
+from alexnet_jax.checkpoint import Checkpoints, Meta, Saver
+from alexnet_jax.config import Data
+from alexnet_jax.data import images as pictures
+from alexnet_jax.data import sources, stream
+from alexnet_jax.models.layers import initial_parameters
+from alexnet_jax.models.nets import layers
 from alexnet_jax.report import Report
-from alexnet_jax.train import state
+from alexnet_jax.train import state, step
 from alexnet_jax.train.calendar import Calendar
 
+ROOT = pathlib.Path(__file__).parent.parent
 CLASSES = ("cat", "dog", "owl")
+STORED, SIZE = 41, 36  # round(256 * 36 / 224)
 
 
 def records(workdir: pathlib.Path, split: str) -> list[dict]:
@@ -57,6 +68,193 @@ def test_training_writes_what_the_contract_names(trained):
     assert abs(train[0]["loss"] - np.log(3)) < 0.5
     (validation,) = records(trained, "validation")
     assert (validation["step"], validation["num_examples"]) == (6, 15)
+
+
+def test_the_quickstart_starts_its_two_devices_itself(images, tmp_path):
+    """And says how it begins; small, and without images to draw."""
+    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment.pop("JAX_NUM_CPU_DEVICES", None)
+    small = {
+        "data.source": f"folder:{images}", "data.cache_dir": tmp_path / "cache",
+        "model.width": 1 / 16, "model.input_size": SIZE,
+        "train.batch_size": 8, "train.num_steps": 1,
+    }  # fmt: skip
+    ended = subprocess.run(
+        [sys.executable, "-m", "alexnet_jax.main", "--config=configs/quickstart.py",
+         f"--workdir={tmp_path / 'run'}", *(f"--config.{name}={v}" for name, v in small.items())],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert "mesh data=1 x model=2" in ended.stdout
+    (record,) = records(tmp_path / "run", "train")
+    assert f"loss at initialisation {record['loss']:.4f}; ln(3) = 1.0986" in ended.stdout
+
+
+def sloped(folder: pathlib.Path, count: int, brightness: int) -> pathlib.Path:
+    """`count` images of each class, brighter to the right and the bottom: crops differ by place."""
+    rng = np.random.default_rng(brightness)
+    slope = np.add.outer(np.arange(48), np.arange(44))[..., None]  # 0..90
+    for place, label in enumerate(CLASSES):
+        (folder / label).mkdir(parents=True)
+        for number in range(count):
+            noise = rng.integers(0, 40, (*slope.shape[:2], 3))
+            pixels = brightness + slope + noise + 20 * np.eye(3, dtype=int)[place]
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / label / f"{number}.png")
+    return folder
+
+
+def squares_of(folder: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+    """Stored squares (n, 41, 41, 3) float64 and labels (n,) of a split, in order."""
+    paths = sorted(folder.glob("*/*.png"))
+    decoded = (pictures.decode(path.read_bytes(), path.name) for path in paths)
+    squares = np.stack([pictures.square(image, STORED) for image in decoded])
+    return squares.astype(float), np.array([CLASSES.index(path.parent.name) for path in paths])
+
+
+def window(square: np.ndarray, top: int, left: int, mirror: bool) -> np.ndarray:
+    """A crop (..., 36, 36, 3) of stored squares."""
+    crop = square[..., top : top + SIZE, left : left + SIZE, :]
+    return crop[..., ::-1, :] if mirror else crop
+
+
+def first_step_by_numpy(meta: Meta, source: str, seed: int) -> tuple[float, oracle.Params]:
+    """Loss and parameters of the first step on 8 images, by the oracle, with `at_crop`.
+
+    The stream's batch, the drawn weights and masks are what their own tests say of this seed.
+    """
+    model, data = meta.config.model, Data(source=source)
+    rows = stream.Rows(8, range(8))
+    batches = stream.train_batches(
+        sources.open_source(data, "train"), meta.statistics, data,
+        seed=seed, size=SIZE, rows=rows, start_step=0, stop_step=1,
+    )  # fmt: skip
+    (batch,) = batches
+    mean = meta.statistics.mean_image
+    means = [window(mean, *at, flip) for at, flip in zip(batch["offset"], batch["mirror"])]
+    inputs = batch["image"] - np.array(means) + batch["shift"][:, None, None]
+    net = layers(model, len(CLASSES))
+    params = {
+        layer.name: dict(zip(("kernel", "bias"), initial_parameters(model, layer, seed)))
+        for layer in net
+    }
+    key = jax.random.fold_in(jax.random.key(seed), step.DROPOUT_STREAM)
+    masks = {
+        layer: ops.keep_mask(
+            jax.random.fold_in(key, 0), jnp.arange(8), layer=place, towers=jnp.arange(2),
+            shape=(len(params[layer]["bias"]) // 2,), rate=0.5,
+        )
+        for place, layer in ((1, "fc6"), (2, "fc7"))
+    }  # fmt: skip
+    loss, grads = oracle.loss_and_grads(params, inputs, batch["label"], "paper", masks)
+    still = jax.tree.map(np.zeros_like, params)
+    return loss, oracle.sgd_update(params, still, grads, learning_rate=0.01)[0]
+
+
+def loss_by_numpy(params: oracle.Params, folder: pathlib.Path, mean: np.ndarray, crops: int):
+    """Loss on a split by the oracle, of 1 or 10 crops, with `at_crop`."""
+    squares, labels = squares_of(folder)
+    corners = [(0, 0), (0, 5), (5, 0), (5, 5), (2, 2)] if crops == 10 else [(2, 2)]
+    views = [(*at, flip) for at in corners for flip in (False, True)[: 2 if crops == 10 else 1]]
+    inputs = (window(squares, *view) - window(mean, *view) for view in views)
+    logits = (oracle.forward(params, x, "paper", train=False)[0] for x in inputs)
+    probabilities = np.mean([np.exp(oracle.log_softmax(one)) for one in logits], axis=0)
+    return -np.log(probabilities[np.arange(len(labels)), labels]).mean()
+
+
+def test_settings_reach_the_first_step_and_every_evaluation(run, tmp_path, capsys, difference):
+    """Seed, mean, crops; the images that are subtracted, and their change with the data."""
+    data = tmp_path / "data"
+    train, val = sloped(data / "train", 10, 20), sloped(data / "val", 4, 90)
+    source = f"--config.data.source=folder:{data}"
+    flags = [source, "--config.seed=7", "--config.data.mean=at_crop"]
+    flags += ["--config.train.accumulation_steps=2", "--config.eval.num_crops=10"]
+    workdir = tmp_path / "run"
+    assert run(workdir, *flags, "--config.train.num_steps=1") == 0
+
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    _, meta, params = checkpoints.read_net(1)
+    mean = squares_of(train)[0].mean(axis=0)
+    np.testing.assert_allclose(meta.statistics.mean_image, mean, rtol=1e-6)
+    loss, expected = first_step_by_numpy(meta, f"folder:{data}", seed=7)
+    (first,), (validation,) = records(workdir, "train"), records(workdir, "validation")
+    assert first["loss"] == pytest.approx(loss, rel=1e-5)
+    assert difference(params, expected) < 1e-4
+    assert validation["loss"] == pytest.approx(loss_by_numpy(params, val, mean, 10), rel=1e-5)
+
+    for crops, known in ((10, validation["loss"]), (1, loss_by_numpy(params, val, mean, 1))):
+        crops_flag = [f"--config.eval.num_crops={crops}"] if crops != 1 else []
+        assert run(workdir, "--mode=eval", source, *crops_flag) == 0
+        found = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert found["loss"] == pytest.approx(known, rel=1e-6 if crops == 10 else 1e-5)
+
+    for split in ("train", "val"):
+        (tmp_path / "other" / split).parent.mkdir(exist_ok=True)
+        (tmp_path / "other" / split).symlink_to(val)
+    flags[0] = f"--config.data.source=folder:{tmp_path / 'other'}"
+    assert run(workdir, *flags, "--config.train.num_steps=2", "--allow_config_change") == 0
+    renewed = Checkpoints(workdir / "checkpoints").read_meta(2).statistics.mean_image
+    np.testing.assert_allclose(renewed, squares_of(val)[0].mean(axis=0), rtol=1e-6)
+
+
+def test_a_split_of_its_own_is_evaluated_without_being_named_again(images, run, tmp_path, capsys):
+    source = f"folder:{images / 'train'}"
+    own = ("--config.data.split=(1, 1, 0)", "--config.data.split_seed=3")
+    flags = (f"--config.data.source={source}", "--config.train.num_steps=1")
+    assert run(tmp_path / "run", *flags, *own) == 0
+    (validation,) = records(tmp_path / "run", "validation")
+    capsys.readouterr()
+    output = tmp_path / "found.csv"
+    assert run(tmp_path / "run", "--mode=eval", flags[0], f"--output={output}") == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["loss"] == pytest.approx(validation["loss"], rel=1e-6)
+    names = [line.split(",")[0] for line in output.read_text().splitlines()[1:]]
+    trained_on = Data(source=source, split=(1, 1, 0), split_seed=3)
+    expected = sources.open_source(trained_on, "validation")
+    assert names == [expected.name(index) for index in range(24)]  # half of 48
+    training = sources.open_source(trained_on, "train")
+    assert not {training.name(index) for index in range(24)} & set(names)
+
+
+def test_the_users_cadences_choose_the_records(run, tmp_path):
+    """Of three epochs of six steps: the first, every fifth, and those with a pass."""
+    cadence = ("--config.train.log_every_steps=5", "--config.eval.every_epochs=2")
+    assert run(tmp_path, "--config.train.num_steps=18", *cadence) == 0
+    assert [record["step"] for record in records(tmp_path, "train")] == [1, 5, 10, 12, 15, 18]
+    assert [record["step"] for record in records(tmp_path, "validation")] == [12, 18]
+
+
+def test_the_split_net_is_inspected_as_published_and_as_the_readme_shows(capsys, monkeypatch):
+    """Counts and bytes of the reference, sections 4 and 10; half of 1000 logits, 4 bytes each."""
+    monkeypatch.chdir(ROOT)
+    arguments = ["main", "--config=configs/alexnet.py", "--mode=inspect"]
+    assert command.main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    sent = {row["name"]: row["exchanged_bytes"] for row in found["layers"]}
+    both = {"conv3": 86_528, "fc6": 18_432, "fc7": 8_192, "fc8": 8_192}
+    assert sent == dict.fromkeys(("conv1", "conv2", "conv4", "conv5"), 0) | both
+    assert found["logits"] == {"exchanged_bytes": 2_000}
+    totals = {"parameters": 60_965_224, "multiply_adds": 724_406_816, "exchanged_bytes": 123_344}
+    assert found["totals"] == totals
+    assert found["collectives"] == {"model": {"all-gather": 5, "reduce-scatter": 5}}
+    assert (found["preset"], found["num_classes"]) == ("paper", 1000)
+    assert found["mesh"] == {"data": 1, "model": 2}
+
+    assert command.main(arguments) == 0
+    said = f"```\n$ python -m alexnet_jax.{' '.join(arguments)}\n{capsys.readouterr().out}```\n"
+    assert said in (ROOT / "README.md").read_text()
+
+
+def test_bench_ends_with_a_line_of_json(config_file, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "SECONDS", 0.01)
+    assert command.main(["main", f"--config={config_file}", "--mode=bench"]) == 0  # no workdir
+    *words, last = capsys.readouterr().out.splitlines()
+    found = json.loads(last)
+    for part in ("input", "step", "both"):
+        assert found[part]["images_per_second"] > 0
+        assert any(line.startswith(part) for line in words)
+    assert 0 < found["step"]["share_of_matmul"] < 1
+    assert found["matmul"]["flops_per_second"] > 0
+    assert 0 <= found["both"]["waited"] < 1
 
 
 def test_evaluation_repeats_the_validation_on_other_devices(trained, run, capsys):
@@ -190,22 +388,24 @@ def test_compiled_programs_are_kept_in_the_cache_unless_jax_was_told_another_pla
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "compiled")  # for workers
 
 
+@pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["int", "term"]
 )
-def test_a_signal_at_any_moment_of_a_step_saves_before_it_ends(
-    number, status, run, tmp_path, monkeypatch
+def test_a_signal_at_any_moment_of_a_step_saves_before_it_ends_and_a_second_ends_at_once(
+    number, status, times, run, tmp_path, monkeypatch
 ):
     record, handler = Report.record, signal.getsignal(number)
 
     def interrupted(self, split, step, *rest):
         record(self, split, step, *rest)
         if step == 2:  # after the step has looked for signals: the next one saves
-            signal.raise_signal(number)
+            for _ in range(times):
+                signal.raise_signal(number)
 
     monkeypatch.setattr(Report, "record", interrupted)
     assert run(tmp_path) == status
-    assert steps(tmp_path) == [3]
+    assert steps(tmp_path) == ([3] if times == 1 else [])
     assert signal.getsignal(number) == handler
 
 
@@ -255,6 +455,7 @@ def test_another_model_is_refused_and_other_settings_need_a_flag(trained, run, c
     assert "optim.momentum: 0.9 -> 0.5" in error
     assert "--allow_config_change" in error
     assert run(trained, "--config.seed=7", "--allow_config_change") == 0
+    assert "going on with changed settings: seed: 42 -> 7\n" in capsys.readouterr().err
     assert run(trained, "--config.seed=42", "--allow_config_change") == 0
 
 
@@ -279,19 +480,24 @@ def test_a_run_goes_on_where_it_was_with_another_batch_size(size, run, tmp_path)
     assert records(tmp_path, "train")[-1]["epoch"] == 2.5
 
 
-# No pass after the first can improve by 1, so each of them, at steps 12 and 18, has a drop due.
-HOPELESS = ("--config.optim.plateau_patience=1", "--config.optim.plateau_min_delta=1.0")
-
-
 def test_the_plateau_drops_the_rate_after_its_pass_and_a_restart_remembers(run, tmp_path):
-    schedule = ("--config.optim.schedule=plateau", *HOPELESS)
+    """At a rate so small that the loss changes and no error does: the pass at 6 stays the best."""
+    schedule = ("--config.optim.schedule=plateau", "--config.optim.learning_rate=1e-3")
+    schedule += ("--config.optim.plateau_patience=1", "--config.optim.plateau_min_delta=1e-9")
     assert run(tmp_path, "--config.train.num_steps=14", *schedule) == 0
     assert run(tmp_path, "--config.train.num_steps=20", *schedule) == 0
+    passes = records(tmp_path, "validation")
+    assert len({record["top1_error"] for record in passes}) == 1
+    assert passes[1]["loss"] < passes[0]["loss"] - 0.005  # which is no reason to wait
     rates = {record["step"]: record["learning_rate"] for record in records(tmp_path, "train")}
     # Step 14 is the last of the first run, and so has a pass of its own.
-    expected = {step: 0.01 if step <= 12 else 1e-3 if step <= 14 else 1e-4 for step in range(1, 19)}
-    expected |= {19: 1e-5, 20: 1e-5}
+    expected = {step: 1e-3 if step <= 12 else 1e-4 if step <= 14 else 1e-5 for step in range(1, 19)}
+    expected |= {19: 1e-6, 20: 1e-6}
     assert rates == pytest.approx(expected)
+
+
+# No pass after the first can improve by 1, so each of them, at steps 12 and 18, has a drop due.
+HOPELESS = ("--config.optim.plateau_patience=1", "--config.optim.plateau_min_delta=1.0")
 
 
 def test_the_plateau_leaves_other_schedules_alone(run, tmp_path):
@@ -335,6 +541,7 @@ def test_other_classes_are_refused(trained, run, images, tmp_path, capsys):
         (["--config.model.preset=half", "--config.mesh.model=2"], ["--config.mesh.model=1"]),
         (["--config.model.input_size=20", "--config.mesh.data=1"], ["input_size=20", "36"]),
         (["--config.model.num_classes=4"], ["num_classes=4", "3 classes"]),
+        (["--config.train.max_parameters=1000"], ["train.max_parameters=1,000"]),
         (["--config.data.source=folder:/does/not/exist"], ["/does/not/exist"]),
         (["--config.data.source=tfds:imagenet2012"], ["ILSVRC2012_img_val.tar", "quickstart.py"]),
         (["--config.data.source=folder"], ["data.source='folder'", "folder:PATH"]),

@@ -49,6 +49,17 @@ def test_raw_records_are_the_files_pixels_labels_and_names_in_order(folder, raw,
     assert (raw / "labels.txt").read_text("utf-8").splitlines() == list(CLASSES)
 
 
+def test_images_are_stored_as_the_paper_did_unless_told_otherwise(pictures, tmp_path):
+    """Squares of 256 pixels a side; section 2."""
+    pictures.folder(tmp_path / "in" / "train", {"ant": 1})
+    pictures.folder(tmp_path / "in" / "val", {"ant": 1})
+    flags = [f"--input={tmp_path / 'in'}", f"--output={tmp_path / 'out'}", "--workers=1"]
+    assert command.main(["prepare", *flags]) == 0
+    (record,) = stored(tmp_path / "out", "train")
+    with Image.open(io.BytesIO(record.image)) as image:
+        assert (image.format, image.size) == ("JPEG", (256, 256))
+
+
 def test_shards_are_cut_by_size(raw):
     manifest = json.loads((raw / "manifest.json").read_text())
     counts = {
