@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from alexnet_jax import bench
+from alexnet_jax import main as command
 from alexnet_jax.data import sources
 
 NAP = 0.05  # seconds
@@ -79,6 +80,19 @@ def test_a_slow_step_waits_for_nothing(config, short, monkeypatch):
     found = bench.bench(config)
     assert found["step"]["seconds"] >= 5 * NAP
     assert found["both"]["waited"] < 0.2
+
+
+def test_the_command_ends_with_a_line_of_json(config_file, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "SECONDS", 0.01)
+    assert command.main(["main", f"--config={config_file}", "--mode=bench"]) == 0  # no workdir
+    *words, last = capsys.readouterr().out.splitlines()
+    found = json.loads(last)
+    for part in ("input", "step", "both"):
+        assert found[part]["images_per_second"] > 0
+        assert any(line.startswith(part) for line in words)
+    assert 0 < found["step"]["share_of_matmul"] < 1
+    assert found["matmul"]["flops_per_second"] > 0
+    assert 0 <= found["both"]["waited"] < 1
 
 
 def test_operations_are_counted_as_by_hand(configured):

@@ -9,29 +9,19 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
-from PIL import Image
 
-from alexnet_jax import bench, ops
 from alexnet_jax import command as shared
 from alexnet_jax import main as command
-from alexnet_jax.checkpoint import Checkpoints, Meta, Saver
-from alexnet_jax.config import Data
-from alexnet_jax.data import images as pictures
-from alexnet_jax.data import sources, stream
-from alexnet_jax.models.layers import initial_parameters
-from alexnet_jax.models.nets import layers
+from alexnet_jax.checkpoint import Checkpoints, Saver
 from alexnet_jax.report import Report
-from alexnet_jax.train import state, step
+from alexnet_jax.train import state
 from alexnet_jax.train.calendar import Calendar
 
 ROOT = pathlib.Path(__file__).parent.parent
 CLASSES = ("cat", "dog", "owl")
-STORED, SIZE = 41, 36  # round(256 * 36 / 224)
 
 
 def records(workdir: pathlib.Path, split: str) -> list[dict]:
@@ -76,7 +66,7 @@ def test_the_quickstart_starts_its_two_devices_itself(images, tmp_path):
     environment.pop("JAX_NUM_CPU_DEVICES", None)
     small = {
         "data.source": f"folder:{images}", "data.cache_dir": tmp_path / "cache",
-        "model.width": 1 / 16, "model.input_size": SIZE,
+        "model.width": 1 / 16, "model.input_size": 36,
         "train.batch_size": 8, "train.num_steps": 1,
     }  # fmt: skip
     ended = subprocess.run(
@@ -88,131 +78,6 @@ def test_the_quickstart_starts_its_two_devices_itself(images, tmp_path):
     assert "mesh data=1 x model=2" in ended.stdout
     (record,) = records(tmp_path / "run", "train")
     assert f"loss at initialisation {record['loss']:.4f}; ln(3) = 1.0986" in ended.stdout
-
-
-def sloped(folder: pathlib.Path, count: int, brightness: int) -> pathlib.Path:
-    """`count` images of each class, brighter to the right and the bottom: crops differ by place."""
-    rng = np.random.default_rng(brightness)
-    slope = np.add.outer(np.arange(48), np.arange(44))[..., None]  # 0..90
-    for place, label in enumerate(CLASSES):
-        (folder / label).mkdir(parents=True)
-        for number in range(count):
-            noise = rng.integers(0, 40, (*slope.shape[:2], 3))
-            pixels = brightness + slope + noise + 20 * np.eye(3, dtype=int)[place]
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / label / f"{number}.png")
-    return folder
-
-
-def squares_of(folder: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
-    """Stored squares (n, 41, 41, 3) float64 and labels (n,) of a split, in order."""
-    paths = sorted(folder.glob("*/*.png"))
-    decoded = (pictures.decode(path.read_bytes(), path.name) for path in paths)
-    squares = np.stack([pictures.square(image, STORED) for image in decoded])
-    return squares.astype(float), np.array([CLASSES.index(path.parent.name) for path in paths])
-
-
-def window(square: np.ndarray, top: int, left: int, mirror: bool) -> np.ndarray:
-    """A crop (..., 36, 36, 3) of stored squares."""
-    crop = square[..., top : top + SIZE, left : left + SIZE, :]
-    return crop[..., ::-1, :] if mirror else crop
-
-
-def first_step_by_numpy(meta: Meta, source: str, seed: int) -> tuple[float, oracle.Params]:
-    """Loss and parameters of the first step on 8 images, by the oracle, with `at_crop`.
-
-    The stream's batch, the drawn weights and masks are what their own tests say of this seed.
-    """
-    model, data = meta.config.model, Data(source=source)
-    rows = stream.Rows(8, range(8))
-    batches = stream.train_batches(
-        sources.open_source(data, "train"), meta.statistics, data,
-        seed=seed, size=SIZE, rows=rows, start_step=0, stop_step=1,
-    )  # fmt: skip
-    (batch,) = batches
-    mean = meta.statistics.mean_image
-    means = [window(mean, *at, flip) for at, flip in zip(batch["offset"], batch["mirror"])]
-    inputs = batch["image"] - np.array(means) + batch["shift"][:, None, None]
-    net = layers(model, len(CLASSES))
-    params = {
-        layer.name: dict(zip(("kernel", "bias"), initial_parameters(model, layer, seed)))
-        for layer in net
-    }
-    key = jax.random.fold_in(jax.random.key(seed), step.DROPOUT_STREAM)
-    masks = {
-        layer: ops.keep_mask(
-            jax.random.fold_in(key, 0), jnp.arange(8), layer=place, towers=jnp.arange(2),
-            shape=(len(params[layer]["bias"]) // 2,), rate=0.5,
-        )
-        for place, layer in ((1, "fc6"), (2, "fc7"))
-    }  # fmt: skip
-    loss, grads = oracle.loss_and_grads(params, inputs, batch["label"], "paper", masks)
-    still = jax.tree.map(np.zeros_like, params)
-    return loss, oracle.sgd_update(params, still, grads, learning_rate=0.01)[0]
-
-
-def loss_by_numpy(params: oracle.Params, folder: pathlib.Path, mean: np.ndarray, crops: int):
-    """Loss on a split by the oracle, of 1 or 10 crops, with `at_crop`."""
-    squares, labels = squares_of(folder)
-    corners = [(0, 0), (0, 5), (5, 0), (5, 5), (2, 2)] if crops == 10 else [(2, 2)]
-    views = [(*at, flip) for at in corners for flip in (False, True)[: 2 if crops == 10 else 1]]
-    inputs = (window(squares, *view) - window(mean, *view) for view in views)
-    logits = (oracle.forward(params, x, "paper", train=False)[0] for x in inputs)
-    probabilities = np.mean([np.exp(oracle.log_softmax(one)) for one in logits], axis=0)
-    return -np.log(probabilities[np.arange(len(labels)), labels]).mean()
-
-
-def test_settings_reach_the_first_step_and_every_evaluation(run, tmp_path, capsys, difference):
-    """Seed, mean, crops; the images that are subtracted, and their change with the data."""
-    data = tmp_path / "data"
-    train, val = sloped(data / "train", 10, 20), sloped(data / "val", 4, 90)
-    source = f"--config.data.source=folder:{data}"
-    flags = [source, "--config.seed=7", "--config.data.mean=at_crop"]
-    flags += ["--config.train.accumulation_steps=2", "--config.eval.num_crops=10"]
-    workdir = tmp_path / "run"
-    assert run(workdir, *flags, "--config.train.num_steps=1") == 0
-
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    _, meta, params = checkpoints.read_net(1)
-    mean = squares_of(train)[0].mean(axis=0)
-    np.testing.assert_allclose(meta.statistics.mean_image, mean, rtol=1e-6)
-    loss, expected = first_step_by_numpy(meta, f"folder:{data}", seed=7)
-    (first,), (validation,) = records(workdir, "train"), records(workdir, "validation")
-    assert first["loss"] == pytest.approx(loss, rel=1e-5)
-    assert difference(params, expected) < 1e-4
-    assert validation["loss"] == pytest.approx(loss_by_numpy(params, val, mean, 10), rel=1e-5)
-
-    for crops, known in ((10, validation["loss"]), (1, loss_by_numpy(params, val, mean, 1))):
-        crops_flag = [f"--config.eval.num_crops={crops}"] if crops != 1 else []
-        assert run(workdir, "--mode=eval", source, *crops_flag) == 0
-        found = json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert found["loss"] == pytest.approx(known, rel=1e-6 if crops == 10 else 1e-5)
-
-    for split in ("train", "val"):
-        (tmp_path / "other" / split).parent.mkdir(exist_ok=True)
-        (tmp_path / "other" / split).symlink_to(val)
-    flags[0] = f"--config.data.source=folder:{tmp_path / 'other'}"
-    assert run(workdir, *flags, "--config.train.num_steps=2", "--allow_config_change") == 0
-    renewed = Checkpoints(workdir / "checkpoints").read_meta(2).statistics.mean_image
-    np.testing.assert_allclose(renewed, squares_of(val)[0].mean(axis=0), rtol=1e-6)
-
-
-def test_a_split_of_its_own_is_evaluated_without_being_named_again(images, run, tmp_path, capsys):
-    source = f"folder:{images / 'train'}"
-    own = ("--config.data.split=(1, 1, 0)", "--config.data.split_seed=3")
-    flags = (f"--config.data.source={source}", "--config.train.num_steps=1")
-    assert run(tmp_path / "run", *flags, *own) == 0
-    (validation,) = records(tmp_path / "run", "validation")
-    capsys.readouterr()
-    output = tmp_path / "found.csv"
-    assert run(tmp_path / "run", "--mode=eval", flags[0], f"--output={output}") == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["loss"] == pytest.approx(validation["loss"], rel=1e-6)
-    names = [line.split(",")[0] for line in output.read_text().splitlines()[1:]]
-    trained_on = Data(source=source, split=(1, 1, 0), split_seed=3)
-    expected = sources.open_source(trained_on, "validation")
-    assert names == [expected.name(index) for index in range(24)]  # half of 48
-    training = sources.open_source(trained_on, "train")
-    assert not {training.name(index) for index in range(24)} & set(names)
 
 
 def test_the_users_cadences_choose_the_records(run, tmp_path):
@@ -242,19 +107,6 @@ def test_the_split_net_is_inspected_as_published_and_as_the_readme_shows(capsys,
     assert command.main(arguments) == 0
     said = f"```\n$ python -m alexnet_jax.{' '.join(arguments)}\n{capsys.readouterr().out}```\n"
     assert said in (ROOT / "README.md").read_text()
-
-
-def test_bench_ends_with_a_line_of_json(config_file, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "SECONDS", 0.01)
-    assert command.main(["main", f"--config={config_file}", "--mode=bench"]) == 0  # no workdir
-    *words, last = capsys.readouterr().out.splitlines()
-    found = json.loads(last)
-    for part in ("input", "step", "both"):
-        assert found[part]["images_per_second"] > 0
-        assert any(line.startswith(part) for line in words)
-    assert 0 < found["step"]["share_of_matmul"] < 1
-    assert found["matmul"]["flops_per_second"] > 0
-    assert 0 <= found["both"]["waited"] < 1
 
 
 def test_evaluation_repeats_the_validation_on_other_devices(trained, run, capsys):

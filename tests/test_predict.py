@@ -13,6 +13,7 @@ from PIL import Image
 
 from alexnet_jax import predict
 from alexnet_jax.checkpoint import Checkpoints
+from alexnet_jax.config import Data
 from alexnet_jax.data import images as pictures
 from alexnet_jax.data import sources
 
@@ -124,6 +125,27 @@ def test_a_table_of_classes_counts_as_numpy_does(trained, run, capsys, tmp_path)
         best = [CLASSES[np.argmax([float(value) for value in row[2:]])] for row in mine]
         (line,) = [line for line in lines if line.startswith(label)]
         assert line.split()[1:3] == ["5", f"{np.mean([b != label for b in best]):.1%}"]
+
+
+def test_a_split_of_its_own_is_evaluated_without_being_named_again(images, run, tmp_path, capsys):
+    source = f"folder:{images / 'train'}"
+    own = ("--config.data.split=(1, 1, 0)", "--config.data.split_seed=3")
+    flags = (f"--config.data.source={source}", "--config.train.num_steps=1")
+    assert run(tmp_path / "run", *flags, *own) == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    validation = json.loads(lines[-1])
+    capsys.readouterr()
+    output = tmp_path / "found.csv"
+    assert run(tmp_path / "run", "--mode=eval", flags[0], f"--output={output}") == 0
+    found = last_json(capsys)
+    assert found["loss"] == pytest.approx(validation["loss"], rel=1e-6)
+    with open(output, newline="", encoding="utf-8") as file:
+        names = [row["name"] for row in csv.DictReader(file)]
+    trained_on = Data(source=source, split=(1, 1, 0), split_seed=3)
+    expected = sources.open_source(trained_on, "validation")
+    assert names == [expected.name(index) for index in range(24)]  # half of 48
+    training = sources.open_source(trained_on, "train")
+    assert not {training.name(index) for index in range(24)} & set(names)
 
 
 def test_a_table_names_files_as_they_are(tmp_path):
