@@ -53,11 +53,15 @@ def main() -> None:
         work(options.worker, options.what[0], options.batch[0], options.dtype, options.seconds)
         return
     options.limit += time.perf_counter()
-    found, forms = [], options.forms
+    found, forms, longest = [], options.forms, 0.0
     for what in options.what:
         for batch in options.batch:
+            if time.perf_counter() + longest > options.limit:
+                print(f"\n{what}, batch {batch}: left out: no time", flush=True)
+                continue
             names = [*contenders(forms), *(f"{OURS}, {flag}" for flag in options.xla)]
-            one = measured(options, what, batch, names)
+            one = measured(options, what, batch, names, longest)
+            longest = max([longest, *one["warm_after"].values()])
             found.append({"what": what, "batch": batch, "dtype": options.dtype, **one})
             print(table(found[-1]), flush=True)
             if options.json:
@@ -121,25 +125,36 @@ class Contender:
 
 
 def measured(
-    options: argparse.Namespace, what: str, batch: int, names: Sequence[str]
+    options: argparse.Namespace, what: str, batch: int, names: Sequence[str], longest: float
 ) -> dict[str, dict]:
-    """`rates`, images a second of each contender, one entry a round; `devices`; `failed`, why."""
-    devices, failed = {}, {}
+    """`rates`, images a second of each contender, one entry a round; `devices`; `failed`, why;
+    `warm_after`, the seconds until it was compiled and warm, or had failed.
+
+    None begins that would not be warm within the limit if it took as long as the slowest so far,
+    or `longest`, the slowest of earlier calls.
+    """
+    devices, failed, warm_after = {}, {}, {}
     there = {name: Contender(name, what, batch, options.dtype, options.seconds) for name in names}
 
     def ask(name: str) -> str | None:
         try:
-            if time.perf_counter() > options.limit:
-                raise RuntimeError("left out: no time")
             return there[name].ask().strip()
         except RuntimeError as reason:
-            failed[name] = str(reason)
-            there.pop(name).end()
+            leave(name, str(reason))
+
+    def leave(name: str, reason: str) -> None:
+        failed[name] = reason
+        there.pop(name).end()
 
     for name in names:  # compiled and warm before the next one begins
+        started = time.perf_counter()
+        if started + max([longest, *warm_after.values()]) > options.limit:
+            leave(name, "left out: no time")
+            continue
         devices[name] = ask(name)
+        warm_after[name] = time.perf_counter() - started
     rates = {name: [] for name in there}
-    for turn in range(options.rounds):
+    for turn in range(options.rounds):  # the first one however late it is
         for name in list(there):
             if turn and time.perf_counter() > options.limit:
                 break
@@ -152,6 +167,7 @@ def measured(
         "rates": {name: values for name, values in rates.items() if values},
         "devices": {name: device for name, device in devices.items() if device},
         "failed": failed,
+        "warm_after": warm_after,
     }
 
 
