@@ -241,12 +241,15 @@ def start(name: str, part: Part, folder: pathlib.Path, limit: float) -> subproce
 
 
 def end(process: subprocess.Popen) -> None:
-    """The process and all it started: asked first, so that a training saves."""
-    with contextlib.suppress(ProcessLookupError):
+    """The process and all it started: asked first, and given 20 s, so that a training saves."""
+    with contextlib.suppress(ProcessLookupError):  # nobody of the group is left
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(20)
+            until = time.perf_counter() + 20
+            while time.perf_counter() < until:
+                process.poll()  # it stays in the group until its status is asked for
+                os.killpg(process.pid, 0)
+                time.sleep(0.05)
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 

@@ -4,13 +4,16 @@
       [--figures=FOLDER] [--json FILE] [--config.SECTION.FIELD=VALUE ...]
 
 Trains (or goes on: a run that was ended by a time limit loses nothing), evaluates ten crops, draws
-RUN/figures, and copies them to FOLDER. `torch_train.py --workdir=RUN` then trains PyTorch likewise.
+RUN/figures, and copies them to FOLDER. SIGTERM is for what runs just then: the training saves, and
+the levels so far are told; the status is 143. `torch_train.py --workdir=RUN` then trains PyTorch
+likewise.
 """
 
 import argparse
 import json
 import pathlib
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -47,37 +50,53 @@ def main() -> int:
     command = [sys.executable, "-m", "alexnet_jax.main"]
     command += [f"--config={ROOT}/configs/{options.recipe}.py", f"--workdir={options.workdir}"]
     command += [*(f"--config.{name}={value}" for name, value in settings.items()), *more]
+    signal.signal(signal.SIGTERM, lambda *_: None)  # the command that runs gets it too, and ends
     started = time.perf_counter()
-    subprocess.run(command, stdout=sys.stderr, check=True)
+    done = subprocess.run(command, stdout=sys.stderr)
     found = {"seconds": time.perf_counter() - started, **levels(options.workdir)}
-    crops = [*command, "--mode=eval", "--config.eval.num_crops=10"]
-    done = subprocess.run(crops, stdout=subprocess.PIPE, text=True, check=True)
-    found["ten crops"] = json.loads(done.stdout.splitlines()[-1])
+    if "training" not in found:
+        return status(done)
+    if not done.returncode:
+        crops = [*command, "--mode=eval", "--config.eval.num_crops=10"]
+        done = subprocess.run(crops, stdout=subprocess.PIPE, text=True)
+        if not done.returncode:
+            found["ten crops"] = json.loads(done.stdout.splitlines()[-1])
     print(table(found), flush=True)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))
+    if done.returncode:
+        return status(done)
     done = subprocess.run([*command, "--mode=figures"], stdout=sys.stderr)
     if done.returncode:
         print("\nThe figures could not be drawn; the log says why.")
     elif options.figures:
         shutil.copytree(options.workdir / "figures", options.figures, dirs_exist_ok=True)
-    return done.returncode
+    return status(done)
+
+
+def status(done: subprocess.CompletedProcess) -> int:
+    """As a shell has it: of one that a signal ended, 128 and its number."""
+    return done.returncode if done.returncode >= 0 else 128 - done.returncode
 
 
 def levels(workdir: pathlib.Path) -> dict:
-    """What the run's log says: the last records, the lowest error, the median pace."""
+    """What the run's log says so far: the last records, the lowest error, the median pace."""
     training, validation = report.training_records(workdir), report.evaluation_records(workdir)
-    return {
-        "training": training[-1],
-        "validation": validation[-1],
-        "lowest": min(validation, key=lambda record: record["top1_error"]),
-        "images_per_second": statistics.median(r["images_per_second"] for r in training),
-    }
+    found = {}
+    if training:
+        pace = statistics.median(record["images_per_second"] for record in training)
+        found |= {"training": training[-1], "images_per_second": pace}
+    if validation:
+        lowest = min(validation, key=lambda record: record["top1_error"])
+        found |= {"validation": validation[-1], "lowest": lowest}
+    return found
 
 
 def table(found: dict) -> str:
     rows = ["| | epoch | loss | top-1 error | top-5 error |", "|---|---|---|---|---|"]
     for name in ("training", "validation", "lowest", "ten crops"):
+        if name not in found:
+            continue
         record = found[name]
         epoch = f"{record['epoch']:.1f}" if "epoch" in record else ""
         errors = f"{record['top1_error']:.2%} | {record['top5_error']:.2%}"
