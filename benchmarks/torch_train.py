@@ -5,7 +5,8 @@
 Reads RUN's config.json and trains the net of `torch_nets.py` by the same rule, rates and number of
 steps, from the same initial weights, on the very same batches of this package's stream, and
 measures it on the same centre crops as often. Its dropout masks are its own, and so is all its
-arithmetic; bfloat16 is autocast. Writes RUN/pytorch.jsonl.
+arithmetic; bfloat16 is autocast. Writes RUN/pytorch.jsonl. A row and a record are there as soon as
+a validation is over, so that a time limit loses nothing.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import torch_nets
 import train_step
 
 from alexnet_jax import config as configs
-from alexnet_jax import report
+from alexnet_jax import files, report
 from alexnet_jax.config import Config
 from alexnet_jax.data import sources, stream, survey
 from alexnet_jax.models.nets import layers
@@ -39,17 +40,23 @@ def main() -> None:
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # it only draws the weights and tells the rates
     config = configs.from_dict(json.loads((options.workdir / "config.json").read_text()))
-    records = list(trained(config, options.form, options.workdir / "pytorch.jsonl"))
-    found = {"this package": report.evaluation_records(options.workdir), "PyTorch": records}
-    print(
-        "| | epoch | loss | top-1 error | top-5 error | lowest top-1 |\n|---|---|---|---|---|---|"
-    )
-    for name, values in found.items():
-        last, least = values[-1], min(value["top1_error"] for value in values)
-        errors = f"{last['top1_error']:.2%} | {last['top5_error']:.2%} | {least:.2%}"
-        print(f"| {name} | {last['epoch']:.1f} | {last['loss']:.4f} | {errors} |")
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
+    found = {"this package": report.evaluation_records(options.workdir), "PyTorch": []}
+    print("| | epoch | loss | top-1 error | top-5 error | lowest top-1 |")
+    print("|---|---|---|---|---|---|")
+    if found["this package"]:
+        print(row("this package", found["this package"]), flush=True)
+    for record in trained(config, options.form, options.workdir / "pytorch.jsonl"):
+        found["PyTorch"].append(record)
+        print(row("PyTorch", found["PyTorch"]), flush=True)
+        if options.json:
+            files.write_text(options.json, json.dumps(found, indent=1))  # or it keeps the last
+
+
+def row(name: str, records: list[dict[str, float]]) -> str:
+    """The last of the records, and the lowest error of all."""
+    last, least = records[-1], min(record["top1_error"] for record in records)
+    errors = f"{last['top1_error']:.2%} | {last['top5_error']:.2%} | {least:.2%}"
+    return f"| {name} | {last['epoch']:.1f} | {last['loss']:.4f} | {errors} |"
 
 
 def trained(config: Config, form: str, path: pathlib.Path) -> Iterator[dict[str, float]]:
