@@ -42,13 +42,13 @@ class Paper(nn.Module):
 
     def __init__(
         self,
-        memory_format: torch.memory_format,
+        form: str,
         classes: int = 1000,
         size: int = 224,
         widths: Sequence[int] = (96, 256, 384, 384, 256, 4096, 4096),
     ):
         super().__init__()
-        self.memory_format = memory_format
+        self.memory_format, self.shifts = memory_format(form), "shifts" in form
         c1, c2, c3, c4, c5, f6, f7 = widths
         self.overhang = (11 - size) % 4
         side = (size + self.overhang - 11) // 4 + 1
@@ -74,14 +74,17 @@ class Paper(nn.Module):
         x = F.pad(x, (0, self.overhang, 0, self.overhang)).contiguous(
             memory_format=self.memory_format
         )
-        x = F.max_pool2d(response_norm(F.relu(self.conv1(x)), self.band1), 3, 2)
-        x = F.max_pool2d(response_norm(F.relu(self.conv2(x)), self.band2), 3, 2)
+        x = F.max_pool2d(self.norm(F.relu(self.conv1(x)), self.band1), 3, 2)
+        x = F.max_pool2d(self.norm(F.relu(self.conv2(x)), self.band2), 3, 2)
         x = F.relu(self.conv3(x))
         x = F.relu(self.conv4(x))
         x = F.max_pool2d(F.relu(self.conv5(x)), 3, 2)
         x = self.drop(F.relu(self.fc6(x.flatten(1))))
         x = self.drop(F.relu(self.fc7(x)))
         return self.fc8(x)
+
+    def norm(self, x: Tensor, band: Tensor) -> Tensor:
+        return response_norm_by_shifts(x) if self.shifts else response_norm(x, band)
 
     def drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, 0.5) * 0.5 if self.training else x * 0.5
@@ -102,6 +105,14 @@ def response_norm(x: Tensor, band: Tensor) -> Tensor:
     return x * (total.rsqrt() * total.sqrt().rsqrt()).to(x.dtype)
 
 
+def response_norm_by_shifts(x: Tensor) -> Tensor:
+    """The same by sums of shifted squares, in float32, which `torch.compile` can fuse."""
+    maps = x.shape[1] // 2
+    squares = F.pad(x.float().square().unflatten(1, (2, maps)), (0, 0, 0, 0, 2, 2))
+    total = 2 + 1e-4 * sum(squares.narrow(2, shift, maps) for shift in range(5))
+    return x * (total.rsqrt() * total.sqrt().rsqrt()).flatten(1, 2).to(x.dtype)
+
+
 def memory_format(form: str) -> torch.memory_format:
     last = "channels_last" in form or form == "graphs"
     return torch.channels_last if last else torch.contiguous_format
@@ -118,13 +129,13 @@ def make_step(batch: int, form: str, dtype: str, training: bool) -> tuple[timing
     """A training step or an evaluation of one batch, over and over, and the device's name.
 
     Args:
-      form: of `eager`, `channels_last`, `compile`, `compile+channels_last`, `graphs`.
+      form: of `train_step.FORMS`.
       dtype: of `timing.DTYPES`; parameters are always float32, and `bfloat16` is autocast.
     """
     torch.manual_seed(0)
     device = configure(dtype)
-    layout = memory_format(form)
-    net = Paper(layout).to(device, memory_format=layout).train(training)
+    net = Paper(form).train(training)
+    net.to(device, memory_format=net.memory_format)
     images = torch.randint(0, 256, (batch, 224, 224, 3), dtype=torch.uint8, device=device)
     shift = torch.randn(batch, 3, device=device)
     labels = torch.randint(0, 1000, (batch,), device=device)

@@ -104,8 +104,7 @@ class Run:
         self.autocast = torch.autocast(self.device, torch.bfloat16, enabled=bfloat16)
         net_layers = layers(config.model, classes)
         widths = [layer.kernel[-1] for layer in net_layers[:-1]]
-        memory_format = torch_nets.memory_format(form)
-        net = torch_nets.Paper(memory_format, classes, self.size, widths)
+        net = torch_nets.Paper(form, classes, self.size, widths)
         optimizer = optim.make_optimizer(config.optim)
         params = state.initial_state(config.model, classes, optimizer, config.seed).params
         with torch.no_grad():
@@ -116,7 +115,7 @@ class Run:
             margin = (len(mean) - self.size) // 2
             middle = np.array(mean[margin:, margin:][: self.size, : self.size])
             net.mean.copy_(torch.from_numpy(middle).permute(2, 0, 1))
-        self.net = net.to(self.device, memory_format=memory_format)
+        self.net = net.to(self.device, memory_format=net.memory_format)
         self.logits = torch_nets.compiled(self.net, form)
         self.kernels = [p for name, p in net.named_parameters() if name.endswith("weight")]
         self.biases = [p for name, p in net.named_parameters() if name.endswith("bias")]

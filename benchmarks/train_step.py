@@ -11,8 +11,9 @@ Printed are medians of the rounds, their spread, and the median ratio to the fas
 this package with one more of XLA's flags. A contender that fails is named, and the others go on.
 
 On a GPU both take the first one of CUDA_VISIBLE_DEVICES; dtype `float32` multiplies in full,
-`tf32` as TF32, and in `bfloat16` PyTorch uses autocast. The form `graphs` is channels_last compiled
-with mode="reduce-overhead".
+`tf32` as TF32, and in `bfloat16` PyTorch uses autocast. In the form with `+shifts` PyTorch's
+normalisation is no convolution but shifted sums. The form `graphs` is channels_last compiled with
+mode="reduce-overhead".
 """
 
 import argparse
@@ -31,7 +32,14 @@ from collections.abc import Sequence
 
 import timing
 
-FORMS = ("eager", "channels_last", "compile", "compile+channels_last", "graphs")
+FORMS = (
+    "eager",
+    "channels_last",
+    "compile",
+    "compile+channels_last",
+    "compile+channels_last+shifts",
+    "graphs",
+)
 OURS = "this package"
 
 
