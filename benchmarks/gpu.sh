@@ -4,11 +4,11 @@
 #   benchmarks/gpu.sh OUT [PART ...] [--tiny] [--limit=SECONDS] [--work=FOLDER]
 #   benchmarks/gpu.sh OUT train --caltech101=folder:PATH --cifar10=records:PATH
 #
-# Leaves OUT/results.json and OUT/results.md; benchmarks/gpu.py says what the parts are. JAX with
-# CUDA, Flax, Optax and Orbax must be there, and PyTorch where it is to be compared. Of the rest, what
-# is missing is installed from WHEELS (default: wheels/ in the repository) into a virtual environment
-# at VENV, which sees everything that PYTHON (default: python3) sees. Where a network is, for a
-# machine with Python 3.12:
+# Leaves OUT/results.json and OUT/results.md, which are all that matters; OUT/parts holds the pieces
+# they are made of. benchmarks/gpu.py says what the parts are. JAX with CUDA, Flax, Optax and Orbax
+# must be there, and PyTorch where it is to be compared. Of the rest, what is missing is installed
+# from WHEELS (default: wheels/ in the repository) into a virtual environment at VENV, which sees
+# everything that PYTHON (default: python3) sees. Where a network is, for one with Python 3.12:
 #
 #   pip download --no-deps --only-binary=:all: --python-version=3.12 --implementation=cp \
 #     --platform=manylinux_2_28_x86_64 --platform=manylinux_2_17_x86_64 -d wheels \
