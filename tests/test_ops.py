@@ -389,6 +389,85 @@ def test_spatial_normalisation_and_its_gradient_are_the_oracles(constants):
     np.testing.assert_allclose(dx, wanted, atol=2e-6 * np.abs(wanted).max())
 
 
+# ---------------------------------------------------------------------------------------- stage
+
+
+def stage_and_gradient(x, dy, constants, groups, window, stride):
+    """Of the oracle."""
+    rectified, numbers = np.maximum(x, 0), (*constants.values(), groups)
+    normalised = oracle.lrn(rectified, *numbers)
+    dx = oracle.max_pool_grad(normalised, dy, window, stride)
+    dx = oracle.lrn_grad(rectified, dx, *numbers) * (x > 0)
+    return oracle.max_pool(normalised, window, stride), dx
+
+
+@pytest.mark.parametrize(
+    ("window", "stride"), [(2, 1), (2, 2), (3, 1), (3, 2), (3, 3), (4, 1), (4, 2), (4, 3)]
+)
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [((2, 9, 7, 22), 1), ((3, 5, 12, 70), 2)],  # rests of vectors, windows that overhang
+)
+def test_a_stage_and_its_gradient_are_the_oracles(shape, groups, window, stride, kernels):
+    x = (50 * normal(1, *shape)).astype(np.float32)
+    x[0, :4, :4] = -1  # windows in which nothing passes the rectifier
+    sides = (oracle.pooled_side(n, window, stride) for n in shape[1:3])
+    dy = normal(2, shape[0], *sides, shape[3]).astype(np.float32)
+    stage = functools.partial(
+        ops.relu_lrn_pool, **PAPER, groups=groups, window=window, stride=stride
+    )
+    y, (dx,) = with_gradient(stage, x, dy=dy)
+    expected, wanted = stage_and_gradient(x.astype(float), dy, PAPER, groups, window, stride)
+    np.testing.assert_allclose(y, expected, rtol=2e-6)
+    np.testing.assert_allclose(dx, wanted, atol=2e-6 * np.abs(wanted).max())
+    assert ("ffi_call" in str(jax.make_jaxpr(stage)(x))) == (kernels == "native")
+
+
+@pytest.mark.parametrize(("window", "stride"), [(2, 1), (3, 2), (4, 3)])
+def test_a_stages_gradient_goes_to_the_first_of_equal_maxima(window, stride, kernels):
+    """Whole numbers of a small range, which no sum of squares changes."""
+    rng = np.random.default_rng(window)
+    x = rng.integers(-2, 3, (2, 8, 9, 20)).astype(np.float32)
+    constants = PAPER | {"k": 1.0, "alpha": 0.0}
+    sides = (oracle.pooled_side(n, window, stride) for n in (8, 9))
+    dy = rng.integers(-4, 5, (2, *sides, 20)).astype(np.float32)
+    rule = constants | {"groups": 2, "window": window, "stride": stride}
+    y, (dx,) = with_gradient(lambda x: ops.relu_lrn_pool(x, **rule), x, dy=dy)
+    expected, wanted = stage_and_gradient(x.astype(float), dy, constants, 2, window, stride)
+    np.testing.assert_allclose(y, expected, rtol=1e-6)
+    np.testing.assert_allclose(dx, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("constants", [PAPER, OTHER])
+@pytest.mark.parametrize(("window", "stride"), [(3, 2), (2, 3), (7, 4)])
+def test_a_stage_is_what_it_consists_of_also_where_that_is_no_number(
+    window, stride, constants, dtype
+):
+    """Windows overlap, lie apart, or are larger than a map."""
+    x = 50 * normal(1, 3, 6, 5, 20)
+    for place, value in [((0, 3, 3, 9), np.nan), ((1, 5, 2, 0), np.inf), ((1, 2, 4, 3), -np.inf)]:
+        x[place] = value
+    x = jnp.asarray(x, dtype)
+    lrn = constants | {"groups": 2}
+
+    def parts(x):
+        x = ops.local_response_norm(ops.activation(x, "relu"), **lrn)
+        return ops.max_pool(x, window, stride)
+
+    def stage(x):
+        return ops.relu_lrn_pool(x, **lrn, window=window, stride=stride)
+
+    dy = jnp.asarray(normal(2, *jax.eval_shape(parts, x).shape), dtype)
+    y, (dx,) = with_gradient(stage, x, dy=dy)
+    expected, (wanted,) = with_gradient(parts, x, dy=dy)
+    for found, array in ((y, expected), (dx, wanted)):
+        assert found.dtype == array.dtype == dtype
+        found, array = found.astype(float), array.astype(float)
+        assert np.isnan(array).any()
+        np.testing.assert_allclose(found, array, rtol=1e-5, atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------- bfloat16
 
 

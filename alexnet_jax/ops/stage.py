@@ -1,14 +1,16 @@
 """What follows the first two convolutions of the paper, in one."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 from jax import Array
 
 import alexnet_jax.ops.gpu as gpu
+import alexnet_jax.ops.native as native
 from alexnet_jax.ops.activation import activation
 from alexnet_jax.ops.normalisation import local_response_norm
-from alexnet_jax.ops.pooling import max_pool, max_pool_and_places
+from alexnet_jax.ops.pooling import max_pool, max_pool_and_places, pooled_size
 
 
 def relu_lrn_pool(
@@ -31,13 +33,41 @@ def relu_lrn_pool(
 
     Returns:
       (b, h', w', c) of x's dtype. On a GPU of what lies between x and the output only the places
-      of the maxima are kept, and the rectifier takes no pass over memory of its own.
+      of the maxima are kept, and the rectifier takes no pass over memory of its own. A CPU's
+      kernel keeps nothing but x.
     """
+    if beta == 0.75 and x.shape[-1] % groups == 0 and native.available(x):
+        return _by_images(x, _Rule(groups, size, float(k), float(alpha), window, stride))
     if gpu.available(x.shape, groups=groups, size=size, beta=beta):
         return _in_one(x, gpu.Rule(size, k, alpha, groups, rectify=True), window, stride)
     x = activation(x, "relu")
     x = local_response_norm(x, size=size, k=k, alpha=alpha, beta=beta, groups=groups)
     return max_pool(x, window, stride)
+
+
+class _Rule(NamedTuple):
+    """Attributes of the kernels in native/stage.h."""
+
+    groups: int
+    size: int
+    k: float
+    alpha: float
+    window: int
+    stride: int
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _by_images(x: Array, rule: _Rule) -> Array:
+    """With a power of 3/4, an image's groups each by themselves."""
+    rows, columns = (pooled_size(side, rule.window, rule.stride) for side in x.shape[1:3])
+    shape = (x.shape[0], rows, columns, x.shape[3])
+    return native.call("stage", shape, x, **rule._asdict())
+
+
+_by_images.defvjp(
+    lambda x, rule: (_by_images(x, rule), x),
+    lambda rule, x, dy: (native.call("stage_gradient", x.shape, x, dy, **rule._asdict()),),
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 from alexnet_jax import compiled
 
 SOURCE = pathlib.Path(__file__).parent / "kernels.cc"
-KERNELS = ("winograd", "winograd_weights", "strided", "strided_weights")
-KERNELS += ("dense", "dense_input", "normalise", "normalise_gradient", "update")
+KERNELS = ("winograd", "winograd_weights", "strided", "strided_weights", "dense", "dense_input")
+KERNELS += ("normalise", "normalise_gradient", "stage", "stage_gradient", "update")
 
 
 def available(*arrays: Array) -> bool:

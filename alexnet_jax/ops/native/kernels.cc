@@ -6,6 +6,7 @@
 
 #include "dense.h"
 #include "normalisation.h"
+#include "stage.h"
 #include "strided.h"
 #include "update.h"
 #include "winograd.h"
@@ -16,6 +17,7 @@
 #define PLACE Attr<int64_t>("top").Attr<int64_t>("left")
 #define GROUPS Attr<int64_t>("groups")
 #define RULE GROUPS.Attr<int64_t>("size").Attr<float>("k").Attr<float>("alpha")
+#define POOL Attr<int64_t>("window").Attr<int64_t>("stride")
 #define KERNEL XLA_FFI_DEFINE_HANDLER_SYMBOL
 
 KERNEL(winograd, Winograd, TWO.RESULT.GROUPS.PLACE.Attr<bool>("turned"));
@@ -26,6 +28,8 @@ KERNEL(dense, Dense, TWO.RESULT);
 KERNEL(dense_input, DenseInput, TWO.RESULT);
 KERNEL(normalise, Normalise, ONE.RESULT.RULE);
 KERNEL(normalise_gradient, NormaliseGradient, TWO.RESULT.RULE);
+KERNEL(stage, StageForward, ONE.RESULT.RULE.POOL);
+KERNEL(stage_gradient, StageGradient, TWO.RESULT.RULE.POOL);
 KERNEL(update, Update,
        TWO.Arg<Input>().Arg<Input>().Arg<ffi::Buffer<ffi::PRED>>().RESULT.RESULT.RESULT.Attr<float>(
            "momentum").Attr<float>("decay"));

@@ -21,88 +21,98 @@ inline Vec InverseRoot(Vec x) {
 #endif
 }
 
-// Where the maps of pixels lie, and the rule.
+// The rule, and what it makes of a line: the maps of one group at one pixel.
 struct Normalisation {
-  int64_t pixels = 1, channels, groups, size;
+  int64_t width, size;  // of a line, of its windows
   float k, alpha;
+  bool rectify = false;  // max(x, 0) is normalised
 
-  static constexpr int64_t kPixels = 64;  // of a part
+  int64_t reach() const { return size / 2; }
+  int64_t scratch() const { return 2 * Line(); }  // floats, zeros before the first line
 
-  Normalisation(ffi::Span<const int64_t> x, int64_t groups, int64_t size, float k, float alpha)
-      : channels(x.back()), groups(groups), size(size), k(k), alpha(alpha) {
-    for (const int64_t side : x.first(x.size() - 1)) pixels *= side;
+  // y[i] = x[i] s[i] ** -3/4 of the sum s[i] = k + alpha * sum over neighbours j of x[j] ** 2
+  void Forward(const float* x, float* y, float* scratch) const {
+    Square(x, scratch);
+    for (int64_t c = 0; c < width; c += kLanes)
+      Store(y + c, Value(x, c) * Power(Root(scratch, c)), width - c);
   }
 
-  int64_t width() const { return channels / groups; }
-  int64_t reach() const { return size / 2; }
+  // dx[i] = dy[i] s[i] ** -3/4 - 3/2 alpha x[i] * sum over neighbours j of dy[j] x[j] s[j] ** -7/4
+  // which may lie where dy does.
+  void Backward(const float* x, const float* dy, float* dx, float* scratch) const {
+    float* shares = scratch + Line();
+    Square(x, scratch);
+    for (int64_t c = 0; c < width; c += kLanes) {
+      const Vec root = Root(scratch, c), direct = Load(dy + c, width - c) * Power(root);
+      Store(shares + reach() + c, direct * Value(x, c) * root * root, width - c);
+      Store(dx + c, direct, width - c);
+    }
+    for (int64_t c = 0; c < width; c += kLanes) {
+      const Vec value = Value(x, c), through = value * Neighbours(shares, c);
+      const Vec sum = Load(dx + c, width - c) - 1.5f * alpha * through;
+      Store(dx + c, rectify ? (value > Vec{} ? sum : Vec{}) : sum, width - c);
+    }
+  }
 
-  // The sums over neighbours of a line of a group's maps, which has zeros on both sides.
+ private:
+  int64_t Line() const { return Padded(width + 2 * reach(), kLanes) + kLanes; }
+
+  Vec Value(const float* x, int64_t c) const {
+    const Vec value = Load(x + c, width - c);
+    return rectify ? (value < Vec{} ? Vec{} : value) : value;  // what is no number stays none
+  }
+
+  void Square(const float* x, float* squares) const {
+    for (int64_t c = 0; c < width; c += kLanes) {
+      const Vec value = Value(x, c);
+      Store(squares + reach() + c, value * value, width - c);
+    }
+  }
+
+  // The sums over neighbours of a line, which has zeros on both sides.
   Vec Neighbours(const float* line, int64_t c) const {
     Vec sum = Load(line + c);
     for (int64_t i = 1; i <= 2 * reach(); ++i) sum += Load(line + c + i);
     return sum;
   }
 
-  // (k + alpha * sum of squares) ** -1/2, from a line of them.
+  // (k + alpha * sum of squares) ** -1/2
   Vec Root(const float* squares, int64_t c) const {
     return InverseRoot(k + alpha * Neighbours(squares, c));
   }
-
-  // Calls work(first float, line of squares, another line of zeros) for each pixel's groups.
-  template <typename F>
-  void ForEach(ffi::ThreadPool& pool, const float* x, const F& work) const {
-    const int64_t line = Padded(width() + 2 * reach(), kLanes) + kLanes;
-    Parallel(pool, Parts(pixels, kPixels), [&](int64_t part) {
-      const Memory lines(2 * line);
-      std::memset(lines, 0, 8 * line);
-      const int64_t last = std::min((part + 1) * kPixels, pixels) * groups;
-      for (int64_t p = part * kPixels * groups; p < last; ++p) {
-        const float* from = x + p * width();
-        for (int64_t c = 0; c < width(); c += kLanes) {
-          const Vec value = Load(from + c, width() - c);
-          Store(lines + reach() + c, value * value, width() - c);
-        }
-        work(p * width(), static_cast<float*>(lines), lines + line);
-      }
-    });
-  }
+  static Vec Power(Vec root) { return root * root * InverseRoot(root); }
 };
+
+// Calls work(first float, scratch) for each of so many lines.
+template <typename F>
+void ForEachLine(ffi::ThreadPool& pool, const Normalisation& n, int64_t lines, const F& work) {
+  constexpr int64_t kLines = 128;  // of a part
+  Parallel(pool, Parts(lines, kLines), [&](int64_t part) {
+    const Memory scratch(n.scratch());
+    std::memset(scratch, 0, 4 * n.scratch());
+    const int64_t last = std::min((part + 1) * kLines, lines);
+    for (int64_t line = part * kLines; line < last; ++line) work(line * n.width, scratch);
+  });
+}
 
 ffi::Error Normalise(ffi::ThreadPool pool, Input x, Output y, int64_t groups, int64_t size, float k,
                      float alpha) {
-  const Normalisation n(x.dimensions(), groups, size, k, alpha);
-  float* result = Fresh(y);
-  n.ForEach(pool, x.typed_data(), [&](int64_t first, const float* squares, float*) {
-    for (int64_t c = 0; c < n.width(); c += kLanes) {
-      const int64_t count = n.width() - c;
-      const Vec root = n.Root(squares, c), power = root * root * InverseRoot(root);
-      Store(result + first + c, Load(x.typed_data() + first + c, count) * power, count);
-    }
+  const Normalisation n{x.dimensions().back() / groups, size, k, alpha};
+  const float* from = x.typed_data();
+  float* to = Fresh(y);
+  ForEachLine(pool, n, x.element_count() / n.width, [&](int64_t first, float* scratch) {
+    n.Forward(from + first, to + first, scratch);
   });
   return ffi::Error::Success();
 }
 
-// dx[i] = dy[i] s[i] ** -3/4 - 3/2 alpha x[i] * sum over neighbours j of dy[j] x[j] s[j] ** -7/4
 ffi::Error NormaliseGradient(ffi::ThreadPool pool, Input x, Input dy, Output dx, int64_t groups,
                              int64_t size, float k, float alpha) {
-  const Normalisation n(x.dimensions(), groups, size, k, alpha);
-  float* result = Fresh(dx);
-  n.ForEach(pool, x.typed_data(), [&](int64_t first, const float* squares, float* shares) {
-    const float* from = x.typed_data() + first;
-    float* to = result + first;
-    for (int64_t c = 0; c < n.width(); c += kLanes) {
-      const int64_t count = n.width() - c;
-      const Vec root = n.Root(squares, c), power = root * root * InverseRoot(root);
-      const Vec direct = Load(dy.typed_data() + first + c, count) * power;
-      const Vec share = direct * Load(from + c, count) * root * root;
-      Store(shares + n.reach() + c, share, count);
-      Store(to + c, direct, count);
-    }
-    for (int64_t c = 0; c < n.width(); c += kLanes) {
-      const int64_t count = n.width() - c;
-      const Vec sum = Load(from + c, count) * n.Neighbours(shares, c);
-      Store(to + c, Load(to + c, count) - 1.5f * alpha * sum, count);
-    }
+  const Normalisation n{x.dimensions().back() / groups, size, k, alpha};
+  const float *from = x.typed_data(), *gradient = dy.typed_data();
+  float* to = Fresh(dx);
+  ForEachLine(pool, n, x.element_count() / n.width, [&](int64_t first, float* scratch) {
+    n.Backward(from + first, gradient + first, to + first, scratch);
   });
   return ffi::Error::Success();
 }
