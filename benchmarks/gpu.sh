@@ -12,7 +12,8 @@
 #
 #   pip download --no-deps --only-binary=:all: --python-version=3.12 --implementation=cp \
 #     --platform=manylinux_2_28_x86_64 --platform=manylinux_2_17_x86_64 -d wheels \
-#     grain array_record ml_collections simplejpeg tensorboardX portpicker importlib_resources
+#     grain array_record cloudpickle ml_collections simplejpeg tensorboardX portpicker \
+#     importlib_resources
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
