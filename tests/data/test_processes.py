@@ -157,10 +157,19 @@ def alive(number: int) -> bool:
     return state != "Z"
 
 
+def endless(folder: pathlib.Path, scratch: pathlib.Path) -> subprocess.Popen:
+    """A process that reads without end, by two others; what it says is in scratch/said."""
+    script = scratch / "endless.py"
+    script.write_text(textwrap.dedent(ENDLESS))
+    command = [sys.executable, str(script), f"folder:{folder}", str(scratch / "cache")]
+    with open(scratch / "said", "w") as said:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True)
+
+
 def children_of(process: subprocess.Popen) -> list[int]:
     """Those that read, dead ones too."""
-    listed = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").parent.parent
-    numbers = " ".join(path.read_text() for path in listed.glob("*/children")).split()
+    listed = pathlib.Path(f"/proc/{process.pid}/task").glob("*/children")
+    numbers = " ".join(path.read_text() for path in listed).split()
     commands = {number: pathlib.Path(f"/proc/{number}/cmdline").read_bytes() for number in numbers}
     return [int(number) for number, command in commands.items() if b"spawn_main" in command]
 
@@ -170,11 +179,7 @@ def children_of(process: subprocess.Popen) -> list[int]:
 def test_readers_that_are_signalled_while_they_start_do_not_hang(number, pictures, tmp_path):
     """A killed one is told of; others, as when all of a group are sent it, are not even hit."""
     pictures.folder(tmp_path / "images/train", {"ant": 1500})  # whose names no pipe holds
-    script = tmp_path / "endless.py"
-    script.write_text(textwrap.dedent(ENDLESS))
-    command = [sys.executable, str(script), f"folder:{tmp_path}/images", str(tmp_path / "cache")]
-    with open(tmp_path / "said", "w") as said:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True)
+    process = endless(tmp_path / "images", tmp_path)
     assert process.stdout is not None
     try:
         deadline = time.monotonic() + 60
@@ -195,11 +200,7 @@ def test_readers_that_are_signalled_while_they_start_do_not_hang(number, picture
 @pytest.mark.skipif(not pathlib.Path("/proc/self/stat").exists(), reason="reads Linux's /proc")
 @pytest.mark.parametrize("killed", ["parent", "reader"])
 def test_reading_processes_and_their_parent_end_together(killed, folder, tmp_path):
-    script = tmp_path / "endless.py"
-    script.write_text(textwrap.dedent(ENDLESS))
-    command = [sys.executable, str(script), f"folder:{folder}", str(tmp_path / "cache")]
-    with open(tmp_path / "said", "w") as said:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True)
+    process = endless(folder, tmp_path)
     assert process.stdout is not None
     children = json.loads(process.stdout.readline())
     assert len(children) == 2
