@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import pathlib
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -79,7 +80,10 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
         meta = Meta(config, source.labels, statistics, num_examples=num_examples, pool=source.pool)
         state = initial_state(config.model, num_classes, optimizer, config.seed)
         if config.train.init_from:
-            params = _taken_over(config, state.params, source.labels, job.told)
+            rates = optim.layer_rates(config.optim)
+            params = _taken_over(
+                config.train.init_from, state.params, source.labels, rates, job.told
+            )
             state = state._replace(params=params)
     else:
         if not allow_config_change:
@@ -136,8 +140,14 @@ def _check_images(meta: Meta, source: Source, name: str) -> None:
     )
 
 
-def _taken_over(config: Config, params: Params, labels: tuple[str, ...], told: Told) -> Params:
-    """The parameters of the newest checkpoint in `train.init_from`, in the place of `params`.
+def _taken_over(
+    init_from: str,
+    params: Params,
+    labels: tuple[str, ...],
+    rates: Mapping[str, float],
+    told: Told,
+) -> Params:
+    """The parameters of the newest checkpoint in workdir `init_from`, in the place of `params`.
 
     fc8 begins with zeros where the classes are others: every class is then equally probable. A
     conv6 that the other net does not have stays as it was drawn (paper, section 6.1).
@@ -145,7 +155,6 @@ def _taken_over(config: Config, params: Params, labels: tuple[str, ...], told: T
     Raises:
       UserError: there is no checkpoint, its net is another one, or what is new would stay so.
     """
-    init_from = config.train.init_from
     origin = pathlib.Path(init_from).expanduser()
     if not (origin / workdir.CHECKPOINTS).is_dir():
         raise UserError(f"train.init_from={init_from!r} holds no checkpoints; train there")
@@ -168,12 +177,11 @@ def _taken_over(config: Config, params: Params, labels: tuple[str, ...], told: T
             )
         else:
             found[layer] = given[layer]
-    rates = optim.layer_rates(config.optim)
     for layer in new:
         if not rates[layer]:
             raise UserError(
-                f"optim.layer_rates={config.optim.layer_rates}: {layer} has a rate of 0, but is "
-                f"new here and would never learn; give {SHARES_ENTRY.get(layer, layer)} a rate"
+                f"optim.layer_rates: {layer} has a rate of 0, but is new here and would never "
+                f"learn; give {SHARES_ENTRY.get(layer, layer)} a rate"
             )
     log.info("weights are taken over from %s; new: %s", init_from, ", ".join(new) or "nothing")
     return found
