@@ -97,7 +97,20 @@ def opened(
         if file is None:
             file = stack.enter_context(open(what, "rb"))
         headers: Any = _Headers(file)
-        yield stack.enter_context(tarfile.open(None, "r:", headers))
+        yield stack.enter_context(tarfile.open(None, "r:", headers, tarinfo=_Member))
+
+
+class _Member(tarfile.TarInfo):
+    """As tarfile's, which may leave the tar behind what it could not read, and go on from there."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> "_Member":
+        place = tar.offset
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.HeaderError:
+            tar.offset = place
+            raise
 
 
 class _Headers:

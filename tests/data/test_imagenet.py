@@ -731,7 +731,7 @@ def test_what_is_no_tar_is_refused(tmp_path, data):
 
 @pytest.mark.parametrize("said", ["two\n  lines", ""])
 def test_whatever_tarfile_says_becomes_one_line(tmp_path, monkeypatch, said):
-    def fail(*_) -> None:
+    def fail(*_, **__) -> None:
         raise tarfile.ReadError(said)
 
     path = tmp_path / "a.tar"

@@ -658,12 +658,23 @@ ARCHIVES = {
         "train", tar(member("n01.tar", tar(image("n01", 1), member("again", size=-512))), SECOND),
         "n01.tar is cut short or damaged",
     ),
-    "a pax header of negative size": Archive("val", tar(PAX_SIZE, image("a", 1)), DAMAGED),
+    "a pax header of negative size": Archive(
+        "val", tar(PAX_SIZE, image("a", 1)), "download it again"
+    ),
+    "a pax header of negative size behind an image": Archive(
+        "val", tar(image("a", 1), PAX_SIZE, image("a", 2)), DAMAGED
+    ),
+    "a pax header of negative size in a class tar": Archive(
+        "train", tar(member("n01.tar", tar(PAX_SIZE, image("n01", 1), image("n01", 2))), SECOND),
+        "damaged at byte",
+    ),
     "a name of a terabyte": Archive("val", tar(member("a", kind=b"L", size=2**40)), "a header of"),
     "a name of 300 MB": Archive(
         "val", with_hole(member("a", kind=b"L", size=300 << 20), 300 << 20, VAL), "a header of"
     ),
-    "a name of negative size": Archive("val", tar(member("a", kind=b"L", size=-512)), "a header"),
+    "a name of negative size": Archive(
+        "val", tar(member("a", kind=b"L", size=-512)), "cannot be read"
+    ),
     "64 kB of digits": Archive("val", tar(member("x", b"1" * 65536, b"x")) + VAL, "a header of"),
     "ten thousand names of one member": Archive(
         "val", member("a", b"name\0", b"L") * 10_000 + VAL, "cannot be read"
