@@ -8,6 +8,7 @@ import getpass
 import logging
 import os
 import pathlib
+import pickle
 import tempfile
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -57,14 +58,13 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 class _InThread:
     """Stands in for a worker that is a process, which takes a second to start."""
 
-    def __init__(self, job: Callable[..., None]):
-        self.job = job
-        self.progress = types.SimpleNamespace(value=0.0)
+    def __init__(self, job: bytes, flag: str, *shared: Any):
+        self.job, self.shared = pickle.loads(job), shared
         self.connection = types.SimpleNamespace(close=lambda: None)
         self.process = types.SimpleNamespace(terminate=lambda: None, join=lambda: None)
 
     def do(self, *arguments: Any) -> None:
-        self.job(*arguments, self.progress)
+        self.job(*arguments, *self.shared)
 
 
 @pytest.fixture(params=["native", "XLA's"])

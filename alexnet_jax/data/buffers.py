@@ -11,9 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
-import cloudpickle
 import numpy as np
 
 LENT = 3  # batches at once: one arrives, one is sent to the devices, one is there
@@ -77,7 +75,7 @@ class Slots:
     def __init__(self, ahead: int, shape: tuple[int, ...], path: str = ""):
         """For `ahead` batches in the making; `path` is that of memory that is there already."""
         self.ahead, self.shape, count = ahead, shape, ahead + LENT
-        words = -(-(count + 1) // 8) * 8  # what is behind them begins at a multiple of 64 bytes
+        words = -(-count // 8) * 8  # what is behind them begins at a multiple of 64 bytes
         size = words * _WORD.itemsize + count * int(np.prod(shape))
         made = not path
         if made:
@@ -87,7 +85,7 @@ class Slots:
         self.path = path
         with open(path, "r+b") as file:
             memory = mmap.mmap(file.fileno(), size)
-        self.closed, self.owner = np.split(np.frombuffer(memory, _WORD, 1 + count), [1])
+        self.owner = np.frombuffer(memory, _WORD, count)
         self.memory = np.frombuffer(memory, np.uint8, offset=words * _WORD.itemsize)
         self.memory = self.memory.reshape(count, *shape)
         if made:
@@ -100,13 +98,10 @@ class Slots:
     def __call__(self, number: int) -> np.ndarray:
         """The slot of a batch, waited for; for the processes that write it."""
         pause = 0.0005
-        while not self.closed[0]:
-            found = np.flatnonzero(self.owner == number)
-            if len(found):
-                return self.memory[found[0]]
+        while not len(found := np.flatnonzero(self.owner == number)):
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
-        return np.empty(self.shape, np.uint8)  # for nobody
+        return self.memory[found[0]]
 
     def take(self, number: int) -> np.ndarray:
         """A batch that is written; batches are to be taken in order."""
@@ -121,42 +116,9 @@ class Slots:
     def _give_back(self, slot: int) -> None:
         self.owner[slot] = next(self.coming)
 
-    def release(self) -> None:
-        """Nobody waits any more."""
-        self.closed[0] = 1
-
     def close(self) -> None:
         """To be called when all who were sent this have come or gone. What is held stays."""
-        self.release()
         self.file.close()
-
-
-class Sent:
-    """A function that goes to other processes by way of a file.
-
-    The pipe that a new process is sent all else by holds 64 KiB: where it was sent more and killed
-    before it read that, whoever starts it would wait for ever.
-    """
-
-    def __init__(self, function: Callable[[int], Any]):
-        self.function, self.file = function, _File()
-        with open(self.file.path, "wb") as file:
-            cloudpickle.dump(function, file)
-
-    def __reduce__(self):
-        return _received, (self.file.path,)
-
-    def __call__(self, number: int) -> Any:
-        return self.function(number)
-
-    def close(self) -> None:
-        """To be called when all who were sent this have come or gone."""
-        self.file.close()
-
-
-def _received(path: str) -> Callable[[int], Any]:
-    with open(path, "rb") as file:
-        return cloudpickle.load(file)
 
 
 class _File:

@@ -9,14 +9,11 @@ go through Grain: threads and processes write them into the batch itself.
 
 import contextlib
 import functools
-import itertools
-import signal
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import NamedTuple
 
 import grain
 import numpy as np
-from absl import flags
 
 from alexnet_jax.config import Data
 from alexnet_jax.data import augment, buffers, images, native, workers
@@ -172,67 +169,18 @@ def _batches(read: ReadPiece, local: range, side: int, steps: range, data: Data)
         turn, place = divmod(number, len(pieces))
         return read(steps[turn], pieces[place], memory(turn)[places[place]])
 
-    numbers = grain.MapDataset.range(len(steps) * len(pieces))
-    if isinstance(memory, buffers.Slots):
-        making = _by_processes(numbers, element, memory, count, ahead)
-    else:
-        making = _by_threads(numbers.map(element), count, ahead)
-    with making as arriving:
+    make = element
+    with contextlib.ExitStack() as stack:
+        if isinstance(memory, buffers.Slots):
+            native.available()  # compiled here, once, before many ask for it
+            stack.enter_context(contextlib.closing(memory))
+            make = stack.enter_context(workers.elsewhere(element, count))
+        numbers = grain.MapDataset.range(len(steps) * len(pieces))
+        options = grain.ReadOptions(num_threads=count, prefetch_buffer_size=max(ahead, count))
+        pipeline = iter(numbers.map(make).to_iter_dataset(options))
+        arriving = stack.enter_context(contextlib.closing(pipeline))
         for turn in range(len(steps)):
             parts = [next(arriving) for _ in pieces]
             yield {"image": memory.take(turn)} | {
                 name: np.concatenate([part[name] for part in parts]) for name in parts[0]
             }
-
-
-@contextlib.contextmanager
-def _by_threads(elements: grain.MapDataset, count: int, ahead: int) -> Iterator[Iterator[Batch]]:
-    """The elements, made by threads."""
-    options = grain.ReadOptions(num_threads=count, prefetch_buffer_size=max(ahead, count))
-    with contextlib.closing(iter(elements.to_iter_dataset(options))) as arriving:
-        yield arriving
-
-
-@contextlib.contextmanager
-def _by_processes(
-    numbers: grain.MapDataset,
-    element: Callable[[int], Batch],
-    slots: buffers.Slots,
-    count: int,
-    ahead: int,
-) -> Iterator[Iterator[Batch]]:
-    """The elements, made by processes, which wait for slots."""
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain reads its own flags and insists
-    native.available()  # compiled here, once, before many ask for it
-    sent = buffers.Sent(element)
-    one_by_one = numbers.map(sent).to_iter_dataset(grain.ReadOptions(num_threads=0))
-    options = grain.MultiprocessingOptions(count, per_worker_buffer_size=-(-ahead // count))
-    in_pipes = grain.experimental.DatasetOptions(min_shm_size=1 << 20)  # all that is left is small
-    working = grain.experimental.WithOptionsIterDataset(
-        one_by_one.mp_prefetch(options, worker_init_fn=_live_with_parent), in_pipes
-    )
-    with (
-        contextlib.closing(slots),
-        contextlib.closing(sent),
-        contextlib.closing(iter(working)) as arriving,
-    ):
-        try:
-            # They start with the first, and from then on leave signals, which a terminal or a
-            # scheduler may send to all, to the parent.
-            with workers.unheard(signal.SIGINT, signal.SIGTERM):
-                first = [*itertools.islice(arriving, 1)]
-            yield itertools.chain(first, arriving)
-        except RuntimeError as error:
-            if "exit code -" not in str(error):  # by a signal
-                raise
-            raise OSError(
-                "a process that reads images was killed, by lack of memory most often: the same "
-                "command goes on, with fewer by --config.data.workers=N"
-            ) from error
-        finally:
-            slots.release()
-
-
-def _live_with_parent(worker: int, count: int) -> None:
-    workers.live_with_parent()

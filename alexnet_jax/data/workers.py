@@ -15,7 +15,9 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
-from alexnet_jax.config import Data, UserError
+import cloudpickle
+
+from alexnet_jax.config import Data, FailedError, UserError
 
 CPU_QUOTA = pathlib.Path("/sys/fs/cgroup/cpu.max")  # microseconds, of so many
 MOST_THREADS = 4  # beside each other
@@ -76,8 +78,9 @@ class Pool:
 
     def __init__(self, job: Callable[..., None], count: int):
         """`job` takes what is submitted and a `Progress`; `count` processes start when needed."""
-        self.job, self.count, self.told = job, count, 0.0
+        self.job, self.count, self.told = cloudpickle.dumps(job), count, 0.0
         self.started: list[_Worker] = []
+        self.progress: list[Any] = []
         self.free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self.pending: set[concurrent.futures.Future] = set()
         self.threads = concurrent.futures.ThreadPoolExecutor(count)
@@ -98,8 +101,10 @@ class Pool:
     def submit(self, *arguments: Any) -> None:
         """Have the job done with these once more."""
         if len(self.started) < self.count:
+            # Without a lock, to be killed with.
+            self.progress.append(multiprocessing.get_context("spawn").RawValue("d", 0.0))
             with _ctrl_c_later():
-                self.started.append(_Worker(self.job))
+                self.started.append(_Worker(self.job, "--workers", self.progress[-1]))
             self.free.put(self.started[-1])
         self.pending.add(self.threads.submit(self._do, *arguments))
 
@@ -122,7 +127,7 @@ class Pool:
                 timeout=0 if enough else 0.5,
                 return_when=concurrent.futures.FIRST_COMPLETED,
             )
-            total = sum(worker.progress.value for worker in self.started)
+            total = sum(progress.value for progress in self.progress)
             tell(total - self.told)
             self.told = total
             for future in done:
@@ -131,48 +136,93 @@ class Pool:
                 return
 
 
-class _Worker:
-    """A process, and the pipe to it."""
+@contextlib.contextmanager
+def elsewhere(job: Callable[[int], Any], count: int) -> Iterator[Callable[[int], Any]]:
+    """What has `job` done by `count` processes, each for one thread at a time; they end with this.
 
-    def __init__(self, job: Callable[..., None]):
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.progress: Any = context.RawValue("d", 0.0)  # without a lock, to be killed with
-        arguments = (job, theirs, self.progress)
-        self.process = context.Process(target=_work, args=arguments, daemon=True)
-        self.process.start()
-        theirs.close()
+    Grain's own processes were not up to it: where one was killed while it started, the others and
+    what waited for them went on for ever. From their start on they leave signals, which a terminal
+    or a scheduler may send to all, to the parent.
+    """
+    started: list[_Worker] = []
+    free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+    told = cloudpickle.dumps(job)
 
-    def do(self, *arguments: Any) -> None:
-        """Have the job done, and wait for it; raises what stopped it."""
+    def done(argument: int) -> Any:
+        worker = free.get()
         try:
-            # Not send: where it fails, Python 3.12 may crash at what that leaves behind.
-            self.connection.send_bytes(pickle.dumps(arguments))
-            error = self.connection.recv()
+            return worker.do(argument)
+        finally:
+            free.put(worker)
+
+    try:
+        with unheard(signal.SIGINT, signal.SIGTERM):
+            for _ in range(count):
+                started.append(_Worker(told, "--config.data.workers"))
+                free.put(started[-1])
+        yield done
+    finally:
+        for worker in started:
+            worker.process.kill()
+        for worker in started:
+            worker.process.join()
+
+
+class _Worker:
+    """A process that does a job again and again, and the pipe to it."""
+
+    def __init__(self, job: bytes, flag: str, *shared: Any):
+        """`job`, pickled, takes what `do` does and `shared`; `flag` sets how many there are."""
+        context = multiprocessing.get_context("spawn")
+        self.flag, self.unsaid = flag, [job]
+        self.connection, theirs = context.Pipe()
+        # The job comes by the pipe: were a process killed that is sent much as it starts, the start
+        # would wait for ever.
+        self.process = context.Process(target=_work, args=(theirs, *shared), daemon=True)
+        try:
+            self.process.start()
+        except BrokenPipeError as ended:  # since Python 3.14
+            raise self._killed() from ended
+        finally:
+            theirs.close()
+
+    def do(self, *arguments: Any) -> Any:
+        """What the job makes of it, waited for; raises what stopped it, OSError where killed."""
+        # Not send: where it fails, Python 3.12 may crash at what that leaves behind.
+        self.unsaid.append(pickle.dumps(arguments))
+        try:
+            while self.unsaid:
+                self.connection.send_bytes(self.unsaid.pop(0))
+            found, error = self.connection.recv()
         except (EOFError, ConnectionError) as ended:
             self.process.join()
             if (self.process.exitcode or 0) > 0:
                 raise RuntimeError("a worker failed; it says above why") from ended
-            raise OSError(
-                "a worker was killed, by lack of memory most often: the same command goes on, "
-                "with fewer by --workers=N"
-            ) from ended
+            raise self._killed() from ended
         if error is not None:
             raise error
+        return found
+
+    def _killed(self) -> OSError:
+        return OSError(
+            "a worker was killed, by lack of memory most often: the same command goes on, with "
+            f"fewer by {self.flag}=N"
+        )
 
 
-def _work(job: Callable[..., None], connection: Connection, progress: Progress) -> None:
+def _work(connection: Connection, *shared: Any) -> None:
     """Do what is asked for, until nobody is there to ask."""
     live_with_parent()
     with contextlib.suppress(EOFError, ConnectionError):
+        job = cloudpickle.loads(connection.recv_bytes())
         while True:
             arguments = connection.recv()
+            found = error = None
             try:
-                job(*arguments, progress)
-            except (UserError, OSError, MemoryError) as error:
-                connection.send(error)
-            else:
-                connection.send(None)
+                found = job(*arguments, *shared)
+            except (UserError, FailedError, OSError, MemoryError) as stopped:
+                error = stopped
+            connection.send((found, error))
 
 
 @contextlib.contextmanager

@@ -4,12 +4,14 @@ import contextlib
 import functools
 import os
 import pathlib
+import pickle
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -264,7 +266,8 @@ class Faulty:
 
 
 def test_what_stops_a_worker_is_raised_here(tmp_path, capfd):
-    worker = _Worker(write_shard)
+    progress = types.SimpleNamespace(value=0.0)
+    worker = _Worker(pickle.dumps(write_shard), "--workers", progress)
     rest = (tmp_path / "shard", tmp_path / "entry.npz", Settings("raw", 95, SIZE, 5), True, 1.0)
     for error in (
         UserError("the tar is gone"),
