@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import pathlib
+import platform
 import shlex
 import shutil
 import subprocess
@@ -22,7 +23,9 @@ from collections.abc import Sequence
 from alexnet_jax import files
 
 LONGEST = 300  # seconds, of a compiler
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared", "-w")
+# For ARM's, clang knows no -march=native before its sixteenth version.
+NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+FLAGS = ("-std=c++17", "-O3", NATIVE, "-fno-math-errno", "-fPIC", "-shared", "-w")
 
 log = logging.getLogger(__name__)
 KEPT = "ALEXNET_JAX_COMPILED"  # the folder, where JAX has none
@@ -81,8 +84,8 @@ def library(
         command = [*compiler, *arguments]
         return subprocess.run(command, check=True, capture_output=True, timeout=LONGEST).stdout
 
-    # The compiler's version and all that -march=native stands for here.
-    machine = run("-march=native", "-dM", "-E", "-x", "c++", os.devnull)
+    # The compiler's version and all that NATIVE stands for here.
+    machine = run(NATIVE, "-dM", "-E", "-x", "c++", os.devnull)
     told = "\0".join((*compiler, *FLAGS, *flags))
     text = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
     suffix = hashlib.sha256(text + machine + told.encode()).hexdigest()[:16]
