@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pathlib
+import re
 import shutil
 
 import numpy as np
@@ -13,10 +14,11 @@ from PIL import Image
 
 from alexnet_jax import predict
 from alexnet_jax.checkpoint import Checkpoints
-from alexnet_jax.config import Data
+from alexnet_jax.config import Config, Data
 from alexnet_jax.data import images as pictures
 from alexnet_jax.data import sources
 
+ROOT = pathlib.Path(__file__).parent.parent
 CLASSES = ("cat", "dog", "owl")
 STORED, SIZE = 41, 36  # round(256 * 36 / 224)
 
@@ -55,6 +57,25 @@ def by_oracle(workdir: pathlib.Path, squares: np.ndarray, num_crops: int) -> np.
             found.append(softmax(oracle.forward(params, views - mean, "paper", train=False)[0]))
     assert len(found) == num_crops
     return np.mean(found, axis=0)
+
+
+def test_the_readmes_lines_for_python_open_a_net(trained, images, difference):
+    """As they stand there, but for the run and its data; against the numpy net."""
+    given = Config(data=Data(source=f"folder:{images}"))
+    (lines,) = re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = lines.replace("config.Config()", "given").replace("runs/quickstart", str(trained))
+    found = {"given": given}
+    exec(lines, found)
+    _, squares = validation_squares(images)
+    probabilities = by_oracle(trained, squares, 1)
+    assert difference(np.exp(found["log_probabilities"]), probabilities) < 1e-5
+    _, meta, params = Checkpoints(trained / "checkpoints").read_net(-1)
+    assert (np.asarray(found["kernels"]) == params["conv1"]["kernel"]).all()
+    middle = slice((STORED - SIZE) // 2, (STORED - SIZE) // 2 + SIZE)
+    crops = squares[:, middle, middle] - meta.statistics.mean_image[middle, middle]
+    logits = found["apply"](found["net"].params, crops, None)
+    assert difference(softmax(np.asarray(logits)), probabilities) < 1e-5
+    assert found["fc7"].shape == (len(squares), params["fc7"]["kernel"].shape[1])
 
 
 def validation_squares(images: pathlib.Path) -> tuple[list[pathlib.Path], np.ndarray]:
