@@ -60,8 +60,7 @@ class _InThread:
 
     def __init__(self, job: bytes, flag: str, *shared: Any):
         self.job, self.shared = pickle.loads(job), shared
-        self.connection = types.SimpleNamespace(close=lambda: None)
-        self.process = types.SimpleNamespace(terminate=lambda: None, join=lambda: None)
+        self.process = types.SimpleNamespace(kill=lambda: None, join=lambda: None)
 
     def do(self, *arguments: Any) -> None:
         self.job(*arguments, *self.shared)

@@ -50,7 +50,7 @@ def kind(data: Data, num_images: int) -> str:
     return "processes" if waiting and num_images >= WORTH_PROCESSES else "threads"
 
 
-def live_with_parent() -> None:
+def _live_with_parent() -> None:
     """Have this process leave Ctrl-C to the one that started it, and end when that does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -78,42 +78,26 @@ class Pool:
 
     def __init__(self, job: Callable[..., None], count: int):
         """`job` takes what is submitted and a `Progress`; `count` processes start when needed."""
-        self.job, self.count, self.told = cloudpickle.dumps(job), count, 0.0
-        self.started: list[_Worker] = []
+        self.workers, self.count, self.told = _Workers(job, "--workers"), count, 0.0
         self.progress: list[Any] = []
-        self.free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self.pending: set[concurrent.futures.Future] = set()
         self.threads = concurrent.futures.ThreadPoolExecutor(count)
 
     def __enter__(self) -> "Pool":
         return self
 
-    def __exit__(self, kind: type | None, *rest: object) -> None:
-        for worker in self.started:
-            if kind is None:
-                worker.connection.close()
-            else:  # what it is doing is not needed any more
-                worker.process.terminate()
+    def __exit__(self, *exception: object) -> None:
+        self.workers.end()
         self.threads.shutdown(cancel_futures=True)
-        for worker in self.started:
-            worker.process.join()
 
     def submit(self, *arguments: Any) -> None:
         """Have the job done with these once more."""
-        if len(self.started) < self.count:
+        if len(self.progress) < self.count:
             # Without a lock, to be killed with.
             self.progress.append(multiprocessing.get_context("spawn").RawValue("d", 0.0))
             with _ctrl_c_later():
-                self.started.append(_Worker(self.job, "--workers", self.progress[-1]))
-            self.free.put(self.started[-1])
-        self.pending.add(self.threads.submit(self._do, *arguments))
-
-    def _do(self, *arguments: Any) -> None:
-        worker = self.free.get()
-        try:
-            worker.do(*arguments)
-        finally:
-            self.free.put(worker)
+                self.workers.start(self.progress[-1])
+        self.pending.add(self.threads.submit(self.workers.do, *arguments))
 
     def wait(self, most: int, tell: Callable[[float], object]) -> None:
         """Until at most `most` are still to be done; `tell` is told of progress.
@@ -144,27 +128,42 @@ def elsewhere(job: Callable[[int], Any], count: int) -> Iterator[Callable[[int],
     what waited for them went on for ever. From their start on they leave signals, which a terminal
     or a scheduler may send to all, to the parent.
     """
-    started: list[_Worker] = []
-    free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-    told = cloudpickle.dumps(job)
-
-    def done(argument: int) -> Any:
-        worker = free.get()
-        try:
-            return worker.do(argument)
-        finally:
-            free.put(worker)
-
+    workers = _Workers(job, "--config.data.workers")
     try:
-        with unheard(signal.SIGINT, signal.SIGTERM):
+        with _unheard(signal.SIGINT, signal.SIGTERM):
             for _ in range(count):
-                started.append(_Worker(told, "--config.data.workers"))
-                free.put(started[-1])
-        yield done
+                workers.start()
+        yield workers.do
     finally:
-        for worker in started:
+        workers.end()
+
+
+class _Workers:
+    """Processes for one job, each for one thread at a time; `flag` sets how many there are."""
+
+    def __init__(self, job: Callable[..., Any], flag: str):
+        self.job, self.flag = cloudpickle.dumps(job), flag
+        self.started: list[_Worker] = []
+        self.free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+
+    def start(self, *shared: Any) -> None:
+        """One more; its job takes `shared`, too."""
+        self.started.append(_Worker(self.job, self.flag, *shared))
+        self.free.put(self.started[-1])
+
+    def do(self, *arguments: Any) -> Any:
+        """What the job makes of it, done by whichever is free first."""
+        worker = self.free.get()
+        try:
+            return worker.do(*arguments)
+        finally:
+            self.free.put(worker)
+
+    def end(self) -> None:
+        """End all, whatever they are doing."""
+        for worker in self.started:
             worker.process.kill()
-        for worker in started:
+        for worker in self.started:
             worker.process.join()
 
 
@@ -172,7 +171,7 @@ class _Worker:
     """A process that does a job again and again, and the pipe to it."""
 
     def __init__(self, job: bytes, flag: str, *shared: Any):
-        """`job`, pickled, takes what `do` does and `shared`; `flag` sets how many there are."""
+        """`job`, pickled, takes what `do` does and `shared`."""
         context = multiprocessing.get_context("spawn")
         self.flag, self.unsaid = flag, [job]
         self.connection, theirs = context.Pipe()
@@ -212,7 +211,7 @@ class _Worker:
 
 def _work(connection: Connection, *shared: Any) -> None:
     """Do what is asked for, until nobody is there to ask."""
-    live_with_parent()
+    _live_with_parent()
     with contextlib.suppress(EOFError, ConnectionError):
         job = cloudpickle.loads(connection.recv_bytes())
         while True:
@@ -234,7 +233,7 @@ def _ctrl_c_later() -> Iterator[None]:
     came: list[int] = []
     usual = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
     try:
-        with unheard(signal.SIGINT):
+        with _unheard(signal.SIGINT):
             yield
     finally:
         signal.signal(signal.SIGINT, usual)
@@ -243,7 +242,7 @@ def _ctrl_c_later() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def unheard(*signals: signal.Signals) -> Iterator[None]:
+def _unheard(*signals: signal.Signals) -> Iterator[None]:
     """Threads that are started in this, and processes that they start, never hear the signals."""
     # They take over what is blocked. The tracker that the first process would bring along would
     # lift it, so it comes before.
