@@ -2,9 +2,9 @@
 
 The stream is the concatenation of epoch permutations, and a batch is a stretch of it: batch n
 holds the B positions from n * B on, whatever the machine (from `origin` + n * B where a run was
-continued with another B). An element of the Grain pipeline is a
-piece of a batch, not a record, so that its overhead is paid once for many; and its pixels do not
-go through Grain: threads and processes write them into the batch itself.
+continued with another B). An element of the Grain pipeline is a piece of a batch, not a record, so
+that its overhead is paid once for many. Grain's threads make the pieces, or have each a process
+make them; pixels do not go through Grain: they are written into the batch itself.
 """
 
 import contextlib

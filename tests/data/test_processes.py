@@ -1,8 +1,10 @@
 """Real processes, talking over loopback, hold the same global batch as one does, byte for byte."""
 
 import contextlib
+import errno
 import hashlib
 import json
+import multiprocessing
 import os
 import pathlib
 import signal
@@ -16,7 +18,8 @@ import numpy as np
 import pytest
 
 from alexnet_jax.config import Data
-from alexnet_jax.data import sources, stream, survey
+from alexnet_jax.data import sources, stream, survey, workers
+from alexnet_jax.data.images import ImageError
 
 BATCH, SIZE, STORED, START, STEPS = 8, 13, 16, 2, 6  # of 11 examples: begins mid-epoch
 SCRIPT = """
@@ -202,6 +205,31 @@ def test_readers_that_are_signalled_while_they_start_do_not_hang(number, picture
     finally:
         process.kill()
         process.wait()
+
+
+def squared(number: int) -> int:
+    if number < 0:
+        raise ImageError(f"{number}.jpg is gone")
+    return number**2
+
+
+def test_what_stops_a_reader_is_raised_here_and_it_goes_on():
+    with workers.elsewhere(squared, 1) as found:
+        assert found(3) == 9
+        with pytest.raises(ImageError, match=r"-1\.jpg is gone"):
+            found(-1)
+        assert found(4) == 16
+
+
+def test_a_reader_that_is_killed_before_it_is_told_anything_is_told_of(monkeypatch):
+    """As Python 3.14 says it."""
+
+    def start(process: multiprocessing.context.SpawnProcess) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    monkeypatch.setattr(multiprocessing.context.SpawnProcess, "start", start)
+    with pytest.raises(OSError, match=r"worker was killed.*--config\.data\.workers="):
+        workers.elsewhere(abs, 2).__enter__()
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/stat").exists(), reason="reads Linux's /proc")
