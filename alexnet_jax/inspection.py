@@ -90,7 +90,7 @@ def _groups(line: str) -> set[frozenset[int]]:
     return {frozenset(map(int, group)) for group in numbers.reshape(shape)}
 
 
-def exchanged_bytes(traced: core.ClosedJaxpr) -> list[int]:
+def exchanged_bytes(traced: jax.stages.Traced) -> list[int]:
     """Bytes each tower sends the other per image, exchange by exchange, in a step's forward."""
     sent = []
 
@@ -120,7 +120,7 @@ def inspect(config: Config) -> dict[str, Any]:
     reads_both = [layer for layer in found if layer.groups == 1][1:] if model.splits else []
     step, arguments = training_step(config, num_classes, mesh)
     traced = step.trace(*arguments)
-    sent = exchanged_bytes(traced.jaxpr) if model.splits else []
+    sent = exchanged_bytes(traced) if model.splits else []
     into = dict(zip((layer.name for layer in reads_both), sent))
     hlo = traced.lower().compile().as_text()
     rows = [_row(layer, model.towers, into.get(layer.name, 0)) for layer in found]

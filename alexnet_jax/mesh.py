@@ -50,7 +50,7 @@ def make_mesh(mesh: configs.Mesh, model: configs.Model) -> jax.sharding.Mesh:
             "and --config.mesh.data=-1"
         )
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-    devices = np.asarray(devices[: data * mesh.model]).reshape(data, mesh.model)
+    devices = np.asarray(devices[: data * mesh.model], object).reshape(data, mesh.model)
     idle = jax.process_count() - len({device.process_index for device in devices.flat})
     if idle:
         raise UserError(
