@@ -160,7 +160,7 @@ def _batches(read: ReadPiece, local: range, side: int, steps: range, data: Data)
     shape = (len(local), side, side, 3)
     count, ahead = workers.count(data.workers), data.prefetch * len(pieces)
     if workers.kind(data, len(steps) * len(local)) == "processes":
-        memory = buffers.Slots(-(-max(ahead, 2 * count) // len(pieces)), shape)
+        memory = buffers.Slots(-(-max(ahead, count) // len(pieces)), shape)
     else:
         memory = buffers.Images(shape)
 

@@ -2,8 +2,10 @@
 
 import concurrent.futures
 import contextlib
+import itertools
 import math
 import multiprocessing
+import multiprocessing.util
 import os
 import pathlib
 import pickle
@@ -129,13 +131,16 @@ def elsewhere(job: Callable[[int], Any], count: int) -> Iterator[Callable[[int],
     or a scheduler may send to all, to the parent.
     """
     workers = _Workers(job, "--config.data.workers")
+    # Also where this is never left: multiprocessing, at its end, would wait for what does not hear
+    # SIGTERM. Not by a fork of this process.
+    end = multiprocessing.util.Finalize(None, workers.end, exitpriority=1)
     try:
         with _unheard(signal.SIGINT, signal.SIGTERM):
             for _ in range(count):
                 workers.start()
         yield workers.do
     finally:
-        workers.end()
+        end()
 
 
 class _Workers:
@@ -195,7 +200,7 @@ class _Worker:
             found, error = self.connection.recv()
         except (EOFError, ConnectionError) as ended:
             self.process.join()
-            if (self.process.exitcode or 0) > 0:
+            if self.process.exitcode is not None and self.process.exitcode >= 0:
                 raise RuntimeError("a worker failed; it says above why") from ended
             raise self._killed() from ended
         if error is not None:
@@ -212,16 +217,23 @@ class _Worker:
 def _work(connection: Connection, *shared: Any) -> None:
     """Do what is asked for, until nobody is there to ask."""
     _live_with_parent()
-    with contextlib.suppress(EOFError, ConnectionError):
-        job = cloudpickle.loads(connection.recv_bytes())
-        while True:
-            arguments = connection.recv()
+    heard = _heard(connection)
+    for job in map(cloudpickle.loads, itertools.islice(heard, 1)):
+        for arguments in map(pickle.loads, heard):
             found = error = None
             try:
                 found = job(*arguments, *shared)
             except (UserError, FailedError, OSError, MemoryError) as stopped:
                 error = stopped
-            connection.send((found, error))
+            with contextlib.suppress(ConnectionError):
+                connection.send((found, error))
+
+
+def _heard(connection: Connection) -> Iterator[bytes]:
+    """What comes, until nobody is there to send more."""
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            yield connection.recv_bytes()
 
 
 @contextlib.contextmanager

@@ -145,6 +145,9 @@ ENDLESS = """
         )
         next(batches)
         print(json.dumps([child.pid for child in multiprocessing.active_children()]), flush=True)
+        if sys.argv[3:] == ["and leave"]:
+            main.keeps = batches
+            return 0
         for _ in batches:
             pass
 
@@ -161,11 +164,14 @@ def alive(number: int) -> bool:
     return state != "Z"
 
 
-def endless(folder: pathlib.Path, scratch: pathlib.Path) -> subprocess.Popen:
-    """A process that reads without end, by two others; what it says is in scratch/said."""
+def endless(folder: pathlib.Path, scratch: pathlib.Path, *how: str) -> subprocess.Popen:
+    """A process that reads without end, by two others; what it says is in scratch/said.
+
+    "and leave": it reads one batch, and ends without a word to those who read.
+    """
     script = scratch / "endless.py"
     script.write_text(textwrap.dedent(ENDLESS))
-    command = [sys.executable, str(script), f"folder:{folder}", str(scratch / "cache")]
+    command = [sys.executable, str(script), f"folder:{folder}", str(scratch / "cache"), *how]
     with open(scratch / "said", "w") as said:
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True)
 
@@ -207,18 +213,36 @@ def test_readers_that_are_signalled_while_they_start_do_not_hang(number, picture
         process.wait()
 
 
+@pytest.mark.skipif(not pathlib.Path("/proc/self/stat").exists(), reason="reads Linux's /proc")
+def test_a_process_that_ends_amid_a_stream_ends(folder, tmp_path):
+    process = endless(folder, tmp_path, "and leave")
+    assert process.stdout is not None
+    try:
+        children = json.loads(process.stdout.readline())
+        assert process.wait(30) == 0, told(tmp_path)
+        assert not any(alive(child) for child in children)
+    finally:
+        process.kill()
+        process.wait()
+
+
 def squared(number: int) -> int:
+    if number == 0:
+        raise EOFError("a bug")
     if number < 0:
         raise ImageError(f"{number}.jpg is gone")
     return number**2
 
 
-def test_what_stops_a_reader_is_raised_here_and_it_goes_on():
+def test_what_stops_a_reader_is_raised_here(capfd):
     with workers.elsewhere(squared, 1) as found:
         assert found(3) == 9
         with pytest.raises(ImageError, match=r"-1\.jpg is gone"):
             found(-1)
         assert found(4) == 16
+        with pytest.raises(RuntimeError, match="above"):  # no mistake of the user's, but of ours
+            found(0)
+    assert "EOFError: a bug" in capfd.readouterr().err
 
 
 def test_a_reader_that_is_killed_before_it_is_told_anything_is_told_of(monkeypatch):
