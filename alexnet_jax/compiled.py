@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from alexnet_jax import files
 
 LONGEST = 300  # seconds, of a compiler
-# For ARM's, clang knows no -march=native before its sixteenth version.
+# For ARM's processors clang 14, for one, knows no -march=native.
 NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
 FLAGS = ("-std=c++17", "-O3", NATIVE, "-fno-math-errno", "-fPIC", "-shared", "-w")
 

@@ -772,6 +772,23 @@ def test_a_malformed_archive_is_refused_and_nothing_is_published(place, kind):
     assert {entry.name for entry in place.output.parent.iterdir()} <= {"out.partial"}
 
 
+@pytest.mark.parametrize("kind", [kind for kind in ARCHIVES if "a pax header" in kind])
+def test_what_newer_tarfile_refuses_too_late_is_not_passed_over(place, monkeypatch, kind):
+    """As since Python 3.14: at a size below 0 it has already moved on."""
+    usual = tarfile.TarInfo._block
+
+    def block(member: tarfile.TarInfo, count: int) -> int:
+        if count < 0:
+            raise tarfile.InvalidHeaderError("invalid offset")
+        return usual(member, count)
+
+    monkeypatch.setattr(tarfile.TarInfo, "_block", block)
+    file, content, reason, status = ARCHIVES[kind]
+    path = place.tars / TARS[file]
+    write(path, content)
+    assert_refused(place.prepare(), path, reason, status=status)
+
+
 @pytest.mark.parametrize("kind", ESCAPING)
 def test_a_path_in_an_archive_leads_nowhere(place, kind):
     name = ESCAPING[kind].format(root=place.root)
