@@ -496,6 +496,16 @@ def test_a_bfloat16_sum_of_ones_that_bfloat16_itself_could_not_count():
     np.testing.assert_allclose(y.astype(float), (1 + 33 * 33) ** -0.75, rtol=2**-8)
 
 
+def test_a_biass_gradient_counts_every_pixel_of_bfloat16_maps():
+    x, bias = jnp.ones((25, 41, 1, 2), jnp.bfloat16), jnp.asarray([1.0, 2.0])
+    y, (dx, gradient) = with_gradient(ops.add_bias, x, bias, dy=x)
+    assert y.dtype == dx.dtype == jnp.bfloat16
+    assert gradient.dtype == np.float32
+    np.testing.assert_array_equal(y.astype(float)[:, :, 0], np.tile([2.0, 3.0], (25, 41, 1)))
+    np.testing.assert_array_equal(dx, x)
+    np.testing.assert_array_equal(gradient, [1025, 1025])  # bfloat16 would have 1024
+
+
 def test_the_squares_of_bfloat16_maps_are_not_rounded_to_it():
     """A square rounded to 8 bits would be raised to the fourth power, with its error."""
     x = jnp.asarray(np.linspace(1, 2, 128).reshape(1, 1, -1, 1), jnp.bfloat16)

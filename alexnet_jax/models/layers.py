@@ -96,6 +96,6 @@ class Affine(nnx.Module):
 
     def _apply(self, x: Array, kernel: Array, bias: Array, groups: int) -> Array:
         if x.ndim == 2:
-            return ops.dense(x, kernel) + bias.astype(x.dtype)
+            return ops.add_bias(ops.dense(x, kernel), bias)
         options: dict[str, Any] = {"stride": self.stride, "padding": self.padding}
-        return ops.conv(x, kernel, groups=groups, **options) + bias.astype(x.dtype)
+        return ops.add_bias(ops.conv(x, kernel, groups=groups, **options), bias)

@@ -1,6 +1,7 @@
 """What layers compute: pure functions on one device's arrays."""
 
 from alexnet_jax.ops.activation import activation
+from alexnet_jax.ops.bias import add_bias
 from alexnet_jax.ops.convolution import Padding, conv, groups_at_once
 from alexnet_jax.ops.dense import dense
 from alexnet_jax.ops.dropout import dropout, keep_mask
@@ -11,6 +12,7 @@ from alexnet_jax.ops.stage import relu_lrn_pool
 __all__ = [
     "Padding",
     "activation",
+    "add_bias",
     "conv",
     "dense",
     "dropout",

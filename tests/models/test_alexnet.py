@@ -11,6 +11,7 @@ these nets none does for the seeds chosen here.
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -464,6 +465,33 @@ def test_bfloat16_changes_logits_by_its_roundings_only(configured, difference):
     expected, _ = oracle.forward(params, images, "paper", train=False)
     # Eight layers, each rounding its weights, its sums and its outputs by up to 2 ** -9.
     assert 1e-4 < difference(logits, expected) < 8 * 3 * 2**-9
+
+
+@pytest.mark.parametrize("preset", [*PRESETS, "cifar"])
+def test_no_long_sum_is_left_to_bfloat16_additions(preset, configured):
+    """Which a GPU has, and takes where a program has sums of bfloat16 numbers."""
+    model = configured(preset, {"model.dtype": "bfloat16"}).model
+    apply, batch = make_apply(model, CLASSES, 1), 8
+
+    def loss(params, images):
+        logits = apply(params, images, Dropout(KEY, jnp.arange(batch)))
+        return metrics.sums(metrics.log_probabilities(logits), jnp.zeros(batch, jnp.int32)).loss
+
+    found = layers(model, CLASSES)
+    params = {
+        layer.name: {
+            "kernel": jax.ShapeDtypeStruct(layer.kernel, jnp.float32),
+            "bias": jax.ShapeDtypeStruct(layer.kernel[-1:], jnp.float32),
+        }
+        for layer in found
+    }
+    images = jax.ShapeDtypeStruct((batch, model.input_size, model.input_size, 3), jnp.float32)
+    program = jax.jit(jax.grad(loss)).lower(params, images).as_text()
+    sums = re.findall(
+        r"stablehlo\.reduce\(.*applies stablehlo\.add .*: \(tensor<.*x(\w+)>,", program
+    )
+    assert len(sums) >= len(found)  # at least their biases' gradients
+    assert "bf16" not in sums
 
 
 def test_a_class_count_changes_the_last_layer_alone(configured):
