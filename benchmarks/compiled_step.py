@@ -1,13 +1,17 @@
-"""What the training step moves on a GPU that is not there: the program XLA makes for it, read.
+"""What the training step is on a GPU or TPU that is not there: the program XLA makes for it, read.
 
-  JAX_PLATFORMS=cpu python benchmarks/compiled_step.py [--batch 1024] [--dtype bfloat16]
-    [--devices 1] [--form here] [--most 20]
+  JAX_PLATFORMS=cpu python benchmarks/compiled_step.py [--target h200] [--batch 1024]
+    [--dtype bfloat16] [--devices 1] [--form here] [--most 20]
 
-Needs `.[cuda13]`, and no GPU: XLA compiles for an H200 by its description. Every kernel counts
-with the bytes of its arguments and results, each once and whole, also where it takes a slice.
-That says nothing of time, nor of what cuDNN needs inside. The forms: `here`, the package's;
-`fusions`, without its kernels for normalisation and pools; `groups`, with the two towers as one
-convolution in groups.
+Needs no such device, but what compiles for it: `.[cuda13]` for an H200, by its description, or
+`.[tpu]` for `v5e` and `v6e`. Every kernel counts with the bytes of its arguments and results, each
+once and whole, also where it takes a slice. That says nothing of time, nor of what cuDNN needs
+inside. For a TPU, XLA notes how many cycles it expects of each kernel but a pool's gradient: an
+estimate, by which this package's forms for TPUs were chosen, and no measurement.
+
+The forms: `here`, the package's; `fusions`, without its kernels for normalisation and pools;
+`groups`, with the two towers as one convolution in groups; `gpu`, for a TPU what a GPU without
+kernels is given: slices for pools and for sums over neighbouring maps, conv1 over squares.
 """
 
 import argparse
@@ -16,9 +20,10 @@ import functools
 import math
 import os
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # which asks a driver
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # which asks Google's cloud
 
 import jax
 import numpy as np
@@ -55,16 +60,20 @@ platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 }
 device_description_str: "NVIDIA H200"
 """
+TARGETS = ("h200", "v5e", "v6e")
 WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 ARRAY = re.compile(rf"\b({'|'.join(WIDTHS)})\[([\d,]*)\]")
 INSTRUCTION = re.compile(r"\s*(?:ROOT )?(%[\w.\-]+) = (.+?) ([\w\-]+)\((.*?)\)(?:,|$)")
-FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element")  # move nothing
+# Move nothing, or what their beginning was counted with.
+FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "copy-done", "slice-done")
+LITTLE = 10**6  # bytes; kinds of kernels that move no more have no row
 
 
 class Kernel(NamedTuple):
     """An instruction of the program that is something to do."""
 
     moved: int  # bytes
+    cycles: int  # as XLA expects; 0 where it says nothing
     kind: str
     result: str
     source: str
@@ -72,45 +81,59 @@ class Kernel(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--target", choices=TARGETS, default="h200")
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--devices", type=int, choices=(1, 2), default=1)
-    parser.add_argument("--form", choices=("here", "fusions", "groups"), default="here")
+    parser.add_argument("--form", choices=("here", "fusions", "groups", "gpu"), default="here")
     parser.add_argument("--most", type=int, default=20, help="kernels to show")
     options = parser.parse_args()
-    found = program(options.batch, options.dtype, options.devices, options.form)
-    moved = sum(kernel.moved for kernel in found)
+    mesh = mesh_of(options.target, options.devices)
+    step = compiled(mesh, options.batch, options.dtype, options.form)
+    hlo, memory = step.as_text(), step.memory_analysis()
+    found = read(hlo)
     print(
-        f"batch {options.batch}, {options.dtype}, {options.devices} devices, form "
-        f"{options.form}: {len(found)} kernels on each, {moved / 1e9:.1f} GB\n"
+        f"{options.target}, batch {options.batch}, {options.dtype}, {options.devices} devices, "
+        f"form {options.form}: {len(found)} kernels on each; "
+        f"{memory.temp_size_in_bytes / 1e9:.1f} GB beside the arguments; "
+        f"{inspection.collectives(hlo, mesh) or 'no collectives'}\n"
     )
     kinds = collections.Counter(kernel.kind for kernel in found)
-    print("| kind | kernels | GB |\n|---|---|---|")
-    for kind, count in kinds.most_common():
-        total = sum(kernel.moved for kernel in found if kernel.kind == kind)
-        print(f"| {kind} | {count} | {total / 1e9:.2f} |")
-    print("\n| MB | kind | result | of |\n|---|---|---|---|")
-    for kernel in sorted(found, reverse=True)[: options.most]:
-        print(f"| {kernel.moved / 1e6:,.0f} | {kernel.kind} | {kernel.result} | {kernel.source} |")
+    print("| kind | kernels | GB | million cycles |\n|---|---|---|---|")
+    for kind in (*(kind for kind, _ in kinds.most_common()), "all"):
+        of_kind = [kernel for kernel in found if kind in (kernel.kind, "all")]
+        moved, cycles = (sum(numbers) for numbers in zip(*(kernel[:2] for kernel in of_kind)))
+        if moved > LITTLE:
+            print(f"| {kind} | {len(of_kind)} | {moved / 1e9:.2f} | {cycles / 1e6:.1f} |")
+    print("\n| MB | million cycles | kind | result | of |\n|---|---|---|---|---|")
+    for moved, cycles, *what in sorted(found, reverse=True)[: options.most]:
+        print(f"| {moved / 1e6:,.0f} | {cycles / 1e6:.1f} | {' | '.join(what)} |")
 
 
-def program(batch: int, dtype: str, devices: int, form: str) -> list[Kernel]:
-    """The kernels of a training step, as one device runs them."""
+def mesh_of(target: str, devices: int) -> Mesh:
+    """Devices that are not there, along `model`."""
+    if target == "h200":
+        place: dict[str, Any] = {"target_config": H200, "topology": f"1x1x{devices}"}
+        found = topologies.get_topology_desc("", platform="cuda", **place).devices
+    else:
+        found = topologies.get_topology_desc(f"{target}:1x{devices}", platform="tpu").devices
+    places = np.array(found).reshape(1, devices)
+    return Mesh(places, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+def compiled(mesh: Mesh, batch: int, dtype: str, form: str) -> jax.stages.Compiled:
+    """A training step for the devices of a mesh."""
+    on_tpu = mesh.devices.flat[0].platform == "tpu" and form != "gpu"
     native.available = lambda *arrays: False
-    jax.default_backend = lambda: "gpu"  # for those who choose a form by it
+    jax.default_backend = lambda: "tpu" if on_tpu else "gpu"  # for those who choose a form by it
     if form == "groups":
         ops.conv, ops.groups_at_once = in_groups, lambda x: True
-    if form == "fusions":
+    if form in ("fusions", "gpu"):
         gpu.available = lambda *shape, **rule: False
     user = configs.blank()
     user.model.dtype = dtype
-    target = topologies.get_topology_desc(
-        "", platform="cuda", target_config=H200, topology=f"1x1x{devices}"
-    )
-    places = np.array(target.devices).reshape(1, devices)
-    mesh = Mesh(places, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     step, arguments = inspection.training_step(configs.resolve(user), 1000, mesh, batch)
-    return read(step.lower(*arguments).compile().as_text())
+    return step.lower(*arguments).compile()
 
 
 def in_groups(x, kernel, *, stride=1, padding, groups=1):
@@ -132,10 +155,14 @@ def read(hlo: str) -> list[Kernel]:
             continue
         target = re.search(r'custom_call_target="([^"]*)"', line) or re.search(r"kind=(\w+)", line)
         source = re.search(r'op_name="([^"]*)"', line)
+        expected = re.search(r'"estimated_cycles":"(\d+)"', line)
         moved = sizes[name] + sum(sizes.get(one, 0) for one in re.findall(r"%[\w.\-]+", given))
         about = source[1].split("/")[-1] if source else ""
         arrays = " ".join(f"{kind}[{sides}]" for kind, sides in ARRAY.findall(result))
-        found.append(Kernel(moved, f"{kind} {target[1] if target else ''}".strip(), arrays, about))
+        cycles = int(expected[1]) if expected else 0
+        found.append(
+            Kernel(moved, cycles, f"{kind} {target[1] if target else ''}".strip(), arrays, about)
+        )
     return found
 
 

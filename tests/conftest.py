@@ -66,13 +66,15 @@ class _InThread:
         self.job(*arguments, *self.shared)
 
 
-@pytest.fixture(params=["native", "XLA's"])
+@pytest.fixture(params=["native", "XLA's", "a TPU's"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Whose kernels are used: this package's own, or what there is without a compiler."""
+    """The forms of operations: this package's own, those without a compiler, those for a TPU."""
     if request.param == "native" and not native.available():
         pytest.skip("no C++ compiler")
     if request.param != "native":
         monkeypatch.setattr(native, "available", lambda *arrays: False)
+    if request.param == "a TPU's":
+        monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     return request.param
 
 

@@ -40,7 +40,9 @@ def with_gradient(function, *arguments, dy):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(("window", "stride"), [(3, 2), (2, 2), (3, 1), (3, 3)])
 @pytest.mark.parametrize(("height", "width"), [(8, 5), (3, 4)])
-def test_max_pool_and_its_gradient_are_exactly_the_oracles(height, width, window, stride, dtype):
+def test_max_pool_and_its_gradient_are_exactly_the_oracles(
+    height, width, window, stride, dtype, kernels
+):
     """Whole numbers of a small range: many ties, and sums that bfloat16 holds exactly."""
     rng = np.random.default_rng(height)
     x = rng.integers(-2, 3, (2, height, width, 3))
@@ -56,7 +58,7 @@ def test_max_pool_and_its_gradient_are_exactly_the_oracles(height, width, window
 
 
 @pytest.mark.parametrize(("window", "stride"), [(3, 2), (2, 2)])
-def test_max_pool_of_numbers_without_ties_is_exactly_the_oracles(window, stride):
+def test_max_pool_of_numbers_without_ties_is_exactly_the_oracles(window, stride, kernels):
     x = normal(1, 2, 9, 9, 4).astype(np.float32)
     dy = normal(2, *oracle.max_pool(x, window, stride).shape).astype(np.float32)
     y, (dx,) = with_gradient(lambda x: ops.max_pool(x, window, stride), x, dy=dy)
@@ -83,14 +85,14 @@ def test_mean_pool_and_its_gradient_are_those_of_a_loop(height, width, window, s
     np.testing.assert_allclose(dx, wanted, atol=1e-6)
 
 
-def test_a_map_smaller_than_the_window_is_pooled_to_its_maximum():
+def test_a_map_smaller_than_the_window_is_pooled_to_its_maximum(kernels):
     x = normal(1, 1, 2, 2, 3).astype(np.float32)
     np.testing.assert_array_equal(ops.max_pool(x, 3, 2), x.max((1, 2), keepdims=True))
 
 
 @pytest.mark.parametrize("size", range(3, 12))
 @pytest.mark.parametrize(("window", "stride"), [(1, 3), (2, 3), (1, 4), (2, 5)])
-def test_windows_that_lie_apart_all_begin_inside_the_map(size, window, stride):
+def test_windows_that_lie_apart_all_begin_inside_the_map(size, window, stride, kernels):
     expected = [min(start + window, size) - 1 for start in range(0, size, stride)]
     x = jnp.arange(size, dtype=jnp.float32).reshape(1, 1, size, 1)
     y, (dx,) = with_gradient(
@@ -471,7 +473,7 @@ def test_a_stage_is_what_it_consists_of_also_where_that_is_no_number(
 # ------------------------------------------------------------------------------------- bfloat16
 
 
-def test_a_bfloat16_sum_of_ones_that_bfloat16_itself_could_not_count():
+def test_a_bfloat16_sum_of_ones_that_bfloat16_itself_could_not_count(kernels):
     """bfloat16 has 8 bits: 256 + 1 is 256 again, so adding ones in it never passes 256."""
     total = jnp.bfloat16(0)
     for _ in range(300):
@@ -506,7 +508,7 @@ def test_a_biass_gradient_counts_every_pixel_of_bfloat16_maps():
     np.testing.assert_array_equal(gradient, [1025, 1025])  # bfloat16 would have 1024
 
 
-def test_the_squares_of_bfloat16_maps_are_not_rounded_to_it():
+def test_the_squares_of_bfloat16_maps_are_not_rounded_to_it(kernels):
     """A square rounded to 8 bits would be raised to the fourth power, with its error."""
     x = jnp.asarray(np.linspace(1, 2, 128).reshape(1, 1, -1, 1), jnp.bfloat16)
     constants = {"size": 1, "k": 1e-3, "alpha": 1.0, "beta": 4.0}

@@ -41,9 +41,11 @@ def conv(x: Array, kernel: Array, *, stride: int = 1, padding: Padding, groups: 
             return _conv_by_tiles(*varying_alike(x, kernel), padding, groups)
         if groups == 1:
             return _conv_by_runs(*varying_alike(x, kernel), stride, padding)
-    one = _conv_by_blocks
-    if jax.default_backend() != "cpu":
-        one = conv_by_squares if stride > 1 else _conv
+    one = _conv
+    if jax.default_backend() == "cpu":
+        one = _conv_by_blocks
+    elif jax.default_backend() == "gpu" and stride > 1:
+        one = conv_by_squares
     parts = zip(jnp.split(x, groups, axis=-1), jnp.split(kernel, groups, axis=-1), strict=True)
     outputs: list[Any] = [one(*varying_alike(*part), stride, padding) for part in parts]
     return outputs[0] if groups == 1 else jnp.concatenate(outputs, axis=-1)

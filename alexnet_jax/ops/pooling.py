@@ -17,7 +17,6 @@ def pooled_size(size: int, window: int, stride: int) -> int:
     return min(-((window - size) // stride) + 1, -(-size // stride))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def max_pool(x: Array, window: int, stride: int) -> Array:
     """Maximum over windows, which overlap where window > stride (paper, section 3.4).
 
@@ -27,9 +26,20 @@ def max_pool(x: Array, window: int, stride: int) -> Array:
 
     Returns:
       (b, h', w', c) with h' = pooled_size(h, window, stride). The gradient goes to the first
-      maximum of a window in row-major order, as XLA's own pooling gives it, and is built from
-      strided slices: no select-and-scatter, which is slow on CPUs and not deterministic on GPUs.
+      maximum of a window in row-major order. A TPU has XLA's own pooling; elsewhere its gradient,
+      a select-and-scatter, is slow (CPUs) or not deterministic (GPUs).
     """
+    if jax.default_backend() != "tpu":
+        return _max_pool(x, window, stride)
+    reach = [(pooled_size(side, window, stride) - 1) * stride + window for side in x.shape[1:3]]
+    ends = [(0, max(0, last - side)) for last, side in zip(reach, x.shape[1:3])]
+    sides, strides = (1, window, window, 1), (1, stride, stride, 1)
+    return lax.reduce_window(x, -jnp.inf, lax.max, sides, strides, ((0, 0), *ends, (0, 0)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _max_pool(x: Array, window: int, stride: int) -> Array:
+    """From strided slices."""
     return max_pool_and_places(x, window, stride)[0]
 
 
@@ -126,4 +136,4 @@ def _max_pool_backward(window, stride, residuals, dy):
     return (dx[:, :h, :w],)
 
 
-max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+_max_pool.defvjp(_max_pool_forward, _max_pool_backward)

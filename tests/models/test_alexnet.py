@@ -391,6 +391,23 @@ def test_the_papers_net_as_a_gpu_computes_it_is_the_oracles(configured, differen
     check_training(config.model, config.optim, oracle.PRESETS["paper"], difference)
 
 
+@pytest.mark.parametrize("kernels", ["a TPU's"], indirect=True)
+def test_the_papers_net_as_a_tpu_computes_it_is_the_oracles(kernels, configured, difference):
+    """Sums over neighbouring maps as products with ones, XLA's own pooling."""
+    config = configured("paper", SMALL)
+    params, images, _ = case(config.model, oracle.PRESETS["paper"])
+
+    def total(params):
+        return make_apply(config.model, CLASSES, 1)(params, jnp.asarray(images), None).sum()
+
+    program = jax.jit(jax.grad(total)).lower(params).as_text()
+    # Pools of conv1, and of conv2 and conv5 tower by tower; a normalisation and its gradient have
+    # three sums.
+    assert program.count("stablehlo.select_and_scatter") == 1 + 2 + 2
+    assert program.count("precision = [HIGHEST, HIGHEST]") == 3 * (1 + 2)
+    check_training(config.model, config.optim, oracle.PRESETS["paper"], difference)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [66, 71])
 @pytest.mark.parametrize("preset", PRESETS)
