@@ -62,6 +62,7 @@ class Meta:
     plateau: Plateau = BEGINNING
     num_examples: int = 0  # of the training split: with them the stream's positions change
     pool: str = ""  # that the split was drawn from
+    words: tuple[str, ...] = ()  # what the classes are called where labels are codes
     origin: int = 0  # of the `Calendar`
     top1_error: float | None = None  # a fraction, where a validation pass was made at the step
 
@@ -211,7 +212,8 @@ class Checkpoints:
             statistics=Statistics(**arrays),
             plateau=_plateau_from_json(meta["plateau"]),
             num_examples=meta["num_examples"],
-            pool=meta.get("pool", ""),  # not there in older ones, nor is origin
+            pool=meta.get("pool", ""),  # not there in older ones, nor are the next
+            words=tuple(meta.get("words", ())),
             origin=meta.get("origin", 0),
         )
 
@@ -314,6 +316,7 @@ class Saver(Checkpoints):
                 "plateau": _plateau_to_json(meta.plateau),
                 "num_examples": meta.num_examples,
                 "pool": meta.pool,
+                "words": list(meta.words),
                 "origin": meta.origin,
             },
             "statistics": {k: np.asarray(v) for k, v in meta.statistics._asdict().items()},

@@ -13,7 +13,7 @@ from alexnet_jax.data import images
 from alexnet_jax.data.examples import Source
 from alexnet_jax.figures import Guess
 from alexnet_jax.models.nets import layers
-from alexnet_jax.predict import Net
+from alexnet_jax.predict import Net, Predictions
 
 GUESSES, QUERIES, NEAREST = 8, 5, 6  # as in figure 4
 MOST_FILES = 64  # in one picture
@@ -43,9 +43,9 @@ def draw(config: Config, directories: Sequence[pathlib.Path]) -> list[str]:
         "errors": learning(directories, "top1_error", "top-1 error"),
         "loss": learning(directories, "loss", "loss, nats"),
         **ratios(directories[0]),
-        "confusion": figures.confusion(predict.confusion(found), source.labels),
+        "confusion": figures.confusion(predict.confusion(found), found.words),
         "kernels": kernels(net),
-        "guesses": figures.guesses(guesses(source, np.exp(found.log_probabilities), size)),
+        "guesses": figures.guesses(guesses(found, size)),
         "neighbours": neighbours(net, source, size),
     }
     folder = directories[0] / "figures"
@@ -104,19 +104,18 @@ def kernels(net: Net) -> Any:
     return figures.kernels(towers, titles)
 
 
-def guesses(source: Source, probabilities: np.ndarray, size: int) -> list[Guess]:
-    """Examples from all over a split with their five best labels.
+def guesses(found: Predictions, size: int) -> list[Guess]:
+    """Examples from all over a split with their five best classes.
 
     Args:
-      probabilities: (n, classes) of the whole split.
       size: pixels a side of the squares drawn.
     """
-    found = []
-    for index in _spread(len(source), GUESSES):
-        image, label = _picture(source, index, size)
-        best = predict.best_labels(probabilities[index], source.labels)
-        found.append(Guess(image, label, right=label, **best))
-    return found
+    drawn = []
+    for index in _spread(len(found.source), GUESSES):
+        image, label = _picture(found.source, index, size, found.words)
+        best = predict.best_labels(np.exp(found.log_probabilities[index]), found.words, ())
+        drawn.append(Guess(image, label, right=label, **best))
+    return drawn
 
 
 def file_guesses(found: Sequence[dict[str, Any]]) -> Any:
@@ -128,7 +127,8 @@ def file_guesses(found: Sequence[dict[str, Any]]) -> Any:
         pixels = images.decode(pathlib.Path(entry["file"]).read_bytes(), entry["file"])
         name = pathlib.Path(entry["file"]).name
         square = images.square(pixels, 256)
-        drawn.append(Guess(square, name, entry["labels"], entry["probabilities"], None))
+        best = entry.get("words", entry["labels"])
+        drawn.append(Guess(square, name, best, entry["probabilities"], None))
     return figures.guesses(drawn)
 
 
@@ -149,8 +149,8 @@ def neighbours(net: Net, queries: Source, size: int) -> Any:
     )  # (n, queries)
     nearest = np.argsort(distances, axis=0, kind="stable")[:NEAREST].T
     return figures.neighbours(
-        [_picture(queries, place, size) for place in places],
-        [[_picture(training, int(place), size) for place in row] for row in nearest],
+        [_picture(queries, place, size, net.words) for place in places],
+        [[_picture(training, int(place), size, net.words) for place in row] for row in nearest],
     )
 
 
@@ -159,9 +159,9 @@ def _spread(length: int, count: int) -> list[int]:
     return sorted({int(place) for place in (np.arange(count) + 0.5) / count * length})
 
 
-def _picture(source: Source, index: int, size: int) -> tuple[np.ndarray, str]:
-    """An example's square of `size` pixels a side, and its class."""
+def _picture(source: Source, index: int, size: int, words: Sequence[str]) -> tuple[np.ndarray, str]:
+    """An example's square of `size` pixels a side, and what its class is called."""
     example = source.read(index)
     pixels = images.decode(example.data, example.name)
     square = images.square(pixels, size)
-    return square, source.labels[example.label]
+    return square, words[example.label]

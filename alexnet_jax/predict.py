@@ -40,6 +40,11 @@ class Net(NamedTuple):
     params: Params  # on the mesh
     mesh: Mesh
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What to call the classes where people read."""
+        return self.meta.words or self.meta.labels
+
 
 class Predictions(NamedTuple):
     """What nets make of every example of a split, in the source's order."""
@@ -47,6 +52,7 @@ class Predictions(NamedTuple):
     log_probabilities: np.ndarray  # (n, classes) float32; of several nets, of the mean probability
     targets: np.ndarray  # (n,) int64
     source: Source
+    words: tuple[str, ...]  # what to call the classes where people read
 
 
 def open_net(config: Config, directory: pathlib.Path, told: Told = alone) -> Net:
@@ -157,7 +163,7 @@ def predictions(net: Net, split: str) -> Predictions:
       UserError: as `open_split`.
     """
     source = open_split(net, split)
-    return Predictions(predictor(net)(source), source.targets, source)
+    return Predictions(predictor(net)(source), source.targets, source, net.words)
 
 
 def together(
@@ -171,9 +177,10 @@ def together(
       UserError: a workdir cannot be used; they are of different classes, or split the data
         otherwise.
     """
-    found, steps, sources_of = [], [], []
+    found, steps, sources_of, words = [], [], [], ()
     for directory in directories:
         net = open_net(config, directory, told)
+        words = words or net.words
         sources_of.append(open_split(net, config.eval.split))
         if sources_of[0].fingerprint != sources_of[-1].fingerprint:
             raise UserError(
@@ -183,7 +190,7 @@ def together(
         found.append(predictor(net)(sources_of[-1]))
         steps.append(net.step)
     source = sources_of[0]
-    return Predictions(averaged(found), source.targets, source), steps
+    return Predictions(averaged(found), source.targets, source, words), steps
 
 
 def averaged(log_probs: Sequence[np.ndarray]) -> np.ndarray:
@@ -247,7 +254,7 @@ def confusion(found: Predictions) -> np.ndarray:
 
 def class_table(found: Predictions, most: int = 20) -> str:
     """The classes with the highest errors, and what they are taken for."""
-    counts, labels = confusion(found), [*map(images.printable, found.source.labels)]
+    counts, classes = confusion(found), [*map(images.printable, found.words)]
     examples, right = counts.sum(1), np.diag(counts)
     errors = 1 - right / np.maximum(examples, 1)
     wrong = counts - np.diag(right)
@@ -256,8 +263,8 @@ def class_table(found: Predictions, most: int = 20) -> str:
     lines = [f"{'class':24} examples   error  most often taken for"]
     for row in order[:most]:
         taken = int(np.argmax(wrong[row]))
-        mistake = f"{labels[taken]} ({wrong[row, taken]})" if wrong[row, taken] else ""
-        lines.append(f"{labels[row][:24]:24} {examples[row]:8} {errors[row]:7.1%}  {mistake}")
+        mistake = f"{classes[taken]} ({wrong[row, taken]})" if wrong[row, taken] else ""
+        lines.append(f"{classes[row][:24]:24} {examples[row]:8} {errors[row]:7.1%}  {mistake}")
     if len(order) > most:
         lines.append(f"... of {len(order)} classes; all of them by --output=FILE.npz")
     return "\n".join(lines)
@@ -296,18 +303,18 @@ def predict_files(
     """The five best labels of image files, and of those in folders, each with its probability.
 
     Yields:
-      In the order of the files, some at a time: file, labels and probabilities; for a file that is
-      no whole image, file and error.
+      In the order of the files, some at a time: file, labels, words where labels are codes, and
+      probabilities; for a file that is no whole image, file and error.
 
     Raises:
       UserError: a path does not exist, or holds no files; the nets are of different classes.
     """
     files = _files(paths)
-    predictors, labels = [], ()
+    predictors, labels, words = [], (), ()
     for directory in directories:
         net = open_net(config, directory)
         check_labels(labels or net.meta.labels, net.meta.labels, f"--workdir={directory}")
-        labels = net.meta.labels
+        labels, words = net.meta.labels, words or net.meta.words
         predictors.append(predictor(net))
     for first in range(0, len(files), FILES_AT_ONCE):
         some, broken = files[first : first + FILES_AT_ONCE], {}
@@ -320,16 +327,20 @@ def predict_files(
         source = sources.Folder(labels, np.zeros(len(whole), np.int64), "", whole)
         found = averaged([predict(source) for predict in predictors]) if whole else ()
         best = iter(
-            {"file": path, **best_labels(row, labels)} for path, row in zip(whole, np.exp(found))
+            {"file": path, **best_labels(row, labels, words)}
+            for path, row in zip(whole, np.exp(found))
         )
         yield from (broken[path] if path in broken else next(best) for path in some)
 
 
-def best_labels(probabilities: np.ndarray, labels: Sequence[str]) -> dict[str, list]:
-    """The five best `labels` and their `probabilities`."""
+def best_labels(
+    probabilities: np.ndarray, labels: Sequence[str], words: Sequence[str]
+) -> dict[str, list]:
+    """The five best `labels`, their `words` where there are any, and their `probabilities`."""
     best = np.argsort(-probabilities, kind="stable")[:5]
     return {
         "labels": [labels[place] for place in best],
+        **({"words": [words[place] for place in best]} if words else {}),
         "probabilities": [float(probabilities[place]) for place in best],
     }
 

@@ -77,7 +77,7 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
     num_examples, num_classes = len(source), len(source.labels)
     if latest is None:
         optimizer = optim.make_optimizer(config.optim)
-        meta = Meta(config, source.labels, statistics, num_examples=num_examples, pool=source.pool)
+        meta = Meta(config, source.labels, statistics)
         state = initial_state(config.model, num_classes, optimizer, config.seed)
         if config.train.init_from:
             rates = optim.layer_rates(config.optim)
@@ -97,12 +97,13 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
             config, train=dataclasses.replace(config.train, init_from=began)
         )
         origin = _origin(meta, latest, config.train.batch_size, num_examples)
-        meta = dataclasses.replace(
-            meta, config=config, num_examples=num_examples, pool=source.pool, origin=origin
-        )
+        meta = dataclasses.replace(meta, config=config, origin=origin)
         if any(name.startswith("data.") for name in changed):
             meta = dataclasses.replace(meta, statistics=statistics)
         state = checkpoints.read_state(latest, meta)
+    meta = dataclasses.replace(
+        meta, num_examples=num_examples, pool=source.pool, words=source.words or meta.words
+    )
     calendar = make_calendar(config.train, num_examples, meta.origin)
     with job.one_first():
         if job.leads:

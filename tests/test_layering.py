@@ -20,6 +20,7 @@ ROOMS = (
     "ops.gpu",
     "ops.varying",
     "ops.activation",
+    "ops.bias",
     "ops.convolution",
     "ops.dense",
     "ops.pooling",

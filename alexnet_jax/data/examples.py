@@ -26,6 +26,11 @@ class Source(Protocol):
         ...
 
     @property
+    def words(self) -> tuple[str, ...]:
+        """What the classes are called where labels are codes; else nothing."""
+        ...
+
+    @property
     def targets(self) -> np.ndarray:
         """(n,) int64, every example's label; may take a while where they lie with the images."""
         ...

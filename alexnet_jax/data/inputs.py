@@ -10,12 +10,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from alexnet_jax.config import Data, UserError, from_dict
-from alexnet_jax.data import imagenet, sources
+from alexnet_jax.data import imagenet, records, sources
 from alexnet_jax.data.examples import Source
 
 log = logging.getLogger(__name__)
-
-CLASSES = "classes.tsv"
 
 
 class Input(Protocol):
@@ -161,8 +159,8 @@ class ImageNetInput:
         if self.classes.names is None or self.classes.devkit_ids is None:
             return {}
         rows = zip(self.labels, self.classes.devkit_ids, self.classes.names)
-        lines = [f"{label}\t{number}\t{name}\n" for label, number, name in rows]
-        return {CLASSES: "wnid\tdevkit_id\tname\n" + "".join(lines)}
+        lines = [f"{label}\t{number}\t{' '.join(name.split())}\n" for label, number, name in rows]
+        return {records.CLASSES: f"{records.CLASSES_HEAD}\n{''.join(lines)}"}
 
 
 def open_input(

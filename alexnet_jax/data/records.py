@@ -6,6 +6,7 @@ This one goes by the index, with one system call a record: the library's own rea
 hashes every record again, which takes four times as long as all else for raw pixels.
 """
 
+import collections
 import contextlib
 import dataclasses
 import errno
@@ -28,6 +29,8 @@ from alexnet_jax.files import digest, read_arrays
 
 VERSION = 1
 MANIFEST, LABELS, STATISTICS = "manifest.json", "labels.txt", "statistics.npz"
+CLASSES = "classes.tsv"  # of ImageNet, with a devkit
+CLASSES_HEAD = "wnid\tdevkit_id\tname"
 _HEAD = struct.Struct("<iH")
 # ArrayRecord lies in Riegeli files: chunks, interrupted by a header at the start of each block.
 _BLOCK, _BLOCK_HEADER = 1 << 16, 24
@@ -61,6 +64,7 @@ class Records:
     index: Index
     shards: "_Files"
     pool: str = ""  # prepared data has its splits
+    words: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.index.shard)
@@ -255,6 +259,8 @@ def open_records(directory: pathlib.Path, split: str) -> Records:
         name = LABELS
         # Not splitlines, which takes a dozen characters for the end of a line.
         labels = tuple(small[name].read_bytes().decode("utf-8").split("\n")[:-1])
+        name = CLASSES
+        words = _words(small[name].read_bytes().decode("utf-8"), labels) if name in small else ()
         name = index_file(chosen)
         index = Index(**read_arrays(small[name], Index._fields))
         _check_index(index, splits[chosen], len(labels))
@@ -262,7 +268,22 @@ def open_records(directory: pathlib.Path, split: str) -> Records:
         raise UserError(f"records:{directory}: {name}: {error}; prepare it again") from error
     shards = _Files(tuple(str(directory / entry["file"]) for entry in entries))
     raw = manifest["format"] == "raw"
-    return Records(labels, fingerprint, manifest["size"], raw, statistics, index, shards)
+    size = manifest["size"]
+    return Records(labels, fingerprint, size, raw, statistics, index, shards, words=words)
+
+
+def _words(table: str, labels: tuple[str, ...]) -> tuple[str, ...]:
+    """What the classes are called, from the text of CLASSES; none like another.
+
+    Raises:
+      ValueError: it is not of these classes.
+    """
+    head, _, rows = table.partition("\n")
+    found = [tuple(row.split("\t", 2)) for row in rows.split("\n")[:-1]]
+    if head != CLASSES_HEAD or tuple(row[0] for row in found) != labels:
+        raise ValueError("it is not a table of the classes")
+    times = collections.Counter(row[-1] for row in found)  # ImageNet has two kinds of cranes
+    return tuple(f"{row[-1]} ({row[0]})" if times[row[-1]] > 1 else row[-1] for row in found)
 
 
 def shard_file(split: str, number: int) -> str:

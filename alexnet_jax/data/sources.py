@@ -37,6 +37,7 @@ class Folder:
     fingerprint: str
     paths: tuple[str, ...]
     pool: str = ""
+    words: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -64,6 +65,7 @@ class Tfds:
     examples: Sequence[Any]  # dicts with image, encoded bytes, and label
     indices: np.ndarray  # (n,) int64, of the examples that are this source's
     pool: str = ""
+    words: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -36,6 +36,7 @@ class Members:
     targets: np.ndarray  # (n,) int64
     fingerprint: str
     pool: str = ""  # tars have their splits
+    words: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)

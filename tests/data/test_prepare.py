@@ -30,6 +30,7 @@ from preparing import (
     write_tars,
 )
 
+from alexnet_jax import main as trainer
 from alexnet_jax import prepare as command
 from alexnet_jax.config import Data, Model
 from alexnet_jax.data import imagenet, records, shapes, sources, survey
@@ -283,6 +284,37 @@ def test_imagenets_tars_are_prepared_in_their_order(tars, from_tars):
     assert [record.name for record in content] == list(validation)
     # Of the numbers 1, 3, 2, 5, 4 the truth is 2, 1, 3, 2, 1, which are n03, n02, n01, n03, n02.
     assert [record.label for record in content] == [2, 1, 0, 2, 1]
+
+
+def test_classes_are_called_by_the_devkits_words_where_people_read(
+    from_tars, folder, config_file, capsys, tmp_path
+):
+    def main(*flags: str) -> list[str]:
+        ran = ["main", f"--config={config_file}", f"--workdir={tmp_path / 'run'}", *flags]
+        assert trainer.main([*ran, f"--config.data.source=records:{from_tars}"]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    main("--config.train.num_steps=1", "--config.train.batch_size=4")
+    assert (tmp_path / "run/labels.txt").read_text() == "n01\nn02\nn03\n"
+    head, *table, _ = main("--mode=eval", f"--output={tmp_path / 'found.csv'}")
+    assert head.startswith("class ")
+    assert {line[:12] for line in table} == {f"n0{number} in words" for number in (1, 2, 3)}
+    assert (tmp_path / "found.csv").read_text().startswith("name,label,n01,n02,n03\n")
+    (line,) = main("--mode=predict", str(next(folder.rglob("*.png"))))
+    found = json.loads(line)
+    assert sorted(found["labels"]) == ["n01", "n02", "n03"]
+    assert found["words"] == [f"{label} in words" for label in found["labels"]]
+
+
+def test_classes_of_one_name_are_told_apart():
+    head = "wnid\tdevkit_id\tname\n"
+    labels = ("n1", "n2", "n3")
+    table = f"{head}n1\t7\tcrane\nn2\t9\tkit fox, Vulpes macrotis\nn3\t8\tcrane\n"
+    expected = ("crane (n1)", "kit fox, Vulpes macrotis", "crane (n3)")
+    assert records._words(table, labels) == expected
+    for wrong in (table.removeprefix(head), table.replace("n2", "n4"), table + "n4\t1\tx\n", ""):
+        with pytest.raises(ValueError, match="not a table of the classes"):
+            records._words(wrong, labels)
 
 
 def test_imagenets_odd_images_are_decoded_and_counted(tars, from_tars):
