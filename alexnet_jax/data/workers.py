@@ -94,12 +94,12 @@ class Pool:
 
     def submit(self, *arguments: Any) -> None:
         """Have the job done with these once more."""
-        if len(self.progress) < self.count:
-            # Without a lock, to be killed with.
-            self.progress.append(multiprocessing.get_context("spawn").RawValue("d", 0.0))
-            with _ctrl_c_later():
+        with _ctrl_c_later():
+            if len(self.progress) < self.count:
+                # Without a lock, to be killed with.
+                self.progress.append(multiprocessing.get_context("spawn").RawValue("d", 0.0))
                 self.workers.start(self.progress[-1])
-        self.pending.add(self.threads.submit(self.workers.do, *arguments))
+            self.pending.add(self.threads.submit(self.workers.do, *arguments))
 
     def wait(self, most: int, tell: Callable[[float], object]) -> None:
         """Until at most `most` are still to be done; `tell` is told of progress.
@@ -108,11 +108,12 @@ class Pool:
         """
         while True:
             enough = len(self.pending) <= most
-            done, self.pending = concurrent.futures.wait(
-                self.pending,
-                timeout=0 if enough else 0.5,
-                return_when=concurrent.futures.FIRST_COMPLETED,
-            )
+            with _ctrl_c_later():  # which could leave a lock held that the threads wait for
+                done, self.pending = concurrent.futures.wait(
+                    self.pending,
+                    timeout=0 if enough else 0.5,
+                    return_when=concurrent.futures.FIRST_COMPLETED,
+                )
             total = sum(progress.value for progress in self.progress)
             tell(total - self.told)
             self.told = total

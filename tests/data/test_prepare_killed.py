@@ -204,6 +204,32 @@ def test_ctrl_c_never_reaches_a_worker(many, tmp_path):
     assert all(found)
 
 
+AMID_LOCKS = """
+import concurrent.futures._base, os, signal, time
+from alexnet_jax.data import workers
+
+class Acquire(concurrent.futures._base._AcquireFutures):
+    def __enter__(self):
+        super().__enter__()
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000):
+            pass  # where Python hears it
+
+with workers.Pool(lambda seconds, progress: time.sleep(seconds), 2) as pool:
+    pool.submit(0.1)
+    pool.submit(0.1)
+    concurrent.futures._base._AcquireFutures = Acquire
+    pool.wait(0, lambda more: None)
+"""
+
+
+def test_ctrl_c_while_futures_are_locked_ends_it_all_the_same():
+    """The threads of a pool wait for these locks, and the end of the pool for the threads."""
+    ran = subprocess.run([sys.executable, "-c", AMID_LOCKS], stderr=subprocess.PIPE, timeout=60)
+    assert ran.returncode == -signal.SIGINT
+    assert ran.stderr.endswith(b"KeyboardInterrupt\n")
+
+
 def test_ctrl_c_waits_while_a_worker_is_started():
     went_on: list[int] = []
     usual = signal.getsignal(signal.SIGINT)
