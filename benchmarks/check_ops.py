@@ -58,6 +58,7 @@ def main() -> int:
             add(row.name, found)
     add("what is no number, behind a stage", {"float32": no_number()})
     add("cross-entropy", {"float32": cross_entropy()})
+    add("a bias's gradient", {"bfloat16": bias_gradient()}, {"bfloat16": 1e-4})
     add("crop and mirror on the device", {"float32": crops()})
     add("dropout's mask", {"float32": masks()})
     if torch is not None:
@@ -132,6 +133,14 @@ def cross_entropy() -> float:
     logits, labels = 5 * rng.standard_normal((64, 1000), np.float32), rng.integers(0, 1000, 64)
     found = metrics.sums(metrics.log_probabilities(jnp.asarray(logits)), jnp.asarray(labels)).loss
     return error(found, np.sum(oracle.softmax_cross_entropy(np.float64(logits), labels)))
+
+
+def bias_gradient() -> float:
+    """Of many pixels in bfloat16, which are to be added in float32."""
+    dy = np.random.default_rng(0).standard_normal((64, 55, 55, 96), np.float32)
+    dy = jnp.asarray(dy, jnp.bfloat16)
+    _, gradient = jax.jit(jax.vjp(ops.add_bias, dy, jnp.zeros(96))[1])(dy)
+    return error(gradient, np.sum(np.float64(dy), (0, 1, 2)))
 
 
 def crops() -> float:
