@@ -5,6 +5,7 @@ What a survey finds is kept in the cache folder, under a name that changes with 
 
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import logging
 import pathlib
@@ -38,11 +39,16 @@ def surveyed(source: Source, data: Data, model: Model) -> tuple[Source, Statisti
     if isinstance(source, Records) and source.size == size:
         return source, source.statistics
     if isinstance(source, Records) and source.size < size:
-        log.warning(
-            "%s: its squares of %d pixels are enlarged to %d; if the originals are larger, prepare "
-            "with --size=%d", data.source, source.size, size, size,
-        )  # fmt: skip
+        _say_enlarged(data.source, source.size, size)
     return survey(source, size, data.cache_dir, workers.count(data.workers))
+
+
+@functools.cache  # once, not for every split
+def _say_enlarged(name: str, size: int, wanted: int) -> None:
+    log.warning(
+        "%s: its squares of %d pixels are enlarged to %d; if the originals are larger, prepare "
+        "with --size=%d", name, size, wanted, wanted,
+    )  # fmt: skip
 
 
 def survey(
