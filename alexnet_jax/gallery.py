@@ -38,7 +38,7 @@ def draw(config: Config, directories: Sequence[pathlib.Path]) -> list[str]:
             raise UserError(f"--workdir={directory} holds no {report.METRICS_FILE}; train there")
     net = predict.open_net(config, directories[0])
     found = predict.predictions(net, config.eval.split)
-    source, size = found.source, stored_size(net.config.data, net.config.model)
+    size = stored_size(net.config.data, net.config.model)
     drawn = {
         "errors": learning(directories, "top1_error", "top-1 error"),
         "loss": learning(directories, "loss", "loss, nats"),
@@ -46,7 +46,7 @@ def draw(config: Config, directories: Sequence[pathlib.Path]) -> list[str]:
         "confusion": figures.confusion(predict.confusion(found), found.words),
         "kernels": kernels(net),
         "guesses": figures.guesses(guesses(found, size)),
-        "neighbours": neighbours(net, source, size),
+        "neighbours": neighbours(net, found, size),
     }
     folder = directories[0] / "figures"
     return [path for name, one in drawn.items() for path in figures.save(one, folder / name)]
@@ -132,13 +132,13 @@ def file_guesses(found: Sequence[dict[str, Any]]) -> Any:
     return figures.guesses(drawn)
 
 
-def neighbours(net: Net, queries: Source, size: int) -> Any:
+def neighbours(net: Net, found: Predictions, size: int) -> Any:
     """Examples of a split with the training images nearest to them in the last hidden layer.
 
     Euclidean distance (paper, section 6.1), of fc7 where the net has it.
     """
     layer = layers(net.config.model, len(net.meta.labels))[-2].name
-    training = predict.open_split(net, "train")
+    queries, training = found.source, predict.open_split(net, "train")
     places = _spread(len(queries), QUERIES)
     asked = predict.features(net, queries.take(np.array(places)), layer).reshape(len(places), -1)
     distances = np.concatenate(
@@ -149,8 +149,8 @@ def neighbours(net: Net, queries: Source, size: int) -> Any:
     )  # (n, queries)
     nearest = np.argsort(distances, axis=0, kind="stable")[:NEAREST].T
     return figures.neighbours(
-        [_picture(queries, place, size, net.words) for place in places],
-        [[_picture(training, int(place), size, net.words) for place in row] for row in nearest],
+        [_picture(queries, place, size, found.words) for place in places],
+        [[_picture(training, int(place), size, found.words) for place in row] for row in nearest],
     )
 
 

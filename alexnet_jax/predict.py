@@ -40,11 +40,6 @@ class Net(NamedTuple):
     params: Params  # on the mesh
     mesh: Mesh
 
-    @property
-    def words(self) -> tuple[str, ...]:
-        """What to call the classes where people read."""
-        return self.meta.words or self.meta.labels
-
 
 class Predictions(NamedTuple):
     """What nets make of every example of a split, in the source's order."""
@@ -52,7 +47,7 @@ class Predictions(NamedTuple):
     log_probabilities: np.ndarray  # (n, classes) float32; of several nets, of the mean probability
     targets: np.ndarray  # (n,) int64
     source: Source
-    words: tuple[str, ...]  # what to call the classes where people read
+    words: tuple[str, ...]  # what to call the classes where people read: labels, if need be
 
 
 def open_net(config: Config, directory: pathlib.Path, told: Told = alone) -> Net:
@@ -163,7 +158,8 @@ def predictions(net: Net, split: str) -> Predictions:
       UserError: as `open_split`.
     """
     source = open_split(net, split)
-    return Predictions(predictor(net)(source), source.targets, source, net.words)
+    words = net.meta.words or source.words or source.labels
+    return Predictions(predictor(net)(source), source.targets, source, words)
 
 
 def together(
@@ -180,7 +176,7 @@ def together(
     found, steps, sources_of, words = [], [], [], ()
     for directory in directories:
         net = open_net(config, directory, told)
-        words = words or net.words
+        words = words or net.meta.words
         sources_of.append(open_split(net, config.eval.split))
         if sources_of[0].fingerprint != sources_of[-1].fingerprint:
             raise UserError(
@@ -190,6 +186,7 @@ def together(
         found.append(predictor(net)(sources_of[-1]))
         steps.append(net.step)
     source = sources_of[0]
+    words = words or source.words or source.labels
     return Predictions(averaged(found), source.targets, source, words), steps
 
 
@@ -254,7 +251,7 @@ def confusion(found: Predictions) -> np.ndarray:
 
 def class_table(found: Predictions, most: int = 20) -> str:
     """The classes with the highest errors, and what they are taken for."""
-    counts, classes = confusion(found), [*map(images.printable, found.words)]
+    counts, classes = confusion(found), [images.short(name, 24) for name in found.words]
     examples, right = counts.sum(1), np.diag(counts)
     errors = 1 - right / np.maximum(examples, 1)
     wrong = counts - np.diag(right)
@@ -264,7 +261,7 @@ def class_table(found: Predictions, most: int = 20) -> str:
     for row in order[:most]:
         taken = int(np.argmax(wrong[row]))
         mistake = f"{classes[taken]} ({wrong[row, taken]})" if wrong[row, taken] else ""
-        lines.append(f"{classes[row][:24]:24} {examples[row]:8} {errors[row]:7.1%}  {mistake}")
+        lines.append(f"{classes[row]:24} {examples[row]:8} {errors[row]:7.1%}  {mistake}")
     if len(order) > most:
         lines.append(f"... of {len(order)} classes; all of them by --output=FILE.npz")
     return "\n".join(lines)

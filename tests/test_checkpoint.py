@@ -94,6 +94,23 @@ def test_a_checkpoint_holds_all_that_evaluation_needs(state, meta, tmp_path):
     assert_equal(found.statistics, meta.statistics)
 
 
+def test_a_checkpoint_of_earlier_code_is_read(state, meta, tmp_path, monkeypatch):
+    """Which did not keep some things."""
+    with Saver(tmp_path) as checkpoints:
+        checkpoints.save(5, put(state, make_mesh(1, 1)), dataclasses.replace(meta, words=("a",)))
+    load = Checkpoints._load
+
+    def earlier(self, step, names):
+        found = load(self, step, names)
+        assert found["meta"].pop("words") == ["a"]
+        del found["meta"]["pool"], found["meta"]["origin"]
+        return found
+
+    monkeypatch.setattr(Checkpoints, "_load", earlier)
+    found = Checkpoints(tmp_path).read_meta(5)
+    assert (found.labels, found.words, found.pool, found.origin) == (meta.labels, (), "", 0)
+
+
 def test_a_state_donated_right_after_its_save_is_saved_as_it_was(state, meta, tmp_path):
     change = jax.jit(plus_one, donate_argnums=0)
     placed, expected = change(put(state, make_mesh(1, 2))), plus_one(state)

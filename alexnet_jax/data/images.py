@@ -41,6 +41,12 @@ def printable(text: str) -> str:
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
+def short(text: str, most: int) -> str:
+    """The same, in at most so many characters."""
+    text = printable(text)
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 def decode(data: bytes | np.ndarray, name: str, fleeting: bool = False) -> np.ndarray:
     """The RGB pixels of an image file's bytes; pixels pass as they are.
 

@@ -12,6 +12,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import resource
@@ -26,6 +27,8 @@ from alexnet_jax.config import UserError
 from alexnet_jax.data.examples import Example, taken
 from alexnet_jax.data.statistics import Statistics, read_statistics
 from alexnet_jax.files import digest, read_arrays
+
+log = logging.getLogger(__name__)
 
 VERSION = 1
 MANIFEST, LABELS, STATISTICS = "manifest.json", "labels.txt", "statistics.npz"
@@ -275,15 +278,21 @@ def open_records(directory: pathlib.Path, split: str) -> Records:
 def _words(table: str, labels: tuple[str, ...]) -> tuple[str, ...]:
     """What the classes are called, from the text of CLASSES; none like another.
 
-    Raises:
-      ValueError: it is not of these classes.
+    The first of a class's synonyms, or all, or the first and the label: ImageNet has a `maillot`
+    beside a `maillot, tank suit`, and two cranes.
     """
     head, _, rows = table.partition("\n")
     found = [tuple(row.split("\t", 2)) for row in rows.split("\n")[:-1]]
     if head != CLASSES_HEAD or tuple(row[0] for row in found) != labels:
-        raise ValueError("it is not a table of the classes")
-    times = collections.Counter(row[-1] for row in found)  # ImageNet has two kinds of cranes
-    return tuple(f"{row[-1]} ({row[0]})" if times[row[-1]] > 1 else row[-1] for row in found)
+        log.warning("%s does not name the classes, and is not used", CLASSES)
+        return ()
+    every = [row[-1].strip() or row[0] for row in found]
+    first = [names.split(",")[0] for names in every]
+    times = collections.Counter(first), collections.Counter(every)
+    return tuple(
+        one if times[0][one] == 1 else names if times[1][names] == 1 else f"{one} ({label})"
+        for one, names, label in zip(first, every, labels)
+    )
 
 
 def shard_file(split: str, number: int) -> str:

@@ -93,7 +93,10 @@ _normalised.defvjp(_normalised_forward, _normalised_backward)
 
 
 def _over_neighbours(x: Array, size: int, groups: int) -> Array:
-    """Sums over the maps at most size // 2 away in the same group: (b, h, w, c) float32."""
+    """Sums over the maps at most size // 2 away in the same group: (b, h, w, c) float32.
+
+    On a TPU a number that is not finite makes every map of its pixel NaN.
+    """
     maps, reach = x.shape[-1], size // 2
     if jax.default_backend() == "tpu":  # which moves maps slowly, and multiplies fast
         place, group = np.arange(maps), np.arange(maps) * groups // maps

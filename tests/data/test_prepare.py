@@ -289,12 +289,20 @@ def test_imagenets_tars_are_prepared_in_their_order(tars, from_tars):
 def test_classes_are_called_by_the_devkits_words_where_people_read(
     from_tars, folder, config_file, capsys, tmp_path
 ):
-    def main(*flags: str) -> list[str]:
-        ran = ["main", f"--config={config_file}", f"--workdir={tmp_path / 'run'}", *flags]
-        assert trainer.main([*ran, f"--config.data.source=records:{from_tars}"]) == 0
+    def main(*flags: str, runs: str = "run", data: pathlib.Path = from_tars) -> list[str]:
+        ran = ["main", f"--config={config_file}", f"--config.data.source=records:{data}", *flags]
+        where = ",".join(str(tmp_path / run) for run in runs.split(","))
+        assert trainer.main([*ran, f"--workdir={where}"]) == 0
         return capsys.readouterr().out.splitlines()
 
-    main("--config.train.num_steps=1", "--config.train.batch_size=4")
+    def called(**where) -> set[str]:
+        _, *table, _ = main("--mode=eval", **where)
+        return {line[:12].strip() for line in table}
+
+    def train(steps: int, *flags: str, **where) -> None:
+        main("--config.train.batch_size=4", f"--config.train.num_steps={steps}", *flags, **where)
+
+    train(1)
     assert (tmp_path / "run/labels.txt").read_text() == "n01\nn02\nn03\n"
     head, *table, _ = main("--mode=eval", f"--output={tmp_path / 'found.csv'}")
     assert head.startswith("class ")
@@ -305,16 +313,36 @@ def test_classes_are_called_by_the_devkits_words_where_people_read(
     assert sorted(found["labels"]) == ["n01", "n02", "n03"]
     assert found["words"] == [f"{label} in words" for label in found["labels"]]
 
+    # A net, or the data, or one of several nets may know them; a run goes on to.
+    plain = tmp_path / "plain"
+    shutil.copytree(from_tars, plain)
+    manifest = json.loads((plain / "manifest.json").read_text())
+    del manifest["files"]["classes.tsv"]
+    (plain / "manifest.json").write_text(json.dumps(records.sealed(manifest)))
+    train(1, runs="other", data=plain)
+    labels, words = ({f"n0{number}{more}" for number in (1, 2, 3)} for more in ("", " in words"))
+    assert called(runs="other", data=plain) == labels
+    assert called(runs="other") == words
+    assert called(runs="other,run", data=plain) == called(runs="run,other", data=plain) == words
+    train(2, "--allow_config_change", data=plain)
+    assert called(data=plain) == words
+
 
 def test_classes_of_one_name_are_told_apart():
+    names = {
+        "crane": "crane (n1)",
+        "kit fox, Vulpes macrotis": "kit fox",
+        "crane ": "crane (n3)",
+        "maillot": "maillot",
+        "maillot, tank suit": "maillot, tank suit",
+        "": "n6",
+    }
+    labels = tuple(f"n{number}" for number in range(1, 7))
     head = "wnid\tdevkit_id\tname\n"
-    labels = ("n1", "n2", "n3")
-    table = f"{head}n1\t7\tcrane\nn2\t9\tkit fox, Vulpes macrotis\nn3\t8\tcrane\n"
-    expected = ("crane (n1)", "kit fox, Vulpes macrotis", "crane (n3)")
-    assert records._words(table, labels) == expected
-    for wrong in (table.removeprefix(head), table.replace("n2", "n4"), table + "n4\t1\tx\n", ""):
-        with pytest.raises(ValueError, match="not a table of the classes"):
-            records._words(wrong, labels)
+    table = head + "".join(f"{label}\t7\t{name}\n" for label, name in zip(labels, names))
+    assert records._words(table, labels) == tuple(names.values())
+    for wrong in (table.removeprefix(head), table.replace("n2", "n9"), table + "n7\t1\tx\n", ""):
+        assert records._words(wrong, labels) == ()
 
 
 def test_imagenets_odd_images_are_decoded_and_counted(tars, from_tars):

@@ -405,6 +405,7 @@ def test_the_papers_net_as_a_tpu_computes_it_is_the_oracles(kernels, configured,
     # three sums.
     assert program.count("stablehlo.select_and_scatter") == 1 + 2 + 2
     assert program.count("precision = [HIGHEST, HIGHEST]") == 3 * (1 + 2)
+    assert program.count("window = {stride = [4, 4]") == 1  # conv1, over pixels
     check_training(config.model, config.optim, oracle.PRESETS["paper"], difference)
 
 

@@ -73,6 +73,7 @@ class Reference(NamedTuple):
 class Run(NamedTuple):
     """What the step on a mesh makes of it."""
 
+    lowered: str
     hlo: str
     mesh: jax.sharding.Mesh
     results: list[step.StepResults]
@@ -189,7 +190,8 @@ def run(problem):
         everywhere = jax.NamedSharding(mesh, P())
         rest = jax.device_put((statistics, np.float32(1)), everywhere)
         now = state.put(natural, mesh)
-        executable = train_step.lower(now, meshes.put_batch(batches[0], mesh), *rest).compile()
+        lowered = train_step.lower(now, meshes.put_batch(batches[0], mesh), *rest)
+        executable = lowered.compile()
         results, states, given = [], [], jax.tree.leaves(now)
         for batch in batches:
             now, result = executable(now, meshes.put_batch(batch, mesh), *rest)
@@ -203,6 +205,7 @@ def run(problem):
             return -np.float64(v) / (RATES[0] * (2 if decay == 0 else 1)) - decay * w
 
         return Run(
+            lowered.as_text(),
             executable.as_text(),
             mesh,
             results,
@@ -247,6 +250,16 @@ def check_run(found: Run, expected: Reference, batches, difference) -> None:
 def test_every_mesh_trains_as_one_device_does(case, run, reference, problem, difference):
     """Loss, right answers, gradients and three updates, with dropout on."""
     check_run(run(*case), reference(case[-1]), problem(case[-1]).batches, difference)
+
+
+@pytest.mark.parametrize("kernels", ["a TPU's"], indirect=True)
+def test_four_devices_train_as_one_does_with_a_tpus_forms(
+    reference, problem, difference, run, kernels
+):
+    expected = reference(7)
+    found = run.__wrapped__(2, 2, 2, 7)
+    assert "stablehlo.select_and_scatter" in found.lowered  # it is theirs
+    check_run(found, expected, problem(7).batches, difference)
 
 
 @pytest.mark.slow
@@ -439,8 +452,8 @@ def test_inspection_counts_the_same_messages(case, run):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_no_step_has_a_select_and_scatter(case, run):
-    assert "conv" in run(*case).hlo  # it is the step's text
-    assert "select-and-scatter(" not in run(*case).hlo
+    assert "stablehlo.reduce" in run(*case).lowered  # it is the step's text
+    assert "stablehlo.select_and_scatter" not in run(*case).lowered
 
 
 @pytest.mark.parametrize(
