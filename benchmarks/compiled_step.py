@@ -7,11 +7,11 @@ Needs no such device, but what compiles for it: `.[cuda13]` for an H200, by its 
 `.[tpu]` for `v5e` and `v6e`. Every kernel counts with the bytes of its arguments and results, each
 once and whole, also where it takes a slice. That says nothing of time, nor of what cuDNN needs
 inside. For a TPU, XLA notes how many cycles it expects of each kernel but a pool's gradient: an
-estimate, by which this package's forms for TPUs were chosen, and no measurement.
+estimate and no measurement.
 
-The forms: `here`, the package's; `fusions`, without its kernels for normalisation and pools;
-`groups`, with the two towers as one convolution in groups; `gpu`, for a TPU what a GPU without
-kernels is given: slices for pools and for sums over neighbouring maps, conv1 over squares.
+The forms: `here`, the package's; `groups`, with the two towers as one convolution in groups;
+`fusions`, what a GPU is given where there are no kernels for normalisation and pools: slices for
+pools and for sums over neighbouring maps, conv1 over squares; `slices`, slices for pools alone.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from jax.sharding import AxisType, Mesh
 
 from alexnet_jax import config as configs
 from alexnet_jax import inspection, ops
-from alexnet_jax.ops import convolution, gpu, native, varying
+from alexnet_jax.ops import convolution, gpu, native, pooling, stage, varying
 
 # As CUDA and NVIDIA's data sheet describe an H200.
 H200 = """
@@ -66,6 +66,7 @@ ARRAY = re.compile(rf"\b({'|'.join(WIDTHS)})\[([\d,]*)\]")
 INSTRUCTION = re.compile(r"\s*(?:ROOT )?(%[\w.\-]+) = (.+?) ([\w\-]+)\((.*?)\)(?:,|$)")
 # Move nothing, or what their beginning was counted with.
 FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "copy-done", "slice-done")
+COPIES = ("copy-start", "slice-start")  # (what is read from, what is written, a state)
 LITTLE = 10**6  # bytes; kinds of kernels that move no more have no row
 
 
@@ -85,7 +86,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--devices", type=int, choices=(1, 2), default=1)
-    parser.add_argument("--form", choices=("here", "fusions", "groups", "gpu"), default="here")
+    parser.add_argument("--form", choices=("here", "fusions", "groups", "slices"), default="here")
     parser.add_argument("--most", type=int, default=20, help="kernels to show")
     options = parser.parse_args()
     mesh = mesh_of(options.target, options.devices)
@@ -123,13 +124,15 @@ def mesh_of(target: str, devices: int) -> Mesh:
 
 def compiled(mesh: Mesh, batch: int, dtype: str, form: str) -> jax.stages.Compiled:
     """A training step for the devices of a mesh."""
-    on_tpu = mesh.devices.flat[0].platform == "tpu" and form != "gpu"
+    on_tpu = mesh.devices.flat[0].platform == "tpu" and form != "fusions"
     native.available = lambda *arrays: False
     jax.default_backend = lambda: "tpu" if on_tpu else "gpu"  # for those who choose a form by it
     if form == "groups":
         ops.conv, ops.groups_at_once = in_groups, lambda x: True
-    if form in ("fusions", "gpu"):
+    if form == "fusions":
         gpu.available = lambda *shape, **rule: False
+    if form == "slices":
+        stage.max_pool = ops.max_pool = pooling._max_pool
     user = configs.blank()
     user.model.dtype = dtype
     step, arguments = inspection.training_step(configs.resolve(user), 1000, mesh, batch)
@@ -151,12 +154,14 @@ def read(hlo: str) -> list[Kernel]:
             continue
         name, result, kind, given = match.groups()
         sizes[name] = size_of(result)
-        if kind in FREE:
+        if kind in FREE or "ConcatBitcast" in line:
             continue
         target = re.search(r'custom_call_target="([^"]*)"', line) or re.search(r"kind=(\w+)", line)
         source = re.search(r'op_name="([^"]*)"', line)
         expected = re.search(r'"estimated_cycles":"(\d+)"', line)
         moved = sizes[name] + sum(sizes.get(one, 0) for one in re.findall(r"%[\w.\-]+", given))
+        if kind in COPIES:
+            moved = 2 * min(map(size_of, re.findall(r"\w+\[[\d,]+\]", result)))
         about = source[1].split("/")[-1] if source else ""
         arrays = " ".join(f"{kind}[{sides}]" for kind, sides in ARRAY.findall(result))
         cycles = int(expected[1]) if expected else 0
