@@ -47,7 +47,12 @@ class Predictions(NamedTuple):
     log_probabilities: np.ndarray  # (n, classes) float32; of several nets, of the mean probability
     targets: np.ndarray  # (n,) int64
     source: Source
-    words: tuple[str, ...]  # what to call the classes where people read: labels, if need be
+    net_words: tuple[str, ...] = ()  # of the first net that has some
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What to call the classes where people read."""
+        return self.net_words or self.source.words or self.source.labels
 
 
 def open_net(config: Config, directory: pathlib.Path, told: Told = alone) -> Net:
@@ -158,8 +163,7 @@ def predictions(net: Net, split: str) -> Predictions:
       UserError: as `open_split`.
     """
     source = open_split(net, split)
-    words = net.meta.words or source.words or source.labels
-    return Predictions(predictor(net)(source), source.targets, source, words)
+    return Predictions(predictor(net)(source), source.targets, source, net.meta.words)
 
 
 def together(
@@ -186,7 +190,6 @@ def together(
         found.append(predictor(net)(sources_of[-1]))
         steps.append(net.step)
     source = sources_of[0]
-    words = words or source.words or source.labels
     return Predictions(averaged(found), source.targets, source, words), steps
 
 
