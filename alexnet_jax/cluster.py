@@ -183,7 +183,10 @@ class Job:
                 jax.distributed.shutdown()
 
     def at(self, place: str) -> None:
-        """To be called at every turn of the work, once the first step is done: this rank lives."""
+        """To be called at every turn of the work, once all is compiled: this rank gets on.
+
+        Nobody is stuck before every rank has called it once: compiling takes as long as it takes.
+        """
         with self.changed:
             self.turn, self.place = self.turn + 1, place
             self.moved[self.rank] = time.monotonic()
@@ -230,13 +233,13 @@ class Job:
         if self.leads:
             self.told(str)
 
-    def check_same(self, what: str, value: str) -> None:
+    def check_same(self, what: str, value: str, way_out: str) -> None:
         """Raises UserError where this rank has another `value` than rank 0."""
         first = self.told(lambda: value)
         if first != value:
             raise UserError(
                 f"{what} of rank {self.rank}, {self.name}, is not that of rank 0 ({value!r}, "
-                f"{first!r}); every process must see the same files"
+                f"{first!r}); {way_out}"
             )
 
     def _signal(self) -> int:

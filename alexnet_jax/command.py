@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from alexnet_jax import cluster
 from alexnet_jax import config as configs
-from alexnet_jax.config import FailedError, UserError
+from alexnet_jax.config import Config, FailedError, UserError
 
 # What absl says of a value that is not of its field's type, and what that must be.
 ILL_TYPED = {
@@ -78,10 +78,11 @@ def _ctrl_c_again(ignored: Any, otherwise: Callable[[Any], object]) -> None:
         otherwise(ignored)
 
 
-def be_deterministic() -> None:
-    """Have a GPU compute the same bits each time; to be called before JAX is first used."""
+def before_jax(config: Config) -> None:
+    """What a config asks of JAX that must be said before its first use."""
+    keep_compiled(config.data.cache_dir)
     given = os.environ.get("XLA_FLAGS", "")
-    if DETERMINISTIC.split("=")[0] not in given:
+    if config.train.deterministic and DETERMINISTIC.split("=")[0] not in given:
         os.environ["XLA_FLAGS"] = f"{given} {DETERMINISTIC}".strip()
 
 

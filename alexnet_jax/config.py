@@ -219,7 +219,7 @@ class Train:
     )  # "roughly 90 cycles"
     num_steps: int = _setting(0, _at_least(0))  # overrides num_epochs when set
     accumulation_steps: int = _setting(1, _at_least(1))  # parts a device takes its rows in
-    init_from: str = ""  # a workdir to begin with the weights of; fc8 is new for other classes
+    init_from: str = ""  # a workdir to begin with the weights of; other classes: a new last layer
     max_parameters: int = _setting(500_000_000, _at_least(1))  # a larger net is refused
     log_every_steps: int = _setting(20, _at_least(1))
     deterministic: bool = False  # on a GPU, the same bits each time, at some cost; a CPU always is

@@ -24,8 +24,8 @@ from alexnet_jax.train.calendar import Calendar
 from alexnet_jax.train.state import make_apply, placed_shapes, state_shapes
 from alexnet_jax.train.step import make_train_step
 
-IMAGENET_CLASSES = 1000  # where neither the config nor data names a number
-BATCH_SIZE = 2  # of the step that is traced and compiled; the counts do not depend on it
+IMAGENET_CLASSES = 1000  # where the config names no number; the data is not looked at
+BATCH_SIZE = 2  # a device, of the step that is traced and compiled; the counts do not depend on it
 
 COLLECTIVE = re.compile(
     r"= .*? (all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute|"
@@ -109,16 +109,23 @@ def exchanged_bytes(traced: jax.stages.Traced) -> list[int]:
 def inspect(config: Config) -> dict[str, Any]:
     """The table of --mode=inspect as nested dicts; sizes per tower, bytes per image and direction.
 
-    The step is compiled for two CPU devices where the net splits, for one where it does not.
+    The step is compiled for CPU devices: two towers for two, whatever `mesh.model` says, and
+    `mesh.data` times as many.
+
+    Raises:
+      UserError: `mesh.model` is 2, and the net does not split.
     """
     jax.config.update("jax_platforms", "cpu")  # operations choose their form by it
-    start_cpu_devices(2, at_least=True)
     model = config.model
+    asked = configs.Mesh(
+        model=max(config.mesh.model, 1 + model.splits), data=max(config.mesh.data, 1)
+    )
+    start_cpu_devices(asked.model * asked.data, at_least=True)
     num_classes = model.num_classes or IMAGENET_CLASSES
-    mesh = make_mesh(configs.Mesh(model=1 + model.splits, data=1), model)
+    mesh = make_mesh(asked, model)
     found = layers(model, num_classes)
     reads_both = [layer for layer in found if layer.groups == 1][1:] if model.splits else []
-    step, arguments = training_step(config, num_classes, mesh)
+    step, arguments = training_step(config, num_classes, mesh, BATCH_SIZE * asked.data)
     traced = step.trace(*arguments)
     sent = exchanged_bytes(traced) if model.splits else []
     into = dict(zip((layer.name for layer in reads_both), sent))
@@ -199,7 +206,7 @@ def _row(layer: Layer, towers: int, exchanged: int) -> dict[str, Any]:
 
 
 def training_step(
-    config: Config, num_classes: int, mesh: Mesh, batch_size: int = BATCH_SIZE
+    config: Config, num_classes: int, mesh: Mesh, batch_size: int
 ) -> tuple[Any, tuple]:
     """The training step, and arguments of the right shapes to trace it with."""
     model, size, stored = (

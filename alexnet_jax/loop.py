@@ -149,13 +149,13 @@ def _steps(run: setup.Run, first: int, report: Silent, job: Job) -> int:
     batch = next(batches)
     train_step = _compiled(run.train_step, (state, batch, statistics, scale), report)
     report.start_clock(first)
+    job.at(f"step {first + 1}, and the batch after it")
     interval = Interval(calendar.batch_size, run.mesh)
     for step in range(first + 1, calendar.num_steps + 1):
         state, results = train_step(state, batch, statistics, scale)
         batch = next(batches, batch)  # on its way while the step runs
         interval.add(step, results)
-        if step > first + 1:  # else the ranks may still be compiling, for as long as it takes
-            job.at(f"step {step}")
+        job.at(f"step {step}")
         stopping = job.stops_after(step)  # once: a signal that comes later waits for the next step
         passes = calendar.epoch_ends(step, config.eval.every_epochs)
         saves = passes or stopping or calendar.is_due(step, config.checkpoint.every_steps)

@@ -88,13 +88,11 @@ def parse(argv: list[str]) -> tuple[flags.FlagValues | None, list[str]]:
 def run(options: flags.FlagValues, paths: list[str]) -> int:
     """The mode that the flags ask for."""
     config = configs.resolve(options.config)
+    command.before_jax(config)
     if options.mode == "inspect":
         found = inspection.inspect(config)
         print(json.dumps(found) if options.json else inspection.table(found))
         return 0
-    command.keep_compiled(config.data.cache_dir)
-    if config.train.deterministic:
-        command.be_deterministic()
     count = cluster.join(options.coordinator, options.num_processes, options.process_id)
     with cluster.Job(config.mesh.step_timeout if options.mode == "train" else 0) as job:
         if count > 1 and options.mode not in BY_SEVERAL:

@@ -58,9 +58,15 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
         compiled = native.available()
         source = sources.open_source(config.data, "train")
         validation = sources.open_source(config.data, config.eval.split)
-    job.check_same("the C++ compiler", "there" if compiled else "none")
+    job.check_same(
+        "the C++ compiler", "there" if compiled else "none",
+        "install one on every host, or set CXX=false on all",
+    )  # fmt: skip
     for source_of in (source, validation):
-        job.check_same(f"the data of {config.data.source}", source_of.fingerprint)
+        job.check_same(
+            f"the data of {config.data.source}", source_of.fingerprint,
+            "every process must see the same files",
+        )  # fmt: skip
     config = with_classes(config, source.labels)
     if len(source.labels) == 1:
         log.warning("%s has one class: there is nothing to tell apart", config.data.source)
@@ -81,8 +87,9 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
         state = initial_state(config.model, num_classes, optimizer, config.seed)
         if config.train.init_from:
             rates = optim.layer_rates(config.optim)
+            last = layers(config.model, num_classes)[-1].name
             params = _taken_over(
-                config.train.init_from, state.params, source.labels, rates, job.told
+                config.train.init_from, state.params, last, source.labels, rates, job.told
             )
             state = state._replace(params=params)
     else:
@@ -144,14 +151,15 @@ def _check_images(meta: Meta, source: Source, name: str) -> None:
 def _taken_over(
     init_from: str,
     params: Params,
+    last: str,
     labels: tuple[str, ...],
     rates: Mapping[str, float],
     told: Told,
 ) -> Params:
     """The parameters of the newest checkpoint in workdir `init_from`, in the place of `params`.
 
-    fc8 begins with zeros where the classes are others: every class is then equally probable. A
-    conv6 that the other net does not have stays as it was drawn (paper, section 6.1).
+    The `last` layer begins with zeros where the classes are others: every class is then equally
+    probable. A conv6 that the other net does not have stays as it was drawn.
 
     Raises:
       UserError: there is no checkpoint, its net is another one, or what is new would stay so.
@@ -165,7 +173,7 @@ def _taken_over(
         here, there = (
             net[layer]["kernel"].shape if layer in net else None for net in (params, given)
         )
-        if layer == "fc8" and meta.labels != labels:
+        if layer == last and meta.labels != labels:
             found[layer] = jax.tree.map(np.zeros_like, params[layer])
             new.append(layer)
         elif layer == "conv6" and there is None:

@@ -87,7 +87,7 @@ def run(values: flags.FlagValues) -> int:
     names = values.variants or list(study.variants)
     config = configs.resolve(values.config)
     seeds = [int(seed) for seed in values.seeds] or [config.seed]
-    command.keep_compiled(config.data.cache_dir)
+    command.before_jax(config)
     check(study, values.config, seeds)
     claim(directory, values.study, _config(values.config, next(iter(study.variants.values()))))
     failed = []

@@ -428,9 +428,9 @@ def test_what_the_first_rank_says_reaches_all_in_order(job_of):
 
 def test_a_value_that_another_rank_does_not_have_is_a_mistake(job_of):
     first, second = job_of(2)
-    first.check_same("the data", "a")
-    with pytest.raises(UserError, match=r"the data of rank 1, process .*'b', 'a'"):
-        second.check_same("the data", "b")
+    first.check_same("the data", "a", "share the folder")
+    with pytest.raises(UserError, match=r"the data of rank 1, process .*'b', 'a'.; share the"):
+        second.check_same("the data", "b", "share the folder")
 
 
 def verdict(job: cluster.Job, seconds: float) -> str | None:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from alexnet_jax import command as shared
 from alexnet_jax import main as command
 from alexnet_jax.checkpoint import Checkpoints, Saver
+from alexnet_jax.config import FailedError
 from alexnet_jax.report import Report
 from alexnet_jax.train import state
 from alexnet_jax.train.calendar import Calendar
@@ -78,6 +80,24 @@ def test_the_quickstart_starts_its_two_devices_itself(images, tmp_path):
     assert "mesh data=1 x model=2" in ended.stdout
     (record,) = records(tmp_path / "run", "train")
     assert f"loss at initialisation {record['loss']:.4f}; ln(3) = 1.0986" in ended.stdout
+
+
+def test_a_first_step_that_hangs_ends_the_run(run, tmp_path, monkeypatch):
+    def hangs(*given):
+        ended.wait(10)
+        raise FailedError("the step is released")
+
+    def end(job, status, message):
+        told.append((status, message))
+        ended.set()
+
+    ended, told = threading.Event(), []
+    monkeypatch.setattr(command.loop, "_compiled", lambda *given: hangs)
+    monkeypatch.setattr(command.cluster.Job, "_end", end)
+    assert run(tmp_path, "--config.mesh.step_timeout=0.5") == 1
+    status, message = told[0]
+    assert status == 1
+    assert "no progress for mesh.step_timeout=0.5 s at 'step 1, and the batch after" in message
 
 
 def test_the_users_cadences_choose_the_records(run, tmp_path):

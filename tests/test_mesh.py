@@ -33,6 +33,19 @@ def test_a_net_that_reads_across_its_towers_does_not_split_unless_it_does_not_no
     assert mesh.make_mesh(two, dataclasses.replace(caffenet, lrn=False)).shape["model"] == 2
 
 
+def test_inspection_takes_the_devices_that_the_config_names(configured):
+    """Gradients and metrics are summed over `data`, and nothing else is sent there."""
+    config = configured("paper", {"model.width": 1 / 16, "model.input_size": 36, "mesh.data": 2})
+    found = inspection.inspect(config)
+    assert found["mesh"] == {"data": 2, "model": 2}
+    assert found["layers"][-1]["exchanged_bytes"] == 128 * 4
+    over_data = found["collectives"].pop("data")
+    assert set(over_data) == {"all-reduce"}
+    assert found["collectives"] == {"model": {"all-gather": 5, "reduce-scatter": 5}}
+    with pytest.raises(UserError, match="has one tower and does not split"):
+        inspection.inspect(configured("half", {"mesh.model": 2}))
+
+
 def test_inspection_tells_of_both_towers_of_an_odd_number_of_classes(configured):
     """101 classes: 51 columns a tower, and 51 logits of four bytes each way."""
     config = configured("caffenet")

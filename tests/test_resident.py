@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from alexnet_jax import command, loop, mesh, resident
-from alexnet_jax.config import UserError
+from alexnet_jax.config import Config, Data, Train, UserError
 from alexnet_jax.data import sources, survey
 
 
@@ -68,7 +68,8 @@ def test_squares_that_do_not_fit_are_refused_with_their_size():
         ("--xla_gpu_deterministic_ops=false", "--xla_gpu_deterministic_ops=false"),
     ],
 )
-def test_what_the_user_says_to_xla_stays(monkeypatch, given, then):
+def test_what_the_user_says_to_xla_stays(monkeypatch, tmp_path, given, then):
     monkeypatch.setenv("XLA_FLAGS", given)
-    command.be_deterministic()
+    config = Config(train=Train(deterministic=True), data=Data(cache_dir=str(tmp_path)))
+    command.before_jax(config)
     assert os.environ["XLA_FLAGS"] == then

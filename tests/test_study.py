@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import pathlib
 import shutil
 
@@ -215,6 +216,19 @@ def test_the_runs_of_a_study_are_watched(start, tmp_path, monkeypatch):
     monkeypatch.setattr(command.loop, "train", train)
     assert start("lrn", tmp_path / "study", "--config.mesh.step_timeout=77") == 128 + 15
     assert watched == [(77.0, [True])]
+
+
+def test_what_must_be_said_before_jax_starts_is_said(start, tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    said = []
+
+    def train(config, directory, job) -> int:
+        said.append(os.environ["XLA_FLAGS"])
+        return 15
+
+    monkeypatch.setattr(command.loop, "train", train)
+    assert start("lrn", tmp_path / "study", "--config.train.deterministic=True") == 128 + 15
+    assert said == ["--xla_gpu_deterministic_ops=true"]
 
 
 def test_a_run_that_diverges_is_told_at_the_end_and_the_others_are_made(

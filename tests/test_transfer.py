@@ -8,6 +8,7 @@ import pytest
 from alexnet_jax.checkpoint import Checkpoints
 
 BIRDS = ("crow", "duck", "kite", "wren")
+CATS = ("lion", "lynx", "puma")
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
 
 
@@ -61,6 +62,25 @@ def test_the_same_classes_take_over_everything(trained, run, tmp_path, capsys):
     assert "new: nothing" in capsys.readouterr().err
     for layer, leaves in params(trained).items():
         assert_equal(params(tmp_path)[layer], leaves)
+
+
+@pytest.mark.parametrize(("classes", "new"), [(CATS, "fc4"), (BIRDS, "fc4"), (None, "nothing")])
+def test_the_last_layer_of_figure_1s_net_is_new_for_other_classes(
+    draw_folder, run, tmp_path, capsys, classes, new
+):
+    """As many others too: their scores would be those of the classes before."""
+    small = ["--config.model.preset=cifar", "--config.model.towers=1", "--config.model.width=0.25",
+             "--config.model.input_size=32", "--config.train.num_steps=1"]  # fmt: skip
+    assert run(tmp_path / "first", *small) == 0
+    data = draw_folder(classes, 4, 2, "png") if classes else None
+    begun = [f"--config.train.init_from={tmp_path / 'first'}"]
+    begun += [f"--config.data.source=folder:{data}"] if data else []
+    capsys.readouterr()
+    assert run(tmp_path / "second", *small, *begun) == 0
+    assert f"new: {new}\n" in capsys.readouterr().err
+    if classes:
+        (loss,) = losses(tmp_path / "second")
+        assert loss == pytest.approx(np.log(len(classes)), rel=1e-6)
 
 
 def test_layers_move_as_their_rates_say(run, tmp_path):
