@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import itertools
 import logging
 import os
 import pathlib
@@ -116,6 +117,11 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
       UserError: an unknown flag, config file, field, or an ill-typed value; no config, unless
         only help is asked for.
     """
+    names = configs.field_names()
+    for argument in itertools.takewhile("--".__ne__, argv):
+        name = argument.partition("=")[0].removeprefix("--config.")
+        if argument.startswith("--config.") and name not in names:
+            raise UserError(configs.no_field(name))
     try:
         rest = values(argv)
         whole = values.config is not None and "model" in values.config  # loads it, at the latest
@@ -166,9 +172,6 @@ def _flag_error(error: Exception) -> str:
     if "Error whilst parsing config file" in text and places:
         said = str(error).rstrip().splitlines()[-1]
         return f"the --config file fails ({places[-1][0]}, line {places[-1][1]}: {said})"
-    unknown = re.search(r"Did you mean \"(\w+)\" instead of \"(\w+)\"", text)
-    if unknown:
-        return f"config field {unknown[2]!r} does not exist; nearest is {unknown[1]!r}"
     ill_typed = re.match(r"flag --config\.([\w.]+)=(.*?): \W*(.*)", text)
     for said, words in ILL_TYPED.items():
         if ill_typed and ill_typed[3].startswith(said):
@@ -180,7 +183,5 @@ def _flag_error(error: Exception) -> str:
         missing = re.search(r"No such file or directory: '(.*?)'", text)
         return f"--config={missing[1]}: no such file" if missing else text
     if isinstance(error, AttributeError | KeyError):
-        names = configs.field_names()
-        wrong = text.removeprefix("'Key ").strip("'\"").split()[0].strip("'\"")
-        return f"config field {wrong!r} does not exist; nearest is {configs.nearest(wrong, names)}"
+        return configs.no_field(text.removeprefix("'Key ").strip("'\"").split()[0].strip("'\""))
     return text

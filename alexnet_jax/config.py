@@ -426,8 +426,26 @@ def field_names() -> list[str]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The known name most like `name`."""
-    return max(known, key=lambda other: difflib.SequenceMatcher(None, name, other).ratio())
+    """The known name most like `name`; as section.field, by the field, or by its initials."""
+
+    def likeness(other: str) -> float:
+        field = other.rpartition(".")[2]
+        initials = "".join(word[0] for word in field.split("_"))
+        return 1.0 if name == initials else difflib.SequenceMatcher(None, name, field).ratio()
+
+    return max(known, key=likeness)
+
+
+def no_field(name: str) -> str:
+    """What is said of `name`, as section.field, which is no field; it names the nearest."""
+    names = field_names()
+    section, *fields = name.split(".")
+    near = [other for other in names if other.startswith(f"{section}.")]
+    if name in SECTIONS:
+        return f"config.{name} is no field but a section; set one of {', '.join(near)}"
+    same = [other for other in names if other.rpartition(".")[2] in fields]
+    best = nearest((fields or [section])[-1], same or near or names)
+    return f"config field {name!r} does not exist; nearest is {best}"
 
 
 def changes(old: Config, new: Config) -> tuple[dict[str, tuple], dict[str, tuple]]:
@@ -459,11 +477,6 @@ def stored_size(data: Data, model: Model) -> int:
     return 256 if model.input_size == 227 else round(256 * model.input_size / 224)
 
 
-def _check_name(name: str, known: list[str]) -> None:
-    if name not in known:
-        raise UserError(f"config field {name!r} does not exist; nearest is {nearest(name, known)}")
-
-
 def _typed(name: str, value: Any, hint: Any) -> Any:
     """`value` as the field's type: whole floats pass as ints, lists as tuples."""
     if hint is float and type(value) is int:
@@ -486,7 +499,8 @@ def _section(kind: type, section: str, given: Mapping, preset: Mapping) -> Any:
     fields = dataclasses.fields(kind)
     hints = get_type_hints(kind)
     for name in given:
-        _check_name(f"{section}{name}", [f"{section}{field.name}" for field in fields])
+        if name not in hints:
+            raise UserError(no_field(f"{section}{name}"))
     chosen = {}
     for field in fields:
         if dataclasses.is_dataclass(field.default):

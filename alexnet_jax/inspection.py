@@ -143,6 +143,7 @@ def inspect(config: Config) -> dict[str, Any]:
         "totals": {
             "parameters": sum(layer.parameters for layer in found),
             "multiply_adds": sum(layer.multiply_adds for layer in found),
+            "neurons": sum(math.prod(layer.output) for layer in found),
             "exchanged_bytes": sum(sent),
         },
         "mesh": dict(mesh.shape),
@@ -175,9 +176,10 @@ def table(found: dict[str, Any]) -> str:
     )
     lines += [
         "",
-        "Parameters and multiply-adds (per image) are of all towers. Bytes are what each tower",
-        "sends the other per image and direction, before the layer they stand beside, as traced;",
-        "the CPU backend widens bfloat16 collectives to float32.",
+        f"Parameters and multiply-adds (per image) are of all towers, which have "
+        f"{totals['neurons']:,} neurons.",
+        "Bytes are what each tower sends the other per image and direction, before the layer they",
+        "stand beside, as traced; the CPU backend widens bfloat16 collectives to float32.",
         "",
         "collectives of the compiled training step, mesh "
         + " x ".join(f"{name}={size}" for name, size in found["mesh"].items())

@@ -24,7 +24,7 @@ from alexnet_jax.data.examples import Source
 from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.mesh import local_columns, local_rows, over_model, put_batch, put_everywhere
 from alexnet_jax.models.nets import layers
-from alexnet_jax.report import Report, Silent
+from alexnet_jax.report import PASS, Report, Silent
 from alexnet_jax.train import optim
 from alexnet_jax.train.state import TrainState, natural_state
 from alexnet_jax.train.step import DeviceBatch, StepResults, TrainStep
@@ -166,7 +166,8 @@ def _steps(run: setup.Run, first: int, report: Silent, job: Job) -> int:
             if step == 1:
                 _say_initial_loss(values["loss"], len(meta.labels), report)
         if passes:
-            meta = _validated(run, meta, state, statistics, step, report, job)
+            rate = values["learning_rate"]
+            meta = _validated(run, meta, state, statistics, step, rate, report, job)
             scale = np.float32(optim.plateau_scale(meta.plateau, config.optim))
         if saves:
             job.at(f"the saving of step {step}")
@@ -189,6 +190,7 @@ def _validated(
     state: TrainState,
     statistics: Statistics,
     step: int,
+    learning_rate: float,
     report: Silent,
     job: Job,
 ) -> Meta:
@@ -210,7 +212,8 @@ def _validated(
             f"step {step}: the validation loss is {values['loss']}; the last checkpoint "
             "stays; a lower --config.optim.learning_rate is the usual way out"
         )
-    values["num_examples"] = int(sums.count)
+    values[PASS] = int(sums.count)
+    values["learning_rate"] = learning_rate
     values["images_per_second"] = float(sums.count) / (time.perf_counter() - started)
     report.record(run.config.eval.split, step, run.calendar.epochs(step), values)
     plateau = optim.plateau_update(meta.plateau, values["top1_error"], run.config.optim)
@@ -262,7 +265,8 @@ def _compiled(step: TrainStep, arguments: tuple, report: Silent) -> TrainStep:
 
 def _say_initial_loss(loss: float, num_classes: int, report: Silent) -> None:
     report.say(
-        f"loss at initialisation {loss:.4f}; ln({num_classes}) = {math.log(num_classes):.4f}"
+        f"loss at initialisation {loss:.4f}; a uniform guess has ln({num_classes}) = "
+        f"{math.log(num_classes):.4f}"
     )
 
 

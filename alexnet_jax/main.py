@@ -129,16 +129,18 @@ def run_mode(
         if options.figure:
             figures.check_installed()
             figure = command.file_to_write("figure", options.figure, ".png", ".svg")
-        known, status = [], 0
+        known, broken = [], []
         for entry in predict.predict_files(config, directories, paths):
             print(json.dumps(entry), flush=True)
-            if "error" in entry:
-                status = 1
-            else:
-                known.append(entry)
+            (broken if "error" in entry else known).append(entry)
         if options.figure and known:
             figures.save(gallery.file_guesses(known), figure)
-        return status
+        if broken:
+            raise UserError(
+                f"{len(broken)} of {len(broken) + len(known)} files are not images that can be "
+                f"read, {broken[0]['error']} the first; leave them out or replace them"
+            )
+        return 0
     if options.mode == "figures":
         print("\n".join(gallery.draw(config, directories)))
         return 0

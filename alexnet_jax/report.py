@@ -16,7 +16,7 @@ from tqdm import tqdm
 from alexnet_jax.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
-TRAINING = "learning_rate"  # is in the records of training alone
+PASS = "num_examples"  # is in the records of passes over a split alone
 AVERAGED = ("steps", "loss", "top1_error")
 
 
@@ -85,7 +85,7 @@ class Report(Silent):
         line = {"step": step, "epoch": epoch, "split": split, **values}
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
-        training = TRAINING in values
+        training = PASS not in values
         tag = split if training or split != "train" else "evaluation"
         for name, value in values.items():
             self.board.add_scalar(f"{tag}/{name}", value, step)
@@ -135,12 +135,12 @@ def _drop_later(path: pathlib.Path, step: int) -> None:
 
 def training_records(workdir: pathlib.Path) -> list[dict[str, Any]]:
     """What metrics.jsonl of a workdir says of training steps, in order; nothing without one."""
-    return [record for record in _records(workdir) if TRAINING in record]
+    return [record for record in _records(workdir) if PASS not in record]
 
 
 def evaluation_records(workdir: pathlib.Path) -> list[dict[str, Any]]:
     """The same of the passes over the split that was evaluated last."""
-    records = [record for record in _records(workdir) if TRAINING not in record]
+    records = [record for record in _records(workdir) if PASS in record]
     return [record for record in records if record["split"] == records[-1]["split"]]
 
 

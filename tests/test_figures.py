@@ -120,7 +120,8 @@ def test_curves_name_the_split_that_was_measured(tmp_path):
         lines = [
             {"step": 1, "epoch": 1.0, "split": "train", "loss": 1.0, "top1_error": 0.5,
              "learning_rate": 0.1},
-            {"step": 1, "epoch": 1.0, "split": split, "loss": 1.0, "top1_error": 0.5},
+            {"step": 1, "epoch": 1.0, "split": split, "loss": 1.0, "top1_error": 0.5,
+             "num_examples": 2},
         ]  # fmt: skip
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (tmp_path / name / "metrics.jsonl").write_text(text)

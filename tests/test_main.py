@@ -60,6 +60,7 @@ def test_training_writes_what_the_contract_names(trained):
     assert abs(train[0]["loss"] - np.log(3)) < 0.5
     (validation,) = records(trained, "validation")
     assert (validation["step"], validation["num_examples"]) == (6, 15)
+    assert validation["learning_rate"] == train[-1]["learning_rate"]
 
 
 def test_the_quickstart_starts_its_two_devices_itself(images, tmp_path):
@@ -79,7 +80,10 @@ def test_the_quickstart_starts_its_two_devices_itself(images, tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert "mesh data=1 x model=2" in ended.stdout
     (record,) = records(tmp_path / "run", "train")
-    assert f"loss at initialisation {record['loss']:.4f}; ln(3) = 1.0986" in ended.stdout
+    assert (
+        f"loss at initialisation {record['loss']:.4f}; a uniform guess has ln(3) = 1.0986"
+        in ended.stdout
+    )
 
 
 def test_a_first_step_that_hangs_ends_the_run(run, tmp_path, monkeypatch):
@@ -118,8 +122,10 @@ def test_the_split_net_is_inspected_as_published_and_as_the_readme_shows(capsys,
     both = {"conv3": 86_528, "fc6": 18_432, "fc7": 8_192, "fc8": 8_192}
     assert sent == dict.fromkeys(("conv1", "conv2", "conv4", "conv5"), 0) | both
     assert found["logits"] == {"exchanged_bytes": 2_000}
-    totals = {"parameters": 60_965_224, "multiply_adds": 724_406_816, "exchanged_bytes": 123_344}
-    assert found["totals"] == totals
+    assert found["totals"] == {
+        "parameters": 60_965_224, "multiply_adds": 724_406_816, "neurons": 659_272,
+        "exchanged_bytes": 123_344,
+    }  # fmt: skip
     assert found["collectives"] == {"model": {"all-gather": 5, "reduce-scatter": 5}}
     assert (found["preset"], found["num_classes"]) == ("paper", 1000)
     assert found["mesh"] == {"data": 1, "model": 2}
@@ -397,8 +403,14 @@ def test_other_classes_are_refused(trained, run, images, tmp_path, capsys):
     ("arguments", "words"),
     [
         (["--config=nowhere.py"], ["nowhere.py"]),
-        (["--config.model.widht=1"], ["widht", "width"]),
-        (["--config.modle.width=1"], ["modle", "model"]),
+        (["--config.model.widht=1"], ["'model.widht'", "nearest is model.width"]),
+        (["--config.modle.width=1"], ["'modle.width'", "nearest is model.width"]),
+        (["--config.sed=1"], ["'sed'", "nearest is seed"]),
+        (["--config.optim.lr=1"], ["'optim.lr'", "nearest is optim.learning_rate"]),
+        (["--config.train.bs", "3"], ["'train.bs'", "nearest is train.batch_size"]),
+        (["--config.model.num_epochs=3"], ["nearest is train.num_epochs"]),
+        (["--config.train.batch_size.x=3"], ["nearest is train.batch_size"]),
+        (["--config.eval=1"], ["config.eval is no field but a section", "eval.num_crops"]),
         (["--config.train.batch_size=many"], ["train.batch_size", "many"]),
         (["--config.seed=1.5"], ["seed", "1.5"]),
         (["--config.optim.momentum=2"], ["optim.momentum=2.0", "below 1"]),
@@ -481,7 +493,7 @@ def test_a_config_file_that_gives_no_config_is_a_mistake(config_file, tmp_path, 
         assert f"{path}, {words}" in command_line(capsys, f"--config={path}", workdir)
     path.write_text(f"{begun}c.batch_size = 3")
     wrong = command_line(capsys, f"--config={path}", workdir)
-    assert "config field 'batch_size' does not exist; nearest is" in wrong
+    assert "config field 'batch_size' does not exist; nearest is train.batch_size" in wrong
     assert "--config is missing" in command_line(capsys, workdir)
     assert "--workdir is missing" in command_line(capsys, f"--config={config_file}", "--workdir=")
     assert not (tmp_path / "workdir").exists()

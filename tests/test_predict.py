@@ -187,8 +187,11 @@ def test_files_and_folders_are_given_their_best_labels_in_their_order(
     one, two = images / "val/cat/03.jpg", tmp_path / "deep" / "photo.png"
     Image.open(images / "val/owl/01.jpg").save(two)
     (tmp_path / "deep" / "notes.txt").write_text("no image")
-    assert run(trained, "--mode=predict", str(one), str(tmp_path)) == 1  # of the text
-    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert run(trained, "--mode=predict", str(one), str(tmp_path)) == 2  # of the text
+    said = capsys.readouterr()
+    assert "error: 1 of 3 files are not images that can be read, " in said.err
+    assert str(tmp_path / "deep" / "notes.txt") in said.err
+    found = [json.loads(line) for line in said.out.splitlines()]
     squares = [
         pictures.square(pictures.decode(path.read_bytes(), ""), STORED) for path in (one, two)
     ]

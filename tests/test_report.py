@@ -11,8 +11,11 @@ from tensorboardX.proto.event_pb2 import Event
 
 from alexnet_jax.report import Report, evaluation_records, training_records
 
-VALUES = {"loss": 1.5, "top1_error": 0.25, "top5_error": 0.125, "images_per_second": 1234.5}
-OF_TRAINING = VALUES | {"learning_rate": 0.01}
+OF_TRAINING = {
+    "loss": 1.5, "top1_error": 0.25, "top5_error": 0.125, "images_per_second": 1234.5,
+    "learning_rate": 0.01,
+}  # fmt: skip
+VALUES = OF_TRAINING | {"num_examples": 7}
 
 SCRIPT = """
 import pathlib, sys

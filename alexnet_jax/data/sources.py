@@ -245,13 +245,13 @@ def _tfds(name: str, split: str, data: Data) -> Source:
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import read_only_builder
 
+    directory = os.path.expanduser(data.tfds_dir) or None
+    where = directory or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     try:  # from files alone: the data set's own code would try to download
-        directory = os.path.expanduser(data.tfds_dir) or None
         builder: Any = read_only_builder.builder_from_files(name, data_dir=directory)
     except (ValueError, OSError) as error:
         raise UserError(
-            f"data.source=tfds:{name}: not found in {directory or '~/tensorflow_datasets'}. "
-            f"{_tfds_way_out(name)}"
+            f"data.source=tfds:{name}: not found in {where}. {_tfds_way_out(name, where)}"
         ) from error
     splits, features = builder.info.splits, builder.info.features
     kinds = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
@@ -278,7 +278,7 @@ def _tfds(name: str, split: str, data: Data) -> Source:
     except NotImplementedError as error:
         raise UserError(
             f"data.source=tfds:{name} in {builder.data_dir} is not stored as array_record, which "
-            f"reading without TensorFlow needs. {_tfds_way_out(name)}"
+            f"reading without TensorFlow needs. {_tfds_way_out(name, where)}"
         ) from error
     labels = tuple(features["label"].names)
     files = [(os.path.basename(path), os.stat(path)) for path in splits[part].filepaths]
@@ -291,19 +291,20 @@ def _tfds(name: str, split: str, data: Data) -> Source:
     return stratified(source, split, data) if alone else source
 
 
-def _tfds_way_out(name: str) -> str:
+def _tfds_way_out(name: str, where: str) -> str:
     """What to fetch, where to put it, and what runs without."""
+    build = (
+        f"with tensorflow (`pip install -e '.[tfds-prepare]'`) run `tfds build {name} "
+        f"--file_format=array_record --data_dir={where}`"
+    )
     if name.partition(":")[0].partition("/")[0] == "imagenet2012":
-        fetch = (
-            "Fetch ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from image-net.org into a "
+        build = (
+            "fetch ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from image-net.org into a "
             "folder DIR, run `python -m alexnet_jax.prepare --input=DIR --output=OUT` and train "
-            "with --config.data.source=records:OUT. Or put them into "
-            "~/tensorflow_datasets/downloads/manual and with tensorflow installed run "
-            "`tfds build imagenet2012 --file_format=array_record`"
+            f"with --config.data.source=records:OUT. Or put them into {where}/downloads/manual and "
+            f"{build}"
         )
-    else:
-        fetch = f"With tensorflow installed run `tfds build {name} --file_format=array_record`"
     return (
-        f"{fetch}; another place is named by --config.data.tfds_dir=DIR. Without any data, "
-        "--config=configs/quickstart.py runs"
+        f"{build[0].upper()}{build[1:]}; a finished data set elsewhere is named by "
+        "--config.data.tfds_dir=DIR. Without any data, --config=configs/quickstart.py runs"
     )
