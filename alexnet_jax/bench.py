@@ -19,7 +19,6 @@ from alexnet_jax.data.examples import Source
 from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.mesh import put_batch, put_everywhere, training_mesh
 from alexnet_jax.models.nets import layers
-from alexnet_jax.train import optim
 from alexnet_jax.train.calendar import Calendar
 from alexnet_jax.train.state import initial_state, make_apply, put
 
@@ -139,8 +138,7 @@ def make_advance(
     calendar = Calendar(num_examples, config.train.batch_size, ENDLESS)
     apply = make_apply(config.model, num_classes, mesh.shape["model"])
     step = setup.make_step(apply, config, mesh, calendar)
-    optimizer = optim.make_optimizer(config.optim)
-    state = put(initial_state(config.model, num_classes, optimizer, config.seed), mesh)
+    state = put(initial_state(config.model, num_classes, config.seed), mesh)
     scale = jnp.float32(1e-6)  # of the rate: weights hardly move, whatever is shown
 
     everywhere = put_everywhere(statistics, mesh)

@@ -26,10 +26,12 @@ from orbax.checkpoint import v1 as ocp
 
 from alexnet_jax import config as configs
 from alexnet_jax import seals
-from alexnet_jax.config import Config, FailedError, UserError
+from alexnet_jax.config import Config
 from alexnet_jax.data.statistics import Statistics
-from alexnet_jax.train.optim import Plateau, make_optimizer
-from alexnet_jax.train.state import Params, TrainState, state_shapes
+from alexnet_jax.errors import FailedError, UserError
+from alexnet_jax.models.layers import Params
+from alexnet_jax.train.optim import Plateau
+from alexnet_jax.train.state import TrainState, state_shapes
 
 # A failed save is raised; that Orbax logs it too, in hundreds of lines, helps nobody.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -64,7 +66,6 @@ class Meta:
     pool: str = ""  # that the split was drawn from
     words: tuple[str, ...] = ()  # what the classes are called where labels are codes
     origin: int = 0  # of the `Calendar`
-    top1_error: float | None = None  # a fraction, where a validation pass was made at the step
 
 
 class SaveError(FailedError):
@@ -223,8 +224,7 @@ class Checkpoints:
 
     def read_state(self, step: int, meta: Meta) -> TrainState:
         """A step's state on the host, numpy arrays in their natural shapes."""
-        optimizer = make_optimizer(meta.config.optim)
-        shapes = state_shapes(meta.config.model, len(meta.labels), optimizer)
+        shapes = state_shapes(meta.config.model, len(meta.labels))
         training = {"step": shapes.step, "opt_state": shapes.opt_state}
         params = self._read(step, "params", shapes.params)
         return TrainState(params=params, **self._read(step, "training", training))
@@ -300,8 +300,13 @@ class Saver(Checkpoints):
         """See what another process did to the folder."""
         self.checkpointer.reload()
 
-    def save(self, step: int, state: TrainState, meta: Meta) -> None:
+    def save(
+        self, step: int, state: TrainState, meta: Meta, top1_error: float | None = None
+    ) -> None:
         """Begin to save; the arrays may be donated as soon as this returns.
+
+        Args:
+          top1_error: a fraction, where a validation pass was made at the step.
 
         Raises:
           SaveError: this save cannot begin, or the one before has failed.
@@ -321,7 +326,7 @@ class Saver(Checkpoints):
             },
             "statistics": {k: np.asarray(v) for k, v in meta.statistics._asdict().items()},
         }
-        metrics: Any = None if meta.top1_error is None else {"top1_error": meta.top1_error}
+        metrics: Any = None if top1_error is None else {"top1_error": top1_error}
         with _save_errors(step):
             response = self.checkpointer.save_checkpointables_async(
                 step, contents, metrics=metrics, force=True

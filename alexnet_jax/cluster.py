@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 from jax._src import distributed  # the rank before devices are started, and the service's store
 
-from alexnet_jax.config import UserError
+from alexnet_jax.errors import UserError, exit_status
 
 # What a launcher sets in every process, and where it says how many there are.
 LAUNCHERS = {"SLURM_STEP_NODELIST": "SLURM_NTASKS", "OMPI_MCA_orte_hnp_uri": "OMPI_COMM_WORLD_SIZE"}
@@ -102,13 +102,6 @@ def _nobody_came(coordinator: str) -> NoReturn:
 
 def this_process() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
-
-
-def exit_status(error: BaseException) -> int:
-    """Of a command that `error` ends: 2 the user's mistake, 128 and the signal, 1 all else."""
-    if isinstance(error, KeyboardInterrupt):
-        return 128 + (error.args[0] if error.args else 2)
-    return 2 if isinstance(error, UserError) else 1
 
 
 def leave(status: int) -> NoReturn:

@@ -19,9 +19,9 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from alexnet_jax import cluster
 from alexnet_jax import config as configs
-from alexnet_jax.config import Config, FailedError, UserError
+from alexnet_jax.config import Config
+from alexnet_jax.errors import FailedError, UserError, exit_status
 
 # What absl says of a value that is not of its field's type, and what that must be.
 ILL_TYPED = {
@@ -54,13 +54,13 @@ def status(work: Callable[[], int]) -> int:
         return work()
     except (UserError, FailedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return cluster.exit_status(error)
+        return exit_status(error)
     except MemoryError as error:
         print(f"error: there is not enough memory ({error})", file=sys.stderr)
-        return cluster.exit_status(error)
+        return exit_status(error)
     except KeyboardInterrupt as stop:
         print("stopped; the same command goes on from what was saved", file=sys.stderr)
-        return cluster.exit_status(stop)
+        return exit_status(stop)
     finally:
         sys.unraisablehook = before
 

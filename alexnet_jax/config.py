@@ -19,20 +19,14 @@ from typing import Any, NamedTuple, get_type_hints
 import ml_collections
 from ml_collections import config_dict
 
+from alexnet_jax.errors import UserError
+
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
 SHARES_ENTRY = {"conv6": "conv5", "fc4": "fc8"}  # layers without an entry in tuples of one for each
 CIFAR_HEEDS = frozenset({
     "preset", "net", "width", "input_size", "num_classes", "dtype", "towers", "activation", "init",
     "weight_std", "bias",
 })  # fmt: skip
-
-
-class UserError(Exception):
-    """The user's mistake, in one line: the value, the rule and the way out. Exit status 2."""
-
-
-class FailedError(Exception):
-    """What else ends a command, in one line. Exit status 1."""
 
 
 class Rule(NamedTuple):

@@ -1,75 +1,157 @@
-"""Errors of a net on a whole split while it trains: centre or ten crops, every example once."""
+"""Errors of trained nets, one or several together, on a split: what --mode=eval does."""
 
-from collections.abc import Callable
+import csv
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-import jax
+import jax.numpy as jnp
 import numpy as np
-from jax import Array
-from jax.sharding import Mesh
 
 from alexnet_jax import metrics
-from alexnet_jax.config import Config, Data, UserError
-from alexnet_jax.data import stream
+from alexnet_jax.checkpoint import Told, alone
+from alexnet_jax.config import Config
 from alexnet_jax.data.examples import Source
-from alexnet_jax.data.statistics import Statistics
-from alexnet_jax.mesh import local_rows, put_batch
-from alexnet_jax.train.state import Apply, Params
-from alexnet_jax.train.step import EvalStep, make_eval_step
+from alexnet_jax.errors import UserError, shortened
+from alexnet_jax.files import whole, write_arrays
+from alexnet_jax.predict import Net, averaged, example_names, open_net, open_split, predictor
 
 
-def evaluate(
-    eval_step: EvalStep,
-    params: Params,
-    source: Source,
-    statistics: Statistics,
-    data: Data,
-    batch_size: int,
-    mesh: Mesh,
-    at: Callable[[str], None] = lambda place: None,
-) -> metrics.Sums:
-    """Sums over every example of `source`, float64 on the host.
+class Predictions(NamedTuple):
+    """What nets make of every example of a split, in the source's order."""
+
+    log_probabilities: np.ndarray  # (n, classes) float32; of several nets, of the mean probability
+    targets: np.ndarray  # (n,) int64
+    source: Source
+    net_words: tuple[str, ...] = ()  # of the first net that has some
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What to call the classes where people read."""
+        return self.net_words or self.source.words or self.source.labels
+
+
+def predictions(net: Net, split: str) -> Predictions:
+    """What a net makes of a split.
+
+    Raises:
+      UserError: as `open_split`.
+    """
+    source = open_split(net, split)
+    return Predictions(predictor(net)(source), source.targets, source, net.meta.words)
+
+
+def together(
+    config: Config, directories: Sequence[pathlib.Path], told: Told = alone
+) -> tuple[Predictions, list[int]]:
+    """What one net, or several together, make of split `eval.split`, and the nets' steps.
+
+    Several are averaged as the paper's ensembles are: by their probabilities.
+
+    Raises:
+      UserError: a workdir cannot be used; they are of different classes, or split the data
+        otherwise.
+    """
+    found, steps, sources_of, words = [], [], [], ()
+    for directory in directories:
+        net = open_net(config, directory, told)
+        words = words or net.meta.words
+        sources_of.append(open_split(net, config.eval.split))
+        if sources_of[0].fingerprint != sources_of[-1].fingerprint:
+            raise UserError(
+                f"--workdir={directory} was trained with another data.split or data.split_seed "
+                f"than {directories[0]}, and sees other images; an ensemble needs the same"
+            )
+        found.append(predictor(net)(sources_of[-1]))
+        steps.append(net.step)
+    source = sources_of[0]
+    return Predictions(averaged(found), source.targets, source, words), steps
+
+
+def evaluate_workdirs(
+    config: Config,
+    directories: Sequence[pathlib.Path],
+    output: pathlib.Path | None = None,
+    told: Told = alone,
+) -> tuple[dict[str, Any], str]:
+    """Errors on split `eval.split`, and a table of the classes that are mistaken most.
 
     Args:
-      statistics: of the split the net was trained on, on every device of the mesh.
-      batch_size: global; need not divide the number of examples.
-      at: told of each batch, in words.
+      output: an .npz or .csv file to write probabilities and labels to.
+      told: `Job.told`, where all ranks of a job evaluate.
+
+    Returns:
+      split, num_examples, num_crops, loss, top1_error, top5_error, and each checkpoint's step; the
+      loss of ten crops and of several nets is that of the averaged probability. And the table.
+
+    Raises:
+      UserError: as `together`.
     """
-    rows = stream.Rows(batch_size, local_rows(mesh, batch_size))
-    stored = statistics.mean_image.shape[0]
-    batches = stream.evaluation_batches(source, data, stored=stored, rows=rows)
-    parts: list[Array] = []
-    for batch in batches:
-        at(f"validation batch {len(parts) + 1}")
-        parts.append(eval_step(params, put_batch(batch, mesh), statistics))
-        jax.block_until_ready(parts[-3:][0])  # no more than this many batches on the devices
-    return metrics.added([np.asarray(part.addressable_data(0))[:, 0] for part in parts])
+    found, steps = together(config, directories, told)
+    if output is not None:
+        _write(output, found)
+    sums = [
+        metrics.sums(
+            jnp.asarray(found.log_probabilities[first : first + 4096]),
+            jnp.asarray(found.targets[first : first + 4096]),
+        )
+        for first in range(0, len(found.targets), 4096)
+    ]
+    values = {
+        "split": config.eval.split,
+        "num_examples": len(found.targets),
+        "num_crops": config.eval.num_crops,
+        **metrics.errors(metrics.added(sums)),
+    }
+    if len(directories) == 1:
+        return values | {"step": steps[0]}, class_table(found)
+    names = [str(directory) for directory in directories]
+    return values | {"steps": steps, "workdirs": names}, class_table(found)
 
 
-def check_labels(trained: tuple[str, ...], given: tuple[str, ...], where: str) -> None:
-    """Raises UserError unless a net for classes `trained` can be evaluated on classes `given`."""
-    if trained == given:
+def confusion(found: Predictions) -> np.ndarray:
+    """(classes, classes) int64: how many examples of each class (row) were taken for which."""
+    count = found.log_probabilities.shape[1]
+    best = np.argmax(found.log_probabilities, axis=1)
+    return np.bincount(found.targets * count + best, minlength=count**2).reshape(count, count)
+
+
+def class_table(found: Predictions, most: int = 20) -> str:
+    """The classes with the highest errors, and what they are taken for."""
+    counts, classes = confusion(found), [shortened(name, 24) for name in found.words]
+    examples, right = counts.sum(1), np.diag(counts)
+    errors = 1 - right / np.maximum(examples, 1)
+    wrong = counts - np.diag(right)
+    order = np.argsort(-errors, kind="stable")
+    order = order[examples[order] > 0]
+    lines = [f"{'class':24} examples   error  most often taken for"]
+    for row in order[:most]:
+        taken = int(np.argmax(wrong[row]))
+        mistake = f"{classes[taken]} ({wrong[row, taken]})" if wrong[row, taken] else ""
+        lines.append(f"{classes[row]:24} {examples[row]:8} {errors[row]:7.1%}  {mistake}")
+    if len(order) > most:
+        lines.append(f"... of {len(order)} classes; all of them by --output=FILE.npz")
+    return "\n".join(lines)
+
+
+def _write(output: pathlib.Path, found: Predictions) -> None:
+    """Probabilities, labels and names of all examples, as an .npz or .csv file."""
+    probabilities = np.exp(found.log_probabilities)
+    labels, source = found.source.labels, found.source
+    names = example_names(source)
+    if output.suffix == ".npz":
+        write_arrays(
+            output,
+            probabilities=probabilities,
+            targets=found.targets,
+            labels=np.array(labels),
+            names=np.array(names),
+            confusion=confusion(found),
+        )
         return
-    if len(trained) != len(given):
-        detail = f"{len(given)} classes, the checkpoint {len(trained)}"
-    else:
-        pairs = ((i, a, b) for i, (a, b) in enumerate(zip(given, trained)) if a != b)
-        place, mine, theirs = next(pairs)
-        detail = f"class {place} is {mine!r}, in the checkpoint {theirs!r}"
-    raise UserError(f"{where} has other classes: {detail}; use the data the net was trained for")
-
-
-def batch_size(config: Config, mesh: Mesh) -> int:
-    """Images in one global batch of evaluation, as many for each device; the last is padded."""
-    wanted, shares = config.eval.batch_size or config.train.batch_size, mesh.shape["data"]
-    return -(-wanted // shares) * shares
-
-
-def make_step(apply: Apply, config: Config, mesh: Mesh) -> EvalStep:
-    """The evaluation step that the config asks for."""
-    return make_eval_step(
-        apply,
-        mesh,
-        size=config.model.input_size,
-        num_crops=config.eval.num_crops,
-        mean=config.data.mean,
-    )
+    how: dict[str, Any] = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+    with whole(output) as partial, open(partial, "w", **how) as file:
+        table = csv.writer(file)
+        table.writerow(["name", "label", *labels])
+        for name, target, row in zip(names, found.targets, probabilities):
+            table.writerow([name, labels[target], *(f"{value:.9g}" for value in row)])

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from alexnet_jax.config import UserError
-from alexnet_jax.data.images import short
+from alexnet_jax.errors import UserError, shortened
 
 # Okabe and Ito's colours, which differ for every kind of colour vision.
 BLUE, ORANGE, GREEN, PINK, SKY, RED, BLACK, GREY = (
@@ -104,7 +103,7 @@ def curves(
                     marker=mark,
                     markevery=max(1, len(found[name]) // 8),
                     markersize=3,
-                    label=", ".join(filter(None, (short(name, 28), words))),
+                    label=", ".join(filter(None, (shortened(name, 28), words))),
                 )
     if target is not None:
         axes.axhline(target, color=GREY, linestyle=":", linewidth=1)
@@ -184,7 +183,7 @@ def confusion(counts: np.ndarray, labels: Sequence[str], most: int = 40) -> Any:
         right = np.where(counts.sum(1) > 0, np.diag(shares), np.inf)
         chosen = np.sort(np.argsort(right, kind="stable")[:most])
     shares = shares[np.ix_(chosen, chosen)]
-    names = [short(labels[int(place)], 24) for place in chosen]
+    names = [shortened(labels[int(place)], 24) for place in chosen]
     figure, ((axes,),) = _figure(WIDTH * 0.85, 1, 1)
     drawn = axes.imshow(shares, cmap="cividis", vmin=0, vmax=100)
     axes.set_xticks(range(len(names)), names, rotation=90)
@@ -213,7 +212,7 @@ def guesses(found: Sequence[Guess], columns: int = 4) -> Any:
         row, column = divmod(place, columns)
         picture, bars = axes[2 * row, column], axes[2 * row + 1, column]
         picture.imshow(guess.image)
-        picture.set_title(short(guess.title, 20), fontweight="bold")
+        picture.set_title(shortened(guess.title, 20), fontweight="bold")
         _bars(bars, guess)
     return figure
 
@@ -224,7 +223,7 @@ def _bars(axes: Any, guess: Guess) -> None:
     for place, (label, probability) in enumerate(zip(guess.labels, guess.probabilities)):
         right = label == guess.right
         axes.barh(place, probability, height=0.8, color=ORANGE if right else SKY)
-        words = short(label, 22) + f"  {probability:.0%}"
+        words = shortened(label, 22) + f"  {probability:.0%}"
         weight = "bold" if right else "normal"
         text = axes.text(
             0.02, place, words, va="center", fontsize=7, fontweight=weight, clip_on=True
@@ -248,7 +247,7 @@ def neighbours(
             one.imshow(image)
             one.set(xticks=[], yticks=[])
             same = label == query[1]
-            words = short(label, 14)
+            words = shortened(label, 14)
             one.set_xlabel(words if same else f"≠ {words}", fontsize=7, labelpad=2,
                            color="black" if same else RED)  # fmt: skip
             for spine in one.spines.values():

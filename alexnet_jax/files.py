@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from alexnet_jax.errors import reason
+
 
 @contextlib.contextmanager
 def whole(path: pathlib.Path, sync: bool = False) -> Iterator[pathlib.Path]:
@@ -60,7 +62,7 @@ def read_arrays(path: pathlib.Path, names: Iterable[str]) -> dict[str, np.ndarra
         with np.load(path, allow_pickle=False) as arrays:
             return {name: np.asarray(arrays[name]) for name in names}
     except Exception as error:  # at damaged bytes numpy and zipfile raise what they stumble over
-        raise ValueError(" ".join(str(error).split())[:160] or type(error).__name__) from error
+        raise ValueError(reason(error)) from error
 
 
 def digest(path: pathlib.Path) -> str:

@@ -7,13 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from alexnet_jax import figures, predict, report
-from alexnet_jax.config import Config, UserError, stored_size
+from alexnet_jax import evaluate, figures, predict, report
+from alexnet_jax.config import Config, stored_size
 from alexnet_jax.data import images
 from alexnet_jax.data.examples import Source
+from alexnet_jax.errors import UserError
+from alexnet_jax.evaluate import Predictions
 from alexnet_jax.figures import Guess
 from alexnet_jax.models.nets import layers
-from alexnet_jax.predict import Net, Predictions
+from alexnet_jax.predict import Net
 
 GUESSES, QUERIES, NEAREST = 8, 5, 6  # as in figure 4
 MOST_FILES = 64  # in one picture
@@ -37,13 +39,13 @@ def draw(config: Config, directories: Sequence[pathlib.Path]) -> list[str]:
         if not report.training_records(directory):
             raise UserError(f"--workdir={directory} holds no {report.METRICS_FILE}; train there")
     net = predict.open_net(config, directories[0])
-    found = predict.predictions(net, config.eval.split)
+    found = evaluate.predictions(net, config.eval.split)
     size = stored_size(net.config.data, net.config.model)
     drawn = {
         "errors": learning(directories, "top1_error", "top-1 error"),
         "loss": learning(directories, "loss", "loss, nats"),
         **ratios(directories[0]),
-        "confusion": figures.confusion(predict.confusion(found), found.words),
+        "confusion": figures.confusion(evaluate.confusion(found), found.words),
         "kernels": kernels(net),
         "guesses": figures.guesses(guesses(found, size)),
         "neighbours": neighbours(net, found, size),

@@ -216,7 +216,6 @@ def training_step(
         config.model.input_size,
         stored_size(config.data, config.model),
     )
-    optimizer = optim.make_optimizer(config.optim)
     step = make_train_step(
         make_apply(model, num_classes, mesh.shape["model"]),
         optim.make_update(config.optim),
@@ -242,5 +241,5 @@ def training_step(
     statistics = Statistics._make(
         whole(*shape) for shape in ((stored, stored, 3), (3,), (3,), (3, 3))
     )
-    state = placed_shapes(state_shapes(model, num_classes, optimizer), mesh)
+    state = placed_shapes(state_shapes(model, num_classes), mesh)
     return step, (state, batch, statistics, whole())

@@ -15,13 +15,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from alexnet_jax import evaluate, metrics, resident, setup, workdir
+from alexnet_jax import metrics, resident, setup, validate, workdir
 from alexnet_jax.checkpoint import Meta
 from alexnet_jax.cluster import Job
-from alexnet_jax.config import Config, FailedError
+from alexnet_jax.config import Config
 from alexnet_jax.data import stream
 from alexnet_jax.data.examples import Source
 from alexnet_jax.data.statistics import Statistics
+from alexnet_jax.errors import FailedError
 from alexnet_jax.mesh import local_columns, local_rows, over_model, put_batch, put_everywhere
 from alexnet_jax.models.nets import layers
 from alexnet_jax.report import PASS, Report, Silent
@@ -167,13 +168,12 @@ def _steps(run: setup.Run, first: int, report: Silent, job: Job) -> int:
                 _say_initial_loss(values["loss"], len(meta.labels), report)
         if passes:
             rate = values["learning_rate"]
-            meta = _validated(run, meta, state, statistics, step, rate, report, job)
+            error, meta = _validated(run, meta, state, statistics, step, rate, report, job)
             scale = np.float32(optim.plateau_scale(meta.plateau, config.optim))
         if saves:
             job.at(f"the saving of step {step}")
-            error = meta.top1_error if passes else None
-            saved = dataclasses.replace(meta, top1_error=error)
-            run.checkpoints.save(step, natural_state(state, len(meta.labels)), saved)
+            natural = natural_state(state, len(meta.labels))
+            run.checkpoints.save(step, natural, meta, error if passes else None)
             interval.restart()  # the next rate is without the save
         if stopping:
             run.checkpoints.wait()
@@ -193,16 +193,16 @@ def _validated(
     learning_rate: float,
     report: Silent,
     job: Job,
-) -> Meta:
-    """A validation pass: its record, and the plateau and best error after it."""
+) -> tuple[float, Meta]:
+    """A validation pass: its record and top-1 error, and `meta` with the plateau after it."""
     started = time.perf_counter()
-    sums = evaluate.evaluate(
+    sums = validate.validate(
         run.eval_step,
         state.params,
         run.validation,
         statistics,
         run.config.data,
-        evaluate.batch_size(run.config, run.mesh),
+        validate.batch_size(run.config, run.mesh),
         run.mesh,
         job.at,
     )
@@ -219,7 +219,7 @@ def _validated(
     plateau = optim.plateau_update(meta.plateau, values["top1_error"], run.config.optim)
     if plateau.drops > meta.plateau.drops and run.config.optim.schedule == "plateau":
         report.say(f"no better for {run.config.optim.plateau_patience} passes: the rate drops")
-    return dataclasses.replace(meta, plateau=plateau, top1_error=values["top1_error"])
+    return values["top1_error"], dataclasses.replace(meta, plateau=plateau)
 
 
 def device_batches(
@@ -247,7 +247,7 @@ def device_batches(
     )
     finish: resident.Finish | None = None
     if config.data.on_device:
-        finish = resident.load(source, config.data, statistics.mean_image.shape[0], size, mesh)
+        finish = resident.load(source, config.data, statistics.stored_size, size, mesh)
 
     with contextlib.closing(batches):
         for batch in batches:

@@ -17,9 +17,20 @@ import sys
 
 from absl import flags
 
-from alexnet_jax import bench, cluster, command, figures, gallery, inspection, loop, mesh, predict
+from alexnet_jax import (
+    bench,
+    cluster,
+    command,
+    evaluate,
+    figures,
+    gallery,
+    inspection,
+    loop,
+    mesh,
+    predict,
+)
 from alexnet_jax import config as configs
-from alexnet_jax.config import UserError
+from alexnet_jax.errors import UserError
 
 MODES = ("train", "eval", "predict", "features", "figures", "inspect", "bench")
 WITHOUT_WORKDIR = ("inspect", "bench")
@@ -120,7 +131,7 @@ def run_mode(
         output = None
         if options.output and job.leads:
             output = command.file_to_write("output", options.output, ".npz", ".csv")
-        found, classes = predict.evaluate_workdirs(config, directories, output, job.told)
+        found, classes = evaluate.evaluate_workdirs(config, directories, output, job.told)
         if job.leads:
             print(classes)
             print(json.dumps(found))

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from alexnet_jax import config as configs
-from alexnet_jax.config import UserError
+from alexnet_jax.errors import UserError
 
 
 def start_cpu_devices(count: int, at_least: bool = False) -> None:

@@ -1,6 +1,5 @@
-"""What trained nets make of images: errors, ensembles, probabilities, best labels, features."""
+"""What trained nets make of images: probabilities, best labels, features."""
 
-import csv
 import dataclasses
 import logging
 import os
@@ -8,22 +7,22 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from alexnet_jax import metrics
 from alexnet_jax.checkpoint import Checkpoints, Meta, Told, alone
-from alexnet_jax.config import Config, UserError
+from alexnet_jax.config import Config
 from alexnet_jax.data import images, sources, stream, survey
 from alexnet_jax.data.examples import Source
-from alexnet_jax.evaluate import batch_size, check_labels
-from alexnet_jax.files import whole, write_arrays
+from alexnet_jax.errors import UserError, printable
+from alexnet_jax.files import write_arrays
 from alexnet_jax.mesh import local_rows, make_mesh, put_batch, put_everywhere
+from alexnet_jax.models.layers import Params
 from alexnet_jax.models.nets import layers
-from alexnet_jax.train.state import Params, make_apply, put
+from alexnet_jax.train.state import make_apply, put
 from alexnet_jax.train.step import EvalStep, make_features_step, make_predict_step
+from alexnet_jax.validate import batch_size, check_same_classes
 from alexnet_jax.workdir import CHECKPOINTS
 
 log = logging.getLogger(__name__)
@@ -39,20 +38,6 @@ class Net(NamedTuple):
     step: int
     params: Params  # on the mesh
     mesh: Mesh
-
-
-class Predictions(NamedTuple):
-    """What nets make of every example of a split, in the source's order."""
-
-    log_probabilities: np.ndarray  # (n, classes) float32; of several nets, of the mean probability
-    targets: np.ndarray  # (n,) int64
-    source: Source
-    net_words: tuple[str, ...] = ()  # of the first net that has some
-
-    @property
-    def words(self) -> tuple[str, ...]:
-        """What to call the classes where people read."""
-        return self.net_words or self.source.words or self.source.labels
 
 
 def open_net(config: Config, directory: pathlib.Path, told: Told = alone) -> Net:
@@ -74,7 +59,7 @@ def open_net(config: Config, directory: pathlib.Path, told: Told = alone) -> Net
     trained = meta.config.data
     data = dataclasses.replace(
         config.data,
-        stored_size=meta.statistics.mean_image.shape[0],
+        stored_size=meta.statistics.stored_size,
         mean=trained.mean,
         split=trained.split,
         split_seed=trained.split_seed,
@@ -91,7 +76,7 @@ def open_split(net: Net, split: str) -> Source:
       UserError: there is no such split, or the data has other classes.
     """
     source = sources.open_source(net.config.data, split)
-    check_labels(net.meta.labels, source.labels, net.config.data.source)
+    check_same_classes(net.meta.labels, source.labels, net.config.data.source)
     if net.meta.pool and source.pool and source.pool != net.meta.pool:
         log.warning(
             "%s holds other files than the net was trained with, so that it is split otherwise: "
@@ -148,49 +133,12 @@ def _outputs(net: Net, source: Source, step: EvalStep) -> Iterator[np.ndarray]:
     """What `step` makes of each global batch, padding included."""
     size = batch_size(net.config, net.mesh)
     rows = stream.Rows(size, local_rows(net.mesh, size))
-    stored = net.meta.statistics.mean_image.shape[0]
+    stored = net.meta.statistics.stored_size
     statistics = put_everywhere(net.meta.statistics, net.mesh)
     for batch in stream.evaluation_batches(source, net.config.data, stored=stored, rows=rows):
         placed = put_batch(batch, net.mesh)
         output = step(net.params, placed, statistics)
         yield np.asarray(multihost_utils.process_allgather(output, tiled=True))
-
-
-def predictions(net: Net, split: str) -> Predictions:
-    """What a net makes of a split.
-
-    Raises:
-      UserError: as `open_split`.
-    """
-    source = open_split(net, split)
-    return Predictions(predictor(net)(source), source.targets, source, net.meta.words)
-
-
-def together(
-    config: Config, directories: Sequence[pathlib.Path], told: Told = alone
-) -> tuple[Predictions, list[int]]:
-    """What one net, or several together, make of split `eval.split`, and the nets' steps.
-
-    Several are averaged as the paper's ensembles are: by their probabilities.
-
-    Raises:
-      UserError: a workdir cannot be used; they are of different classes, or split the data
-        otherwise.
-    """
-    found, steps, sources_of, words = [], [], [], ()
-    for directory in directories:
-        net = open_net(config, directory, told)
-        words = words or net.meta.words
-        sources_of.append(open_split(net, config.eval.split))
-        if sources_of[0].fingerprint != sources_of[-1].fingerprint:
-            raise UserError(
-                f"--workdir={directory} was trained with another data.split or data.split_seed "
-                f"than {directories[0]}, and sees other images; an ensemble needs the same"
-            )
-        found.append(predictor(net)(sources_of[-1]))
-        steps.append(net.step)
-    source = sources_of[0]
-    return Predictions(averaged(found), source.targets, source, words), steps
 
 
 def averaged(log_probs: Sequence[np.ndarray]) -> np.ndarray:
@@ -204,96 +152,8 @@ def averaged(log_probs: Sequence[np.ndarray]) -> np.ndarray:
     return np.log(np.maximum(mean.astype(np.float32), np.finfo(np.float32).tiny))
 
 
-def evaluate_workdirs(
-    config: Config,
-    directories: Sequence[pathlib.Path],
-    output: pathlib.Path | None = None,
-    told: Told = alone,
-) -> tuple[dict[str, Any], str]:
-    """Errors on split `eval.split`, and a table of the classes that are mistaken most.
-
-    Args:
-      output: an .npz or .csv file to write probabilities and labels to.
-      told: `Job.told`, where all ranks of a job evaluate.
-
-    Returns:
-      split, num_examples, num_crops, loss, top1_error, top5_error, and each checkpoint's step; the
-      loss of ten crops and of several nets is that of the averaged probability. And the table.
-
-    Raises:
-      UserError: as `together`.
-    """
-    found, steps = together(config, directories, told)
-    if output is not None:
-        _write(output, found)
-    sums = [
-        metrics.sums(
-            jnp.asarray(found.log_probabilities[first : first + 4096]),
-            jnp.asarray(found.targets[first : first + 4096]),
-        )
-        for first in range(0, len(found.targets), 4096)
-    ]
-    values = {
-        "split": config.eval.split,
-        "num_examples": len(found.targets),
-        "num_crops": config.eval.num_crops,
-        **metrics.errors(metrics.added(sums)),
-    }
-    if len(directories) == 1:
-        return values | {"step": steps[0]}, class_table(found)
-    names = [str(directory) for directory in directories]
-    return values | {"steps": steps, "workdirs": names}, class_table(found)
-
-
-def confusion(found: Predictions) -> np.ndarray:
-    """(classes, classes) int64: how many examples of each class (row) were taken for which."""
-    count = found.log_probabilities.shape[1]
-    best = np.argmax(found.log_probabilities, axis=1)
-    return np.bincount(found.targets * count + best, minlength=count**2).reshape(count, count)
-
-
-def class_table(found: Predictions, most: int = 20) -> str:
-    """The classes with the highest errors, and what they are taken for."""
-    counts, classes = confusion(found), [images.short(name, 24) for name in found.words]
-    examples, right = counts.sum(1), np.diag(counts)
-    errors = 1 - right / np.maximum(examples, 1)
-    wrong = counts - np.diag(right)
-    order = np.argsort(-errors, kind="stable")
-    order = order[examples[order] > 0]
-    lines = [f"{'class':24} examples   error  most often taken for"]
-    for row in order[:most]:
-        taken = int(np.argmax(wrong[row]))
-        mistake = f"{classes[taken]} ({wrong[row, taken]})" if wrong[row, taken] else ""
-        lines.append(f"{classes[row]:24} {examples[row]:8} {errors[row]:7.1%}  {mistake}")
-    if len(order) > most:
-        lines.append(f"... of {len(order)} classes; all of them by --output=FILE.npz")
-    return "\n".join(lines)
-
-
-def _write(output: pathlib.Path, found: Predictions) -> None:
-    """Probabilities, labels and names of all examples, as an .npz or .csv file."""
-    probabilities = np.exp(found.log_probabilities)
-    labels, source = found.source.labels, found.source
-    names = _names(source)
-    if output.suffix == ".npz":
-        write_arrays(
-            output,
-            probabilities=probabilities,
-            targets=found.targets,
-            labels=np.array(labels),
-            names=np.array(names),
-            confusion=confusion(found),
-        )
-        return
-    how: dict[str, Any] = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
-    with whole(output) as partial, open(partial, "w", **how) as file:
-        table = csv.writer(file)
-        table.writerow(["name", "label", *labels])
-        for name, target, row in zip(names, found.targets, probabilities):
-            table.writerow([name, labels[target], *(f"{value:.9g}" for value in row)])
-
-
-def _names(source: Source) -> list[str]:
+def example_names(source: Source) -> list[str]:
+    """What the examples are called, in the source's order."""
     return [source.name(index) for index in range(len(source))]
 
 
@@ -313,7 +173,7 @@ def predict_files(
     predictors, labels, words = [], (), ()
     for directory in directories:
         net = open_net(config, directory)
-        check_labels(labels or net.meta.labels, net.meta.labels, f"--workdir={directory}")
+        check_same_classes(labels or net.meta.labels, net.meta.labels, f"--workdir={directory}")
         labels, words = net.meta.labels, words or net.meta.words
         predictors.append(predictor(net))
     for first in range(0, len(files), FILES_AT_ONCE):
@@ -371,7 +231,7 @@ def _inside(folder: str) -> list[str]:
     if others:
         log.warning(
             "%d links to nothing, pipes or devices are not looked at: %s", len(others),
-            ", ".join(map(images.printable, others[:20])),
+            ", ".join(map(printable, others[:20])),
         )  # fmt: skip
     return sorted(set(found) - set(others))
 
@@ -392,7 +252,7 @@ def write_features(
         features=found,
         targets=source.targets,
         labels=np.array(source.labels),
-        names=np.array(_names(source)),
+        names=np.array(example_names(source)),
     )
     return {
         "split": config.eval.split,

@@ -12,9 +12,10 @@ from jax import Array, lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from alexnet_jax.config import Data, UserError
+from alexnet_jax.config import Data
 from alexnet_jax.data import stream
 from alexnet_jax.data.examples import Source
+from alexnet_jax.errors import UserError
 from alexnet_jax.mesh import put_everywhere
 
 READ_AT_ONCE = 256  # images

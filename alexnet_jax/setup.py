@@ -10,12 +10,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from alexnet_jax import evaluate, workdir
+from alexnet_jax import validate, workdir
 from alexnet_jax.checkpoint import Checkpoints, Meta, Saver, Told
 from alexnet_jax.cluster import Job
-from alexnet_jax.config import SHARES_ENTRY, Config, UserError
+from alexnet_jax.config import SHARES_ENTRY, Config
 from alexnet_jax.data import sources, survey
 from alexnet_jax.data.examples import Source
+from alexnet_jax.errors import UserError
 from alexnet_jax.mesh import training_mesh
 from alexnet_jax.models.nets import layers
 from alexnet_jax.ops import native
@@ -76,15 +77,14 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
     if latest is not None:
         meta = checkpoints.read_meta(latest)
         changed = workdir.check_resume(meta.config, config, allow_config_change)
-        evaluate.check_labels(meta.labels, source.labels, config.data.source)
+        validate.check_same_classes(meta.labels, source.labels, config.data.source)
     with job.one_first():
         source, statistics = survey.surveyed(source, config.data, config.model)
         validation, _ = survey.surveyed(validation, config.data, config.model)
     num_examples, num_classes = len(source), len(source.labels)
     if latest is None:
-        optimizer = optim.make_optimizer(config.optim)
         meta = Meta(config, source.labels, statistics)
-        state = initial_state(config.model, num_classes, optimizer, config.seed)
+        state = initial_state(config.model, num_classes, config.seed)
         if config.train.init_from:
             rates = optim.layer_rates(config.optim)
             last = layers(config.model, num_classes)[-1].name
@@ -130,7 +130,7 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
         meta=meta,
         state=put(state, mesh),
         train_step=make_step(apply, config, mesh, calendar),
-        eval_step=evaluate.make_step(apply, config, mesh),
+        eval_step=validate.make_step(apply, config, mesh),
         schedule=jax.jit(optim.make_schedule(config.optim, calendar)),
     )
 

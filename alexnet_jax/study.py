@@ -21,11 +21,12 @@ from typing import Any
 import jax
 from absl import flags
 
-from alexnet_jax import command, figures, loop, mesh, predict, report, setup, tables
+from alexnet_jax import command, evaluate, figures, loop, mesh, report, setup, tables
 from alexnet_jax import config as configs
 from alexnet_jax.cluster import Job
-from alexnet_jax.config import Config, UserError
+from alexnet_jax.config import Config
 from alexnet_jax.data import sources
+from alexnet_jax.errors import UserError
 from alexnet_jax.files import write_text
 from alexnet_jax.models.nets import layers
 from alexnet_jax.studies import STUDIES, Settings, Study
@@ -217,7 +218,7 @@ def _run(config: Config, directory: pathlib.Path) -> int:
     for split in tables.SPLITS:
         seen = split if split == "train" else config.eval.split
         looking = dataclasses.replace(config, eval=dataclasses.replace(config.eval, split=seen))
-        errors[split], _ = predict.evaluate_workdirs(looking, [directory])
+        errors[split], _ = evaluate.evaluate_workdirs(looking, [directory])
     result = {"config": configs.to_dict(config), "seed": config.seed, **errors}
     write_text(directory / tables.RESULT, json.dumps(result, indent=2) + "\n")
     return 0

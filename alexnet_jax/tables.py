@@ -12,7 +12,7 @@ import numpy as np
 import scipy.stats
 
 from alexnet_jax import figures, report
-from alexnet_jax.config import UserError
+from alexnet_jax.errors import UserError
 from alexnet_jax.files import write_text
 from alexnet_jax.studies import STUDIES, Study
 

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 
 from alexnet_jax import config as configs
 from alexnet_jax.cluster import Job, this_process
-from alexnet_jax.config import Config, UserError
+from alexnet_jax.config import Config
+from alexnet_jax.errors import UserError
 from alexnet_jax.files import write_text
 
 log = logging.getLogger(__name__)

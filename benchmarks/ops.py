@@ -245,7 +245,7 @@ def update(bandwidth: float, rounds: int) -> dict[str, float]:
     This package's also sums squares, as in a training step; PyTorch's does not.
     """
     config = configs.resolve(configs.blank())
-    now = state.initial_state(config.model, 1000, optim.make_optimizer(config.optim), 0)
+    now = state.initial_state(config.model, 1000, 0)
     change = optim.make_update(config.optim)
     weights = jax.device_put((now.params, now.opt_state))
     gradients = jax.device_put(now.params)

@@ -82,7 +82,7 @@ def trained(config: Config, form: str, path: pathlib.Path) -> Iterator[dict[str,
             rates = schedule(step - 1, 1.0)
             run.train(batch, float(rates["kernel"]), float(rates["bias"]))
             if calendar.epoch_ends(step, config.eval.every_epochs):
-                stored = len(statistics.mean_image)
+                stored = statistics.stored_size
                 count = config.eval.batch_size or batch_size
                 held_out = stream.evaluation_batches(
                     validation, config.data, stored=stored, rows=stream.Rows(count, range(count))
@@ -105,8 +105,7 @@ class Run:
         net_layers = layers(config.model, classes)
         widths = [layer.kernel[-1] for layer in net_layers[:-1]]
         net = torch_nets.Paper(form, classes, self.size, widths)
-        optimizer = optim.make_optimizer(config.optim)
-        params = state.initial_state(config.model, classes, optimizer, config.seed).params
+        params = state.initial_state(config.model, classes, config.seed).params
         with torch.no_grad():
             for name, leaves in params.items():
                 layer = getattr(net, name)

@@ -207,11 +207,11 @@ def ours(batch: int, dtype: str, what: str) -> tuple[timing.Work, str]:
     import jax
     import numpy as np
 
-    from alexnet_jax import bench, evaluate
+    from alexnet_jax import bench, validate
     from alexnet_jax import config as configs
     from alexnet_jax.data.statistics import Statistics
     from alexnet_jax.mesh import make_mesh, put_batch
-    from alexnet_jax.train import optim, state
+    from alexnet_jax.train import state
 
     user = configs.blank()
     user.model.dtype = timing.set_precision(dtype)
@@ -240,9 +240,8 @@ def ours(batch: int, dtype: str, what: str) -> tuple[timing.Work, str]:
         call = functools.partial(advance, given)
     else:
         given = put_batch(numbers | {"valid": np.ones(batch, bool)}, mesh)
-        optimizer = optim.make_optimizer(config.optim)
-        params = state.put(state.initial_state(config.model, 1_000, optimizer, 0).params, mesh)
-        step = evaluate.make_step(state.make_apply(config.model, 1_000, 1), config, mesh)
+        params = state.put(state.initial_state(config.model, 1_000, 0).params, mesh)
+        step = validate.make_step(state.make_apply(config.model, 1_000, 1), config, mesh)
         call = functools.partial(step, params, given, jax.device_put(pixels))
     alone = jax.default_backend() == "cpu"
     return timing.Work(call, jax.block_until_ready, alone), jax.devices()[0].device_kind

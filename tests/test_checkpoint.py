@@ -13,9 +13,10 @@ from jax.sharding import AxisType, Mesh
 
 from alexnet_jax import seals
 from alexnet_jax.checkpoint import Checkpoints, Meta, NewestAndBest, SaveError, Saver
-from alexnet_jax.config import Config, UserError
+from alexnet_jax.config import Config
 from alexnet_jax.data.statistics import Statistics
-from alexnet_jax.train.optim import Plateau, make_optimizer
+from alexnet_jax.errors import UserError
+from alexnet_jax.train.optim import Plateau
 from alexnet_jax.train.state import initial_state, natural_state, put
 
 CLASSES = 7  # odd: two shards hold eight columns
@@ -33,7 +34,7 @@ class Saved:
 
 @pytest.fixture(scope="module")
 def state() -> Any:
-    state = initial_state(MODEL, CLASSES, make_optimizer(CONFIG.optim), seed=3)
+    state = initial_state(MODEL, CLASSES, seed=3)
     rng = np.random.default_rng(1)
     velocities = jax.tree.map(lambda v: rng.normal(size=v.shape).astype(v.dtype), state.opt_state)
     return state._replace(step=np.int32(5), opt_state=velocities)
@@ -45,7 +46,7 @@ def meta() -> Meta:
     shapes = Statistics(*((41, 41, 3), (3,), (3,), (3, 3)))
     statistics = Statistics(*(rng.uniform(size=shape).astype(np.float32) for shape in shapes))
     labels = tuple(f"class {number}" for number in range(CLASSES))
-    return Meta(CONFIG, labels, statistics, Plateau(0.25, 3, 1), top1_error=0.3)
+    return Meta(CONFIG, labels, statistics, Plateau(0.25, 3, 1))
 
 
 def make_mesh(data: int, model: int) -> Mesh:
@@ -62,7 +63,7 @@ def save_two(folder: pathlib.Path, state: Any, meta: Meta) -> None:
     with Saver(folder) as checkpoints:
         for step, error in ((1, 0.1), (2, 0.2)):
             placed = put(state, make_mesh(1, 1))
-            checkpoints.save(step, placed, dataclasses.replace(meta, top1_error=error))
+            checkpoints.save(step, placed, meta, error)
 
 
 def assert_equal(found: Any, expected: Any) -> None:
@@ -148,7 +149,7 @@ def test_only_the_newest_and_the_best_stay_on_disk(state, meta, tmp_path):
     placed = put(state, make_mesh(1, 1))
     with Saver(tmp_path) as checkpoints:
         for step, error in ((1, 0.5), (2, 0.2), (3, 0.2), (4, 0.4)):
-            checkpoints.save(step, placed, dataclasses.replace(meta, top1_error=error))
+            checkpoints.save(step, placed, meta, error)
         checkpoints.wait()
         assert checkpoints.steps() == [2, 4]
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["2", "4"]
@@ -209,7 +210,7 @@ def test_the_step_to_read_is_the_newest_or_the_one_named(state, meta, tmp_path):
             checkpoints.chosen_step(-1)
         for step, error in ((3, 0.1), (7, 0.2)):
             placed = put(state, make_mesh(1, 1))
-            checkpoints.save(step, placed, dataclasses.replace(meta, top1_error=error))
+            checkpoints.save(step, placed, meta, error)
         checkpoints.wait()
         assert checkpoints.chosen_step(-1) == 7
         assert checkpoints.chosen_step(3) == 3
@@ -223,7 +224,7 @@ def test_unreadable_metrics_of_one_checkpoint_do_not_cost_the_others(state, meta
     (tmp_path / "2" / "metrics" / "metrics").write_bytes(b"\xff{")
     with Saver(tmp_path) as checkpoints:
         assert checkpoints.newest_whole() == 1
-        checkpoints.save(2, placed, meta)
+        checkpoints.save(2, placed, meta, 0.3)
         checkpoints.wait()
         assert checkpoints.newest_whole() == 2
     assert f"CHECKPOINT {tmp_path / '2'} IS DAMAGED" in caplog.text
@@ -259,7 +260,7 @@ def test_a_run_that_saves_meanwhile_is_read_at_its_newest(
     def once_saved(*arguments):
         if not later:
             later.append(3)
-            run.save(3, placed, dataclasses.replace(meta, top1_error=0.3))
+            run.save(3, placed, meta, 0.3)
             run.wait()
         return really(*arguments)
 

@@ -21,7 +21,7 @@ import pytest
 
 from alexnet_jax import cluster
 from alexnet_jax.checkpoint import Checkpoints
-from alexnet_jax.config import UserError
+from alexnet_jax.errors import UserError
 from alexnet_jax.ops import native
 
 # As `python -m alexnet_jax.main`, but sooner to take a rank for dead.

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from alexnet_jax import config as configs
-from alexnet_jax.config import PRESETS, Config, Model, UserError, blank, resolve
+from alexnet_jax.config import PRESETS, Config, Model, blank, resolve
+from alexnet_jax.errors import UserError
 
 
 def with_preset(name: str) -> Config:

@@ -17,7 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from alexnet_jax import command as shared
 from alexnet_jax import main as command
 from alexnet_jax.checkpoint import Checkpoints, Saver
-from alexnet_jax.config import FailedError
+from alexnet_jax.errors import FailedError
 from alexnet_jax.report import Report
 from alexnet_jax.train import state
 from alexnet_jax.train.calendar import Calendar

@@ -6,7 +6,7 @@ import pytest
 
 from alexnet_jax import config as configs
 from alexnet_jax import inspection, mesh
-from alexnet_jax.config import UserError
+from alexnet_jax.errors import UserError
 
 
 @pytest.mark.parametrize(

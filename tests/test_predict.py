@@ -12,7 +12,7 @@ import oracle
 import pytest
 from PIL import Image
 
-from alexnet_jax import predict
+from alexnet_jax import evaluate, predict
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.config import Config, Data
 from alexnet_jax.data import images as pictures
@@ -173,8 +173,8 @@ def test_a_table_names_files_as_they_are(tmp_path):
     """Also one that is no UTF-8."""
     odd = os.fsencode(tmp_path) + b"/\xff.png"
     source = sources.Folder(CLASSES, np.array([1]), "", (os.fsdecode(odd),))
-    found = predict.Predictions(np.zeros((1, 3), np.float32), np.array([1]), source)
-    predict._write(tmp_path / "found.csv", found)
+    found = evaluate.Predictions(np.zeros((1, 3), np.float32), np.array([1]), source)
+    evaluate._write(tmp_path / "found.csv", found)
     assert (tmp_path / "found.csv").read_bytes().splitlines()[1].split(b",")[0] == odd
 
 
@@ -286,7 +286,7 @@ def test_classes_without_examples_take_no_place_in_the_table():
     log_probabilities = np.log(np.where(np.arange(60) == best[:, None], 0.9, 0.1 / 59))
     labels = ("\x1b[2Jnot\nprintable", *(f"class {number}" for number in range(1, 60)))
     source = sources.Folder(labels, targets, "", ("",) * len(targets))
-    table = predict.class_table(predict.Predictions(log_probabilities, targets, source))
+    table = evaluate.class_table(evaluate.Predictions(log_probabilities, targets, source))
     _, worst, *others, last = table.splitlines()
     assert worst.split() == ["\\x1b[2Jnot\\nprintable", "2", "100.0%", "class", "1", "(2)"]
     assert [line.split()[:4] for line in others] == [

@@ -9,8 +9,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from alexnet_jax import command, loop, mesh, resident
-from alexnet_jax.config import Config, Data, Train, UserError
+from alexnet_jax.config import Config, Data, Train
 from alexnet_jax.data import sources, survey
+from alexnet_jax.errors import UserError
 
 
 @pytest.mark.parametrize("shards", [1, 2])

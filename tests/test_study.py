@@ -11,7 +11,7 @@ import pytest
 
 from alexnet_jax import report, tables
 from alexnet_jax import study as command
-from alexnet_jax.config import UserError
+from alexnet_jax.errors import UserError
 from alexnet_jax.studies import STUDIES, Study
 
 FIGURE1 = ["--config.model.preset=cifar", "--config.model.input_size=32"]

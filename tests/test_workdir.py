@@ -15,7 +15,8 @@ from collections.abc import Iterator
 import pytest
 
 from alexnet_jax import workdir
-from alexnet_jax.config import Config, UserError
+from alexnet_jax.config import Config
+from alexnet_jax.errors import UserError
 
 HOLD = """
 import pathlib, sys, time

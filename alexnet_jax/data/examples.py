@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from alexnet_jax.config import UserError
+from alexnet_jax.errors import UserError
 
 
 class Example(NamedTuple):

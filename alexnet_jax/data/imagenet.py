@@ -15,8 +15,8 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import scipy.io
 
-from alexnet_jax.config import UserError
-from alexnet_jax.data.tars import AGAIN, Members, basename, files, opened, reading, short
+from alexnet_jax.data.tars import AGAIN, Members, basename, files, opened, reading
+from alexnet_jax.errors import UserError, reason
 
 BLOCK_BYTES = 2**22  # read at a time
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
@@ -170,7 +170,7 @@ def _synsets(devkit: pathlib.Path) -> dict[str, tuple[int, str]]:
         leaves = [row for row in table if int(row["num_children"]) == 0]
         found = {str(s["WNID"]): (int(s["ILSVRC2012_ID"]), str(s["words"])) for s in leaves}
     except Exception as error:  # at damaged bytes scipy and numpy raise whatever they stumble over
-        message = f"{devkit}, {SYNSETS} has no table of synsets ({short(error)}); {AGAIN}"
+        message = f"{devkit}, {SYNSETS} has no table of synsets ({reason(error)}); {AGAIN}"
         raise UserError(message) from error
     if not len(leaves) == len(found) == len({number for number, _ in found.values()}):
         raise UserError(f"{devkit}, {SYNSETS} has a class or a number twice; {AGAIN}")

@@ -11,9 +11,9 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from alexnet_jax.config import FailedError
 from alexnet_jax.data import native
 from alexnet_jax.data.examples import Example
+from alexnet_jax.errors import FailedError, printable
 
 MAX_BYTES = 2**28  # a larger file is no picture and would fill the memory
 MAX_PIXELS = 100_000_000  # a larger claim is taken for an attack or a broken header
@@ -34,17 +34,6 @@ class ImageError(FailedError):
 
     def __init__(self, message: str):
         super().__init__(printable(message))
-
-
-def printable(text: str) -> str:
-    """Text of files and archives, fit for a line on a terminal."""
-    return text if text.isprintable() else ascii(text)[1:-1]
-
-
-def short(text: str, most: int) -> str:
-    """The same, in at most so many characters."""
-    text = printable(text)
-    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def decode(data: bytes | np.ndarray, name: str, fleeting: bool = False) -> np.ndarray:

@@ -9,9 +9,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from alexnet_jax.config import Data, UserError, from_dict
+from alexnet_jax.config import Data, from_dict
 from alexnet_jax.data import imagenet, records, sources
 from alexnet_jax.data.examples import Source
+from alexnet_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 

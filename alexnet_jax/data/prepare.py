@@ -22,13 +22,13 @@ import numpy as np
 import simplejpeg
 from tqdm import tqdm
 
-from alexnet_jax.config import FailedError, UserError
 from alexnet_jax.data import images, native, records, workers
 from alexnet_jax.data.examples import Source, check_labels
 from alexnet_jax.data.images import ImageError
 from alexnet_jax.data.inputs import Input
 from alexnet_jax.data.sources import Folder
 from alexnet_jax.data.statistics import Sums
+from alexnet_jax.errors import FailedError, UserError, reason
 from alexnet_jax.files import digest, read_arrays, synced, write_arrays, write_text
 
 log = logging.getLogger(__name__)
@@ -369,8 +369,7 @@ def _check_plan(path: pathlib.Path, given: Input, settings: Settings) -> None:
         old = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{path} is damaged ({' '.join(str(error).split())[:100]}); remove {path.parent} to "
-            "begin again"
+            f"{path} is damaged ({reason(error)}); remove {path.parent} to begin again"
         ) from error
     changes = _changes(old | {"fingerprint": fingerprint}, plan)
     if changes:

@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from alexnet_jax.config import UserError
 from alexnet_jax.data.examples import Example, taken
 from alexnet_jax.data.statistics import Statistics, read_statistics
+from alexnet_jax.errors import UserError
 from alexnet_jax.files import digest, read_arrays
 
 log = logging.getLogger(__name__)

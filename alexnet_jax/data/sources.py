@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from alexnet_jax.config import Data, UserError
+from alexnet_jax.config import Data
 from alexnet_jax.data import images, records, shapes
 from alexnet_jax.data.examples import Example, Source, check_labels, taken
+from alexnet_jax.errors import UserError, printable
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ def read_file(path: str) -> bytes:
             )
         return b"".join(parts)
     except OSError as error:
-        message = f"{images.printable(path)} cannot be read ({error.strerror})"
+        message = f"{printable(path)} cannot be read ({error.strerror})"
         raise OSError(message) from error
 
 
@@ -220,14 +221,14 @@ def _class_folders(root: pathlib.Path, labels: tuple[str, ...]) -> Folder:
             entries = sorted((e for e in scan if e.name[0] != "."), key=lambda entry: entry.name)
         folders = [entry.path for entry in entries if entry.is_dir()]
         if folders:
-            first = images.printable(folders[0])
+            first = printable(folders[0])
             log.warning("%d folders inside classes are not read: %s", len(folders), first)
         files = [entry for entry in entries if entry.is_file()]
         others = [entry.path for entry in entries if not (entry.is_file() or entry.is_dir())]
         if others:
             log.warning(
                 "%d links to nothing, pipes or devices are not read: %s",
-                len(others), ", ".join(map(images.printable, others[:20])),
+                len(others), ", ".join(map(printable, others[:20])),
             )  # fmt: skip
         if not files:
             raise UserError(f"{root / label} has no images; add some or remove the class folder")
@@ -293,9 +294,10 @@ def _tfds(name: str, split: str, data: Data) -> Source:
 
 def _tfds_way_out(name: str, where: str) -> str:
     """What to fetch, where to put it, and what runs without."""
-    build = (
-        f"with tensorflow (`pip install -e '.[tfds-prepare]'`) run `tfds build {name} "
-        f"--file_format=array_record --data_dir={where}`"
+    build = (  # the command `tfds build` would also need apache-beam
+        "with TensorFlow (`pip install -e '.[tfds-prepare]'`) run `python -c \"import "
+        f"tensorflow_datasets as tfds; tfds.builder('{name}', data_dir='{where}', "
+        "file_format='array_record').download_and_prepare()\"`"
     )
     if name.partition(":")[0].partition("/")[0] == "imagenet2012":
         build = (

@@ -16,6 +16,11 @@ class Statistics(NamedTuple):
     eigenvalues: np.ndarray  # (3,) float32, ascending, of the covariance of RGB pixel values
     eigenvectors: np.ndarray  # (3, 3) float32, in columns
 
+    @property
+    def stored_size(self) -> int:
+        """Pixels a side of the squares."""
+        return self.mean_image.shape[0]
+
 
 def read_statistics(path: pathlib.Path, size: int) -> Statistics:
     """The statistics of an .npz file, for squares of `size` pixels a side.

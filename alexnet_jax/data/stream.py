@@ -78,7 +78,7 @@ def train_batches(
       place in the source; label (b,) int32; offset (b, 2) int32 and mirror (b,) bool, how; shift
       (b, 3) float32, the colour noise to add; gain (b,) float32, to multiply by at the end.
     """
-    stored, num_examples = statistics.mean_image.shape[0], len(source)
+    stored, num_examples = statistics.stored_size, len(source)
 
     def drawn(step: int, local: range) -> tuple[np.ndarray, Batch]:
         """Which examples, and what is done to them."""

@@ -15,11 +15,12 @@ from collections.abc import Iterator
 import numpy as np
 from tqdm import tqdm
 
-from alexnet_jax.config import Data, Model, UserError, stored_size
+from alexnet_jax.config import Data, Model, stored_size
 from alexnet_jax.data import images, workers
 from alexnet_jax.data.examples import Source
 from alexnet_jax.data.records import Records
 from alexnet_jax.data.statistics import Statistics, Sums, read_statistics
+from alexnet_jax.errors import UserError
 from alexnet_jax.files import read_arrays, write_arrays
 
 log = logging.getLogger(__name__)

@@ -11,9 +11,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from alexnet_jax.config import UserError
 from alexnet_jax.data.examples import Example, taken
-from alexnet_jax.data.images import MAX_BYTES, ImageError, printable
+from alexnet_jax.data.images import MAX_BYTES, ImageError
+from alexnet_jax.errors import UserError, printable, reason
 
 MAX_HEADER_BYTES = 2**14  # of names and attributes: tarfile would take any size, for any time
 AGAIN = "download it again"
@@ -80,13 +80,8 @@ def reading(what: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except _DAMAGED as error:
-        message = f"{what} cannot be read ({short(error)}); make it readable or {AGAIN}"
+        message = f"{what} cannot be read ({reason(error)}); make it readable or {AGAIN}"
         raise UserError(message) from error
-
-
-def short(error: Exception) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 @contextlib.contextmanager

@@ -19,7 +19,8 @@ from typing import Any, Protocol
 
 import cloudpickle
 
-from alexnet_jax.config import Data, FailedError, UserError
+from alexnet_jax.config import Data
+from alexnet_jax.errors import FailedError, UserError
 
 CPU_QUOTA = pathlib.Path("/sys/fs/cgroup/cpu.max")  # microseconds, of so many
 MOST_THREADS = 4  # beside each other

@@ -11,6 +11,8 @@ from jax import Array
 from alexnet_jax import ops
 from alexnet_jax.config import LAYERS, SHARES_ENTRY, Model
 
+Params = dict[str, dict[str, Array]]  # {layer: {"kernel": ..., "bias": ...}}, float32
+
 INITIAL_STREAM = 1 << 40  # of random numbers, beside those of data and dropout
 
 

@@ -1,6 +1,7 @@
 """The net that a config names, behind one interface."""
 
-from alexnet_jax.config import Model, UserError
+from alexnet_jax.config import Model
+from alexnet_jax.errors import UserError
 from alexnet_jax.models import alexnet, cifar
 from alexnet_jax.models.layers import Layer
 

@@ -18,9 +18,9 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from alexnet_jax.config import LAYERS, SHARES_ENTRY, Optim
+from alexnet_jax.models.layers import Params
 from alexnet_jax.ops import native
 from alexnet_jax.train.calendar import Calendar
-from alexnet_jax.train.state import Params
 
 Rates = dict[str, Array]  # "kernel", "bias"; "conv1_kernel", "conv1_bias" where they differ
 Schedule = Callable[[ArrayLike, ArrayLike], Rates]  # (step, plateau scale) -> rates

@@ -34,7 +34,7 @@ def normalise(
       (b, s, s, 3) float32.
     """
     pixels = images.astype(jnp.float32)
-    size, stored = images.shape[1], statistics.mean_image.shape[0]
+    size, stored = images.shape[1], statistics.stored_size
     if mean == "channel":
         means = jnp.mean(jnp.asarray(statistics.mean_image), axis=(0, 1))
         return (pixels - means) / statistics.channel_std

@@ -6,17 +6,15 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
-from alexnet_jax.config import Model
+from alexnet_jax.config import Model, Optim
 from alexnet_jax.mesh import parameter_spec
-from alexnet_jax.models.layers import Dropout, initial_parameters
+from alexnet_jax.models.layers import Dropout, Params, initial_parameters
 from alexnet_jax.models.nets import layers, make_net
-
-Params = dict[str, dict[str, Array]]  # {layer: {"kernel": ..., "bias": ...}}, float32
+from alexnet_jax.train.optim import make_optimizer
 
 
 class TrainState(NamedTuple):
@@ -45,9 +43,7 @@ def make_apply(model: Model, num_classes: int, shards: int, layer: str | None = 
     return apply
 
 
-def state_shapes(
-    model: Model, num_classes: int, optimizer: optax.GradientTransformationExtraArgs
-) -> TrainState:
+def state_shapes(model: Model, num_classes: int) -> TrainState:
     """The state's natural shapes and dtypes, as ShapeDtypeStructs."""
     params = {
         layer.name: {
@@ -57,21 +53,17 @@ def state_shapes(
         for layer in layers(model, num_classes)
     }
     step = jax.ShapeDtypeStruct((), np.int32)
+    optimizer = make_optimizer(Optim())  # all settings have states of one structure
     return TrainState(step, params, jax.eval_shape(optimizer.init, params))
 
 
-def initial_state(
-    model: Model,
-    num_classes: int,
-    optimizer: optax.GradientTransformationExtraArgs,
-    seed: int,
-) -> TrainState:
+def initial_state(model: Model, num_classes: int, seed: int) -> TrainState:
     """The state before the first step, on the host: numpy arrays in their natural shapes."""
     params = {
         layer.name: dict(zip(("kernel", "bias"), initial_parameters(model, layer, seed)))
         for layer in layers(model, num_classes)
     }
-    shapes = state_shapes(model, num_classes, optimizer)
+    shapes = state_shapes(model, num_classes)
     zeros = jax.tree.map(lambda shape: np.zeros(shape.shape, shape.dtype), shapes)
     return zeros._replace(params=params)
 

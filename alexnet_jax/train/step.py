@@ -23,9 +23,9 @@ from alexnet_jax import metrics
 from alexnet_jax.data import augment
 from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.mesh import parameter_spec
-from alexnet_jax.models.layers import Dropout
+from alexnet_jax.models.layers import Dropout, Params
 from alexnet_jax.train import optim, pixels
-from alexnet_jax.train.state import Apply, Params, TrainState
+from alexnet_jax.train.state import Apply, TrainState
 
 DROPOUT_STREAM = 4  # beside those of data/augment.py
 

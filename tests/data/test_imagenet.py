@@ -19,10 +19,10 @@ import pytest
 import scipy.io
 import tensorflow_datasets as tfds
 
-from alexnet_jax.config import UserError
 from alexnet_jax.data import imagenet, images
 from alexnet_jax.data.imagenet import Classes, Scan, Tars
 from alexnet_jax.data.tars import Members
+from alexnet_jax.errors import UserError
 
 PACKAGE = pathlib.Path(tfds.__file__).parent / "datasets/imagenet2012"
 COUNTS = {"n03": 5, "n01": 1, "n04": 7, "n02": 3}  # in no order
@@ -325,7 +325,7 @@ def test_tensorflow_datasets_is_not_imported_for_its_list():
     code = """
         import sys
         from alexnet_jax.data import imagenet
-        from alexnet_jax.config import UserError
+        from alexnet_jax.errors import UserError
         tars = imagenet.Tars("train.tar", "val.tar", None)
         try:
             imagenet.validation_targets(tars, imagenet.Classes(("a",), None, None))

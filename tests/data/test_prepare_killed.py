@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator
 import pytest
 from preparing import CLASSES, SIZE, Ran, assert_refused, tree
 
-from alexnet_jax.config import UserError
 from alexnet_jax.data.examples import Example
 from alexnet_jax.data.prepare import Settings, write_shard
 from alexnet_jax.data.workers import _ctrl_c_later, _Worker  # before a thread stands in for it
+from alexnet_jax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("shards_by_threads")
 

@@ -21,9 +21,10 @@ from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 
 from alexnet_jax import prepare as command
-from alexnet_jax.config import Data, Model, UserError
+from alexnet_jax.config import Data, Model
 from alexnet_jax.data import images, inputs, prepare, records, survey
 from alexnet_jax.data.records import Records
+from alexnet_jax.errors import UserError
 
 BLOCK = (1 << 16) - 24  # bytes of data in a block of a Riegeli file
 SIZE = 16

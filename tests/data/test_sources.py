@@ -13,9 +13,10 @@ import textwrap
 import numpy as np
 import pytest
 
-from alexnet_jax.config import Data, UserError
+from alexnet_jax.config import Data
 from alexnet_jax.data import shapes, sources
 from alexnet_jax.data.examples import Source
+from alexnet_jax.errors import UserError
 
 PARTS = ("train", "validation", "test")
 
@@ -345,7 +346,8 @@ READER = """
     except ImportError:
         pass
 
-    from alexnet_jax.config import Data, UserError
+    from alexnet_jax.config import Data
+    from alexnet_jax.errors import UserError
     from alexnet_jax.data import sources
 
     found = {}
@@ -406,7 +408,8 @@ def test_tfds_with_train_alone_is_split_class_by_class(without_tensorflow, jpegs
 def test_tfds_in_tfrecords_is_refused_with_the_way_out(without_tensorflow, split):
     message = without_tensorflow[f"insects_old {split}"]
     assert "array_record" in message
-    assert "tfds build insects_old --file_format=array_record --data_dir=" in message
+    assert "tfds.builder('insects_old', data_dir='" in message
+    assert "file_format='array_record')" in message
     assert "\n" not in message
 
 
@@ -419,8 +422,8 @@ def test_imagenet_unprepared_is_refused_with_what_to_fetch_and_where_to_put_it(
         "ILSVRC2012_img_train.tar",
         "ILSVRC2012_img_val.tar",
         "image-net.org",
-        "downloads/manual",
-        f"tfds build imagenet2012 --file_format=array_record --data_dir={prepared}",
+        f"tfds.builder('imagenet2012', data_dir='{prepared}', file_format='array_record')",
+        f"{prepared}/downloads/manual",
         "--config.data.tfds_dir",
         "configs/quickstart.py",
     ):
@@ -432,7 +435,7 @@ def test_imagenet_unprepared_is_refused_with_what_to_fetch_and_where_to_put_it(
 def test_another_data_set_unprepared_is_refused_with_its_own_way_out(prepared, name):
     with pytest.raises(UserError, match=r"not found.*configs/quickstart\.py") as caught:
         tfds_source(prepared, name, "train")
-    assert f"tfds build {name}" in str(caught.value)
+    assert f"tfds.builder('{name}', data_dir='{prepared}'" in str(caught.value)
     assert "ILSVRC" not in str(caught.value)
 
 

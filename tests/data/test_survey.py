@@ -8,9 +8,10 @@ import pathlib
 import numpy as np
 import pytest
 
-from alexnet_jax.config import Data, Model, UserError
+from alexnet_jax.config import Data, Model
 from alexnet_jax.data import examples, images, sources, survey
 from alexnet_jax.data.statistics import Statistics
+from alexnet_jax.errors import UserError
 
 SIZE = 16
 COUNTS = {"ant": 70, "bee": 50, "cat": 30}  # more than one chunk of work

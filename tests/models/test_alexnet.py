@@ -22,7 +22,8 @@ from jax.sharding import PartitionSpec as P
 
 from alexnet_jax import config as configs
 from alexnet_jax import metrics, ops
-from alexnet_jax.config import LAYERS, UserError
+from alexnet_jax.config import LAYERS
+from alexnet_jax.errors import UserError
 from alexnet_jax.mesh import make_mesh, parameter_spec
 from alexnet_jax.models.layers import Affine, Dropout, initial_parameters
 from alexnet_jax.models.nets import layers

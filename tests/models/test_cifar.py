@@ -7,7 +7,6 @@ import oracle
 import pytest
 
 from alexnet_jax.models.nets import layers
-from alexnet_jax.train import optim
 from alexnet_jax.train.state import initial_state, make_apply
 
 CLASSES = 10
@@ -73,7 +72,7 @@ def test_logits_are_numpys(size, activation, by_numpy, configured, difference):
 
 def test_weights_begin_as_the_original_had_them(configured):
     config = configured("cifar")
-    state = initial_state(config.model, CLASSES, optim.make_optimizer(config.optim), 0)
+    state = initial_state(config.model, CLASSES, 0)
     for layer, std in {"conv1": 1e-4, "conv2": 0.01, "conv3": 0.01, "fc4": 0.01}.items():
         kernel = state.params[layer]["kernel"]
         # Of so many normal numbers the deviation is known to 1 / sqrt(2 n); five times that.

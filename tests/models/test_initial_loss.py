@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from alexnet_jax import metrics
-from alexnet_jax.config import Config, blank, resolve
+from alexnet_jax.config import blank, resolve
 from alexnet_jax.data import images, shapes
 from alexnet_jax.models.layers import Dropout
-from alexnet_jax.train.optim import make_optimizer
 from alexnet_jax.train.state import initial_state, make_apply
 
 COUNT = 16
@@ -33,7 +32,7 @@ def logits(preset: str, weight_std: tuple[float, ...] | None, training: bool) ->
     user.model.preset = preset
     user.model.weight_std = weight_std
     model = resolve(user).model
-    params = initial_state(model, 1000, make_optimizer(Config().optim), seed=42).params
+    params = initial_state(model, 1000, seed=42).params
     dropout = Dropout(jax.random.key(0), jnp.arange(COUNT)) if training else None
     apply = make_apply(model, 1000, shards=1)
     return jax.jit(lambda p, x: apply(p, x, dropout))(params, centred_pictures(model.input_size))

@@ -176,8 +176,7 @@ def run(problem):
     def make(data: int, model: int, accumulation: int, classes: int) -> Run:
         config, params, batches, statistics = problem(classes)
         mesh = meshes.make_mesh(configs.Mesh(model=model, data=data), config.model)
-        optimizer = optim.make_optimizer(config.optim)
-        natural = state.initial_state(config.model, classes, optimizer, 0)._replace(params=params)
+        natural = state.initial_state(config.model, classes, 0)._replace(params=params)
         train_step = step.make_train_step(
             state.make_apply(config.model, classes, model),
             optim.make_update(config.optim),
@@ -313,8 +312,7 @@ def test_an_update_that_is_not_finite_is_not_applied(data, model, problem):
     """One image whose colours are not finite, after an update that was."""
     config, params, batches, statistics = problem(7)
     mesh = meshes.make_mesh(configs.Mesh(model=model, data=data), config.model)
-    optimizer = optim.make_optimizer(config.optim)
-    given = state.initial_state(config.model, 7, optimizer, 0)._replace(params=params)
+    given = state.initial_state(config.model, 7, 0)._replace(params=params)
     train_step = step.make_train_step(
         state.make_apply(config.model, 7, model),
         optim.make_update(config.optim),

@@ -1,0 +1,77 @@
+"""A pass over a whole split while a net trains: centre or ten crops, every example once."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from alexnet_jax import metrics
+from alexnet_jax.config import Config, Data
+from alexnet_jax.data import stream
+from alexnet_jax.data.examples import Source
+from alexnet_jax.data.statistics import Statistics
+from alexnet_jax.errors import UserError
+from alexnet_jax.mesh import local_rows, put_batch
+from alexnet_jax.models.layers import Params
+from alexnet_jax.train.state import Apply
+from alexnet_jax.train.step import EvalStep, make_eval_step
+
+
+def validate(
+    eval_step: EvalStep,
+    params: Params,
+    source: Source,
+    statistics: Statistics,
+    data: Data,
+    batch_size: int,
+    mesh: Mesh,
+    at: Callable[[str], None] = lambda place: None,
+) -> metrics.Sums:
+    """Sums over every example of `source`, float64 on the host.
+
+    Args:
+      statistics: of the split the net was trained on, on every device of the mesh.
+      batch_size: global; need not divide the number of examples.
+      at: told of each batch, in words.
+    """
+    rows = stream.Rows(batch_size, local_rows(mesh, batch_size))
+    stored = statistics.stored_size
+    batches = stream.evaluation_batches(source, data, stored=stored, rows=rows)
+    parts: list[Array] = []
+    for batch in batches:
+        at(f"validation batch {len(parts) + 1}")
+        parts.append(eval_step(params, put_batch(batch, mesh), statistics))
+        jax.block_until_ready(parts[-3:][0])  # no more than this many batches on the devices
+    return metrics.added([np.asarray(part.addressable_data(0))[:, 0] for part in parts])
+
+
+def check_same_classes(trained: tuple[str, ...], given: tuple[str, ...], where: str) -> None:
+    """Raises UserError unless a net for classes `trained` can be evaluated on classes `given`."""
+    if trained == given:
+        return
+    if len(trained) != len(given):
+        detail = f"{len(given)} classes, the checkpoint {len(trained)}"
+    else:
+        pairs = ((i, a, b) for i, (a, b) in enumerate(zip(given, trained)) if a != b)
+        place, mine, theirs = next(pairs)
+        detail = f"class {place} is {mine!r}, in the checkpoint {theirs!r}"
+    raise UserError(f"{where} has other classes: {detail}; use the data the net was trained for")
+
+
+def batch_size(config: Config, mesh: Mesh) -> int:
+    """Images in one global batch of evaluation, as many for each device; the last is padded."""
+    wanted, shares = config.eval.batch_size or config.train.batch_size, mesh.shape["data"]
+    return -(-wanted // shares) * shares
+
+
+def make_step(apply: Apply, config: Config, mesh: Mesh) -> EvalStep:
+    """The evaluation step that the config asks for."""
+    return make_eval_step(
+        apply,
+        mesh,
+        size=config.model.input_size,
+        num_crops=config.eval.num_crops,
+        mean=config.data.mean,
+    )
