@@ -1,4 +1,4 @@
-"""How fast this machine trains: the input alone, the step alone, both, and who waits for whom."""
+"""Training speed of this machine: input alone, step alone, both, and how long devices wait."""
 
 import collections
 import contextlib
@@ -22,21 +22,21 @@ from alexnet_jax.models.nets import layers
 from alexnet_jax.train.calendar import Calendar
 from alexnet_jax.train.state import initial_state, make_apply, put
 
-SECONDS = 5.0  # at least, of each measurement
-LEAST = 3  # repetitions of each
+SECONDS = 5.0  # minimum length of each measurement
+LEAST = 3  # minimum repetitions of each
 ENDLESS = 10**9  # steps
-STAGE_IMAGES = 256  # taken through one stage after another
+STAGE_IMAGES = 256  # timed stage by stage
 
 
 def bench(config: Config) -> dict[str, Any]:
-    """Measure; nothing is kept.
+    """Measure training speed; saves nothing.
 
     Returns:
-      `input`, `step` and `both`, each with images_per_second; `input` also by worker and with
-      the microseconds an image takes in each stage on one core; `both` with `waited`, the share
-      of the time that the step alone would not have taken; and the share of a matrix product's
-      speed, measured in the same run, that the step reaches. Steps follow each other as in
-      training, which does not wait for one before it sends the next.
+      `input`, `step` and `both`, each with images_per_second. `input` also has the rate per
+      worker, and the microseconds an image takes in each stage on one core; `both` has `waited`,
+      the fraction of its time beyond what the step alone takes; `step` has the fraction that it
+      reaches of a matrix product's speed, measured in the same run. As in training, steps are
+      dispatched without waiting for the one before.
     """
     mesh, batch_size = training_mesh(config), config.train.batch_size
     source = sources.open_source(config.data, "train")
@@ -68,7 +68,7 @@ def bench(config: Config) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """What `bench` found, for people."""
+    """The results of `bench` as readable text."""
     given, stages = found["input"], found["input"]["stages"]
     times = ", ".join(f"{name} {value:.0f}" for name, value in stages.items())
     shared = ", or their cores read images," if found["device"] == "cpu" else ""
@@ -88,7 +88,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def _input(batches: Iterator[Any], batch_size: int, data: Data) -> dict[str, Any]:
-    """The stream alone, on to the devices."""
+    """The input stream alone, including the copy to the devices."""
     jax.block_until_ready([next(batches), next(batches)])
     seconds = _repeated(lambda: jax.block_until_ready(next(batches)))
     count = workers.count(data.workers)
@@ -134,12 +134,12 @@ def make_advance(
     num_examples: int,
     batch: Any,
 ) -> Callable[[Any], Any]:
-    """What trains on a batch, compiled and run once; its result is there when the step is done."""
+    """A compiled, warmed-up function that trains on a batch; its result is ready after the step."""
     calendar = Calendar(num_examples, config.train.batch_size, ENDLESS)
     apply = make_apply(config.model, num_classes, mesh.shape["model"])
     step = setup.make_step(apply, config, mesh, calendar)
     state = put(initial_state(config.model, num_classes, config.seed), mesh)
-    scale = jnp.float32(1e-6)  # of the rate: weights hardly move, whatever is shown
+    scale = jnp.float32(1e-6)  # multiplies the learning rate, so that weights hardly move
 
     everywhere = put_everywhere(statistics, mesh)
 
@@ -153,7 +153,7 @@ def make_advance(
 
 
 def _paced(batches: Iterator[Any], advance: Callable[[Any], Any]) -> float:
-    """Seconds a step takes, two steps at most sent ahead."""
+    """Seconds per step, dispatched at most two steps ahead."""
     sent: collections.deque[Any] = collections.deque()
     started, count = time.perf_counter(), 0
     while count < LEAST or time.perf_counter() - started < SECONDS:
@@ -166,14 +166,14 @@ def _paced(batches: Iterator[Any], advance: Callable[[Any], Any]) -> float:
 
 
 def _flops(model: Model, num_classes: int) -> int:
-    """Of training on one image: forward, and backward to inputs and to weights."""
+    """FLOPs of training on one image: forward, and backward to inputs and to weights."""
     net = layers(model, num_classes)
     forward = [2 * layer.multiply_adds for layer in net]
-    return 3 * sum(forward) - forward[0]  # nobody asks for the gradient of the image
+    return 3 * sum(forward) - forward[0]  # the gradient of the image is not needed
 
 
 def _matmul_flops_per_second(dtype: str, mesh: Mesh) -> dict[str, float]:
-    """What a large matrix product reaches on all devices of the mesh."""
+    """FLOP/s of a large matrix product, one device's times the mesh's devices; and its size."""
     on_cpu = jax.default_backend() == "cpu"  # whose virtual devices share the cores
     size = 2048 if on_cpu else 8192
     matrix = jnp.ones((size, size), dtype)
@@ -185,7 +185,7 @@ def _matmul_flops_per_second(dtype: str, mesh: Mesh) -> dict[str, float]:
 
 
 def _repeated(work: Callable[[], Any]) -> float:
-    """Seconds one call takes, over LEAST calls and SECONDS at least."""
+    """Seconds per call, averaged over at least LEAST calls and at least SECONDS."""
     started, count = time.perf_counter(), 0
     while count < LEAST or time.perf_counter() - started < SECONDS:
         work()

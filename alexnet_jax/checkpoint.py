@@ -1,9 +1,9 @@
-"""Save and restore: state, and all that evaluation needs, in one Orbax checkpoint a step.
+"""Save and restore the state, and all that evaluation needs, in one Orbax checkpoint per step.
 
-A checkpoint holds the natural shapes of every array, so it knows nothing of meshes: it is read
-to the host, and `state.put` places it on whatever devices there are. It appears whole or not at
-all, and is then sealed: a damaged one is known by its checksums, and the next older one is taken.
-The newest is kept, and the one with the lowest validation top-1 error, of equals the earlier.
+Arrays are stored in their natural shapes, so a checkpoint does not depend on a mesh: it is read to
+the host, and `state.put` places it on whatever devices there are. A checkpoint appears atomically
+and is then sealed with checksums; if they show damage, the next older one is used. The newest is
+kept, and the one with the lowest validation top-1 error (the earlier of equals).
 """
 
 import concurrent.futures
@@ -33,15 +33,15 @@ from alexnet_jax.models.layers import Params
 from alexnet_jax.train.optim import Plateau
 from alexnet_jax.train.state import TrainState, state_shapes
 
-# A failed save is raised; that Orbax logs it too, in hundreds of lines, helps nobody.
+# A failed save raises; the hundreds of lines that Orbax logs about it help nobody.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
-# Whatever it tells of itself TensorStore leaks, and Orbax asks at every save: 300 KB each time.
+# TensorStore leaks the metrics it reports, and Orbax asks at every save: 300 KB each time.
 tensorstore.experimental_collect_matching_metrics = lambda *prefix: []
 
 
 def _unraisable(found: Any, otherwise: Callable[[Any], Any] = sys.unraisablehook) -> None:
-    """After a failed save TensorStore has more to tell Orbax, which has stopped to listen."""
+    """Ignore TensorStore's callbacks after a failed save, when Orbax's event loop is closed."""
     if str(found.exc_value) != "Event loop is closed":
         otherwise(found)
 
@@ -56,35 +56,35 @@ UNFINISHED = "*.orbax-checkpoint-tmp*"
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
-    """What a checkpoint holds beside the state."""
+    """What a checkpoint holds besides the state."""
 
     config: Config
     labels: tuple[str, ...]
     statistics: Statistics  # of the training split
     plateau: Plateau = BEGINNING
-    num_examples: int = 0  # of the training split: with them the stream's positions change
-    pool: str = ""  # that the split was drawn from
-    words: tuple[str, ...] = ()  # what the classes are called where labels are codes
+    num_examples: int = 0  # of the training split; stream positions depend on it
+    pool: str = ""  # identifies the examples that the split was drawn from
+    words: tuple[str, ...] = ()  # readable class names, if labels are codes
     origin: int = 0  # of the `Calendar`
 
 
 class SaveError(FailedError):
-    """A checkpoint could not be written; older ones are whole."""
+    """A checkpoint could not be written; older ones are intact."""
 
 
 Told = Callable[[Callable[[], str]], str]
 
 
 def alone(say: Callable[[], str]) -> str:
-    """`Job.told` of one process."""
+    """`Job.told` for a single process."""
     return say()
 
 
 class NewestAndBest:
-    """Orbax's preservation policy protocol."""
+    """Orbax preservation policy that keeps the newest and the best checkpoint."""
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """One answer for each checkpoint; those never validated cannot be the best."""
+        """One answer per checkpoint; those never validated cannot be the best."""
         del context
         keep = {max((checkpoint.step for checkpoint in checkpoints), default=None)}
         errors = [
@@ -98,7 +98,7 @@ class NewestAndBest:
 
 
 class Checkpoints:
-    """The checkpoints of a folder, to be read, also while a run goes on saving there."""
+    """Reads the checkpoints of a folder, even while a run is saving there."""
 
     def __init__(self, directory: pathlib.Path):
         self.directory = directory.absolute()
@@ -108,7 +108,7 @@ class Checkpoints:
         self.context.checkpointables.registry = registry
 
     def steps(self) -> list[int]:
-        """What is there now, damaged or not, in ascending order."""
+        """The steps that are there now, damaged or not, in ascending order."""
         names = [path.name for path in self.directory.glob("*")]
         return sorted(int(name) for name in names if name.isdecimal())
 
@@ -116,16 +116,15 @@ class Checkpoints:
         return self.directory / str(step)
 
     def newest_whole(self, told: Told = alone) -> int | None:
-        """The newest step whose files are as they were saved; None where there is no checkpoint.
+        """The newest step whose files are as they were saved; None if there is no checkpoint.
 
-        One that was not sealed, as when a run is killed at that moment, counts if all of it can
-        be read.
+        An unsealed one, left by a run killed before sealing, counts if all of it can be read.
 
         Args:
-          told: `Job.told`, where all ranks of a job ask; rank 0 alone then sums the files.
+          told: `Job.told`, if all ranks of a job ask; only rank 0 then computes checksums.
 
         Raises:
-          UserError: there are checkpoints, and all of them are damaged.
+          UserError: there are checkpoints, but all of them are damaged.
         """
 
         def listed() -> list[int]:
@@ -136,7 +135,7 @@ class Checkpoints:
             problem = self._damage_of(step, told)
             if not problem:
                 return step
-            if listed() != steps:  # a run has just put a newer one in its place
+            if listed() != steps:  # a run has just replaced it with a newer one
                 return self.newest_whole(told)
             log.warning(
                 "CHECKPOINT %s IS DAMAGED (%s); trying an older one", self.folder(step), problem
@@ -149,12 +148,12 @@ class Checkpoints:
         return None
 
     def _damage_of(self, step: int, told: Told) -> str:
-        """What is wrong with a checkpoint, in words; "" where it is whole."""
+        """What is wrong with a checkpoint, in words; "" if it is intact."""
         folder = self.folder(step)
         if told(lambda: "sealed" if seals.is_sealed(folder) else ""):
             return told(lambda: seals.damage(folder) or "")
         problem = ""
-        try:  # Orbax reads with all processes
+        try:  # Orbax reads collectively, on all processes
             self.read_meta(step)
             self.read_params(step)
             self._read_all(step, "training")
@@ -163,7 +162,7 @@ class Checkpoints:
         return told(lambda: problem)
 
     def chosen_step(self, wanted: int, told: Told = alone) -> int:
-        """The step `wanted`, or the newest that is whole for -1.
+        """The step `wanted`, or for -1 the newest intact one.
 
         Raises:
           UserError: there is none, or it is damaged.
@@ -188,7 +187,7 @@ class Checkpoints:
         return wanted
 
     def read_net(self, wanted: int, told: Told = alone) -> tuple[int, Meta, Params]:
-        """`chosen_step`, and what evaluation needs of it; parameters as `read_params`.
+        """`chosen_step`, with its meta and its parameters, as from `read_params`.
 
         Raises:
           UserError: as `chosen_step`.
@@ -200,10 +199,10 @@ class Checkpoints:
         except UserError:
             if jax.process_count() > 1 or self.steps() == steps:
                 raise
-        return self.read_net(wanted, told)  # a run has just put a newer one in its place
+        return self.read_net(wanted, told)  # a run has just replaced it with a newer one
 
     def read_meta(self, step: int) -> Meta:
-        """What is beside the state of a step."""
+        """Everything but the state of a step."""
         found = self._load(step, {"meta": None, "statistics": None})
         meta = found["meta"]
         arrays = {name: np.asarray(value) for name, value in found["statistics"].items()}
@@ -213,7 +212,7 @@ class Checkpoints:
             statistics=Statistics(**arrays),
             plateau=_plateau_from_json(meta["plateau"]),
             num_examples=meta["num_examples"],
-            pool=meta.get("pool", ""),  # not there in older ones, nor are the next
+            pool=meta.get("pool", ""),  # missing in older checkpoints, as are the next
             words=tuple(meta.get("words", ())),
             origin=meta.get("origin", 0),
         )
@@ -230,7 +229,7 @@ class Checkpoints:
         return TrainState(params=params, **self._read(step, "training", training))
 
     def _read_all(self, step: int, name: str) -> Any:
-        """All arrays that are there."""
+        """All arrays stored under `name`."""
         with self._damage(step), self.context:
             stored = ocp.checkpointables_metadata(str(self.folder(step))).metadata[name]
         return self._read(step, name, stored)
@@ -245,7 +244,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _damage(self, step: int) -> Iterator[None]:
-        """Whatever Orbax raises at a step it cannot read, as the user's to resolve."""
+        """Turns whatever Orbax raises at an unreadable step into a UserError."""
         try:
             yield
         except Exception as error:
@@ -258,14 +257,14 @@ class Checkpoints:
 
 
 class Saver(Checkpoints):
-    """Adds to them, and removes; for who has the folder's lock.
+    """Also saves and removes checkpoints; only for the run that holds the workdir's lock.
 
-    Use as a context manager, which waits for the last save.
+    Use as a context manager, which on exit waits for the last save.
     """
 
     def __init__(self, directory: pathlib.Path):
         super().__init__(directory)
-        self.context.async_options.create_directories_asynchronously = False  # its failure hangs
+        self.context.async_options.create_directories_asynchronously = False  # failing there hangs
         _set_aside_unreadable(self.directory)
         self.checkpointer = ocp.training.Checkpointer(
             str(self.directory), context=self.context, preservation_policy=NewestAndBest()
@@ -284,7 +283,7 @@ class Saver(Checkpoints):
             self.checkpointer.close()
 
     def clean(self) -> None:
-        """Remove what a run that was killed left unfinished."""
+        """Remove unfinished saves left by a run that was killed."""
         for leftover in self.directory.glob(UNFINISHED):
             shutil.rmtree(leftover)
 
@@ -297,19 +296,19 @@ class Saver(Checkpoints):
             self.reload()
 
     def reload(self) -> None:
-        """See what another process did to the folder."""
+        """Re-read the folder after another process changed it."""
         self.checkpointer.reload()
 
     def save(
         self, step: int, state: TrainState, meta: Meta, top1_error: float | None = None
     ) -> None:
-        """Begin to save; the arrays may be donated as soon as this returns.
+        """Start an asynchronous save; the arrays may be donated as soon as this returns.
 
         Args:
-          top1_error: a fraction, where a validation pass was made at the step.
+          top1_error: a fraction, if the step was validated.
 
         Raises:
-          SaveError: this save cannot begin, or the one before has failed.
+          SaveError: this save cannot start, or the previous one failed.
         """
         self.wait()
         contents = {
@@ -336,7 +335,7 @@ class Saver(Checkpoints):
         self.pending = step, self.finishing.submit(self._finish, step, response)
 
     def _finish(self, step: int, response: Any) -> None:
-        """What is left of a save, while training goes on: writing, then the seal."""
+        """Finish a save while training goes on: wait for the write, then seal."""
         response.result()
         if jax.process_index() != 0:
             return
@@ -345,10 +344,10 @@ class Saver(Checkpoints):
         seals.seal(self.folder(step))
 
     def wait(self) -> None:
-        """Until the save under way is on disk.
+        """Wait until the save in progress is on disk.
 
         Raises:
-          SaveError: it failed; the checkpoints before it are whole.
+          SaveError: it failed; earlier checkpoints are intact.
         """
         if self.pending is None:
             return
@@ -364,17 +363,17 @@ class Saver(Checkpoints):
         """After a failed save: drop Orbax's second report of it, its files, and its record."""
         with contextlib.suppress(Exception):
             self.checkpointer.wait()
-        with contextlib.suppress(OSError):  # a thread may still write there; `clean` comes later
+        with contextlib.suppress(OSError):  # a thread may still write there; `clean` does the rest
             shutil.rmtree(self.directory / f"{step}.orbax-checkpoint-tmp")
         with contextlib.suppress(OSError):
             self.checkpointer.reload()
 
 
 def _set_aside_unreadable(directory: pathlib.Path) -> None:
-    """Rename what would keep Orbax, which reads the metrics of all steps first, from the others.
+    """Rename steps with unreadable metrics: Orbax reads all metrics first, and would fail.
 
     Raises:
-      UserError: there are no others.
+      UserError: no readable step is left.
     """
     steps = [path for path in directory.glob("*") if path.name.isdecimal()]
     unreadable = []
@@ -392,12 +391,12 @@ def _set_aside_unreadable(directory: pathlib.Path) -> None:
         )
     for folder in unreadable:
         log.warning("CHECKPOINT %s IS DAMAGED (its metrics); trying the others", folder)
-        with contextlib.suppress(FileNotFoundError):  # another process did
+        with contextlib.suppress(FileNotFoundError):  # another process did it
             _set_aside(folder)
 
 
 def _set_aside(folder: pathlib.Path) -> None:
-    """Rename to N.damaged, which may be there of an earlier N."""
+    """Rename to N.damaged, replacing one left by an earlier N."""
     aside = folder.with_suffix(".damaged")
     try:
         folder.rename(aside)
@@ -410,7 +409,7 @@ def _set_aside(folder: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _save_errors(step: int) -> Iterator[None]:
-    """Orbax's failures, a full disk's ValueError among them, as SaveError."""
+    """Turns Orbax's failures, including a full disk's ValueError, into SaveError."""
     try:
         yield
     except (OSError, ValueError) as error:

@@ -1,9 +1,9 @@
-"""Several processes that train one net: how they start, what they tell each other, how they end.
+"""Multi-process training of one net: joining, heartbeats, agreeing to stop, giving up.
 
-Ranks meet in the collectives of the compiled steps, where each waits for ever for one that is stuck
-or dead. So beside these every rank writes a note about itself once a second, to the store of JAX's
-coordination service, which rank 0 runs, and reads everybody's: who lives, how far it is, what it
-was told or why it failed. From the notes ranks know when to stop together, and when to give up.
+Ranks meet in the collectives of the compiled steps, which wait forever for a rank that is stuck or
+dead. So every rank also writes a heartbeat note once a second to the key-value store of JAX's
+coordination service, which rank 0 runs, and reads all others: who is alive, how far each is, which
+signal it got, why it failed. From the notes ranks decide when to stop together and when to give up.
 """
 
 import contextlib
@@ -21,31 +21,31 @@ from jax._src import distributed  # the rank before devices are started, and the
 
 from alexnet_jax.errors import UserError, exit_status
 
-# What a launcher sets in every process, and where it says how many there are.
+# A variable that a launcher sets -> the one that holds its number of processes.
 LAUNCHERS = {"SLURM_STEP_NODELIST": "SLURM_NTASKS", "OMPI_MCA_orte_hnp_uri": "OMPI_COMM_WORLD_SIZE"}
 BEAT = 1.0  # seconds between a rank's notes
-SILENCE = 20.0  # seconds without one, after which a rank is taken for dead
-JOINING = 300  # seconds for all to come
-PATIENCE = 60  # seconds in which JAX ends a rank that hears nothing, should this module not
-ENDED = sys.maxsize  # the step of a rank that has no more to do
+SILENCE = 20.0  # seconds without a note after which a rank counts as dead
+JOINING = 300  # seconds for all processes to join
+PATIENCE = 60  # seconds, JAX's own heartbeat timeout, should this module's checks fail
+ENDED = sys.maxsize  # the step reported by a rank that has finished
 NOTES, TOLD = "alexnet_jax/notes", "alexnet_jax/told"
 
 
 def join(coordinator: str, num_processes: int, process_id: int) -> int:
-    """Join the other processes, if there are any; to be called before JAX is first used.
+    """Join the other processes, if there are any; call before JAX is first used.
 
-    Slurm and Open MPI say themselves where more than one task is started. Where the others do not
-    come in time this process ends, with status 1: they may come later.
+    Slurm and Open MPI are detected when they start more than one task. If the others do not join
+    in time, this process exits with status 1, not 2: they may come later.
 
     Args:
-      coordinator: HOST:PORT of process 0; "auto" to have JAX find all three out, as on a TPU pod.
-      num_processes, process_id: with HOST:PORT; else 0 and -1.
+      coordinator: HOST:PORT of process 0; "auto" to have JAX find all three, as on a TPU pod.
+      num_processes, process_id: with HOST:PORT; otherwise 0 and -1.
 
     Returns:
-      How many there are, this one counted.
+      The number of processes, this one included.
 
     Raises:
-      UserError: the three do not fit, or JAX finds no cluster.
+      UserError: the three arguments do not fit together, or JAX finds no cluster.
     """
     explicit = coordinator not in ("", "auto")
     if explicit and not (":" in coordinator and 0 <= process_id < num_processes):
@@ -60,7 +60,7 @@ def join(coordinator: str, num_processes: int, process_id: int) -> int:
     launched = any(name in os.environ and int(os.environ.get(count, 1)) > 1
                    for name, count in LAUNCHERS.items())  # fmt: skip
     if coordinator or launched:
-        # JAX would take SIGTERM for itself, and knows no Ctrl-C.
+        # JAX's service would take over SIGTERM, and does not handle Ctrl-C.
         jax.config.update("jax_enable_preemption_service", False)
         told: dict[str, Any] = {}
         if explicit:
@@ -72,7 +72,7 @@ def join(coordinator: str, num_processes: int, process_id: int) -> int:
             }
         giving_up = threading.Timer(JOINING, _nobody_came, (coordinator or "the launcher's",))
         giving_up.daemon = True
-        giving_up.start()  # JAX would abort
+        giving_up.start()  # before JAX's own timeout, which aborts
         try:
             jax.distributed.initialize(
                 **told,
@@ -105,7 +105,7 @@ def this_process() -> str:
 
 
 def leave(status: int) -> NoReturn:
-    """End this process; where the others failed, without JAX's waiting for them."""
+    """End this process; after a failure, without JAX's shutdown, which waits for the others."""
     if jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -114,33 +114,33 @@ def leave(status: int) -> NoReturn:
 
 
 class Note(NamedTuple):
-    """What a rank tells the others of itself."""
+    """A rank's heartbeat message to the others."""
 
     name: str  # its process and host
-    beat: int  # grows while it lives
-    turn: int  # grows while it gets on; all ranks take the same turns
-    place: str  # what it is at, in words
+    beat: int  # increases while it is alive
+    turn: int  # increases as it makes progress, alike on all ranks
+    place: str  # what it is doing, in words
     signal: int  # that told it to stop; 0: none
-    held: int | None  # the last step it has begun, and begins no other until a last is agreed
-    status: int  # with which it fails; 0: it does not
+    held: int | None  # its step when it saw a stop; it runs at most one more until all agree
+    status: int  # exit status of its failure; 0: none
     failure: str
 
 
 class Job:
-    """The processes of one training, of which this is one; use as a context manager.
+    """The processes of one training run, seen from this one; use as a context manager.
 
-    At its end each waits for the others, and a failure of one ends all, as does a rank that is
-    dead or stuck. Alone, a process only watches itself.
+    On exit each waits for the others. A rank that fails, dies or is stuck ends all of them. A
+    single process only watches whether it is stuck itself.
 
     Args:
-      step_timeout: seconds without progress after which the job is stuck; 0: never.
-      joined: rank, count and store, where they are not JAX's.
+      step_timeout: seconds without progress after which the job counts as stuck; 0: never.
+      joined: object with process_id, num_processes and client, in place of JAX's.
     """
 
     def __init__(self, step_timeout: float = 0.0, joined: Any = distributed.global_state):
         self.rank, self.count = joined.process_id, joined.num_processes
         self.store: Any = joined.client
-        self.leads = self.rank == 0  # writes what is written once
+        self.leads = self.rank == 0  # does what only one rank may do
         self.step_timeout = step_timeout
         self.name = this_process()
         self.beat, self.turn, self.place, self.signal = 0, 0, "starting", 0
@@ -172,27 +172,27 @@ class Job:
         if self.count > 1 and error is None:
             for thread in self.threads:
                 thread.join()
-            with contextlib.suppress(jax.errors.JaxRuntimeError):  # all is done, whoever fails now
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # the work is done, whoever fails
                 jax.distributed.shutdown()
 
     def at(self, place: str) -> None:
-        """To be called at every turn of the work, once all is compiled: this rank gets on.
+        """Report progress; call at every turn of the work, once everything is compiled.
 
-        Nobody is stuck before every rank has called it once: compiling takes as long as it takes.
+        No rank counts as stuck before every rank has called this: compilation may take any time.
         """
         with self.changed:
             self.turn, self.place = self.turn + 1, place
             self.moved[self.rank] = time.monotonic()
 
     def stop(self, number: int) -> None:
-        """Ask all ranks to stop together, for the signal `number`."""
+        """Ask all ranks to stop together, because of signal `number`."""
         self.signal = number
 
     def stops_after(self, step: int) -> int:
-        """The signal for which the job stops after `step`, which has begun; 0 to go on.
+        """The signal that makes the job stop after `step`, which has begun; 0 to go on.
 
-        All ranks get the same answer: once one has been told to stop, each waits here and tells
-        how far it is, and the farthest step but one is the last.
+        All ranks get the same answer: once one has been told to stop, each waits here until all
+        have reported their step; the last step is the one after the highest reported.
         """
         if self.count == 1:
             return self.signal
@@ -203,7 +203,7 @@ class Job:
             return self._signal() if self.last is not None and step >= self.last else 0
 
     def told(self, say: Callable[[], str]) -> str:
-        """What rank 0 says, to all; every rank is to ask, in the same order."""
+        """Broadcast rank 0's `say()`; every rank must call this, in the same order."""
         if self.count == 1:
             return say()
         self.questions += 1
@@ -212,14 +212,14 @@ class Job:
             answer = say()
             self.store.key_value_set(key, answer)
             return answer
-        while True:  # as long as it takes; a failure ends this process
+        while True:  # without a time limit: a failure of rank 0 ends this process
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 return self.store.blocking_key_value_get(key, 10_000)
             time.sleep(BEAT)
 
     @contextlib.contextmanager
     def one_first(self) -> Iterator[None]:
-        """Rank 0 alone, then the others: what it leaves in folders they find."""
+        """Run the body on rank 0 first, then on the others, which find the files it left."""
         if not self.leads:
             self.told(str)
         yield
@@ -227,7 +227,7 @@ class Job:
             self.told(str)
 
     def check_same(self, what: str, value: str, way_out: str) -> None:
-        """Raises UserError where this rank has another `value` than rank 0."""
+        """Raises UserError if this rank's `value` differs from rank 0's."""
         first = self.told(lambda: value)
         if first != value:
             raise UserError(
@@ -238,7 +238,7 @@ class Job:
     def _signal(self) -> int:
         return max((note.signal for note in self.notes.values()), default=self.signal)
 
-    # What the rank says and hears.
+    # Heartbeats.
 
     def _talk(self) -> None:
         pause = 0.0
@@ -249,7 +249,7 @@ class Job:
             pause = BEAT / 20 if deciding else BEAT
 
     def _exchange(self) -> None:
-        """Write this rank's note and read everybody's."""
+        """Write this rank's note and read those of all ranks."""
         self.beat += 1
         note = Note(self.name, self.beat, self.turn, self.place, self.signal, self.held,
                     self.status, self.failure)  # fmt: skip
@@ -280,10 +280,10 @@ class Job:
             self.last = max(held) + 1
             self.changed.notify_all()
 
-    # When a rank gives up.
+    # Watchdog.
 
     def _judge(self) -> None:
-        looked = self.exchanged  # since the clocks were started, it may have slept already
+        looked = self.exchanged  # this process may have been suspended since __init__
         while not self.over.wait(BEAT / 2):
             now = time.monotonic()
             self._forgive(now - looked - BEAT / 2, now)
@@ -293,9 +293,9 @@ class Job:
                 self._end(1, f"{verdict}; the same command goes on from the newest checkpoint")
 
     def _forgive(self, slept: float, now: float) -> None:
-        """The seconds for which this process did not run count against nobody.
+        """Time this process was suspended is not held against any rank.
 
-        To be a little late is not to sleep: else, where that is usual, nothing would ever end.
+        Small delays don't count as suspension, or a slow machine would never time out.
         """
         if slept < BEAT / 2:
             return
@@ -305,7 +305,7 @@ class Job:
                 clock.update({rank: min(since + slept, now) for rank, since in clock.items()})
 
     def _dead(self, now: float) -> str | None:
-        """The rank that is silent, in words."""
+        """A message naming the rank that has gone silent; None if there is none."""
         if self.count == 1:
             return None
         if now - self.exchanged > SILENCE:
@@ -318,7 +318,7 @@ class Job:
         return f"{self._who(silent[0])} is dead or stopped: not heard of for {SILENCE:g} s"
 
     def _stuck(self, now: float) -> str | None:
-        """The rank that keeps all from getting on, in words."""
+        """A message saying that the job is stuck, and which rank is behind; None if it is not."""
         turns = {self.rank: self.turn, **{rank: note.turn for rank, note in self.notes.items()}}
         if not self.step_timeout or len(turns) < self.count or min(turns.values()) == 0:
             return None
@@ -335,17 +335,17 @@ class Job:
         return f"rank {rank}" + (f" ({note.name}; {note.place})" if note else "")
 
     def _end(self, status: int, message: str) -> NoReturn:
-        """End this process from a thread beside the one that may be stuck."""
+        """End this process from a helper thread: the main thread may be stuck."""
         self.status, self.failure = status, message
         print(f"error: {message}", file=sys.stderr, flush=True)
         if self.leads and self.count > 1:
-            time.sleep(2.5 * BEAT)  # the others read their notes from here
+            time.sleep(2.5 * BEAT)  # the others still read notes from this process
         os._exit(status)
 
     def _fail(self, error: BaseException) -> None:
-        """Tell the others of this rank's error, unless the error is that another one is gone."""
+        """Tell the others of this rank's error, unless it only results from another's death."""
         behind = error if isinstance(error, UserError) else error.__cause__ or error
-        if isinstance(behind, ValueError | RuntimeError):  # of a collective, it may be
+        if isinstance(behind, ValueError | RuntimeError):  # of a collective, perhaps: see _judge
             time.sleep(SILENCE + 5 * BEAT)
         words = (str(error).splitlines() or [""])[0] or type(error).__name__
         if isinstance(error, KeyboardInterrupt):
@@ -356,7 +356,7 @@ class Job:
         time.sleep(2.5 * BEAT)
         first = self.notes.get(0)
         if first and not self.leads and first.failure == self.failure:
-            os._exit(self.status)  # rank 0 says so
+            os._exit(self.status)  # rank 0 prints it
 
     def _await_all(self) -> None:
         with self.changed:

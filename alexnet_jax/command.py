@@ -1,4 +1,4 @@
-"""What the package's commands share: their log, their flags, their exit status."""
+"""Shared by the package's commands: logging, flags, exit status."""
 
 import errno
 import functools
@@ -23,22 +23,21 @@ from alexnet_jax import config as configs
 from alexnet_jax.config import Config
 from alexnet_jax.errors import FailedError, UserError, exit_status
 
-# What absl says of a value that is not of its field's type, and what that must be.
+# How absl's messages about ill-typed values begin -> what the value must be.
 ILL_TYPED = {
     "Non-boolean argument": "True or False",
     "invalid literal for int": "a whole number",
     "could not convert string to float": "a finite number",
     "Error while parsing string": "a list, as (1, 2)",
 }
-WORTH_KEEPING = 0.2  # seconds of compiling; the full net's step takes less than one on a CPU
+WORTH_KEEPING = 0.2  # seconds of compilation; the full net's step takes under one on a CPU
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
 def status(work: Callable[[], int]) -> int:
-    """The exit status of a command's `work`, which returns its own; errors in one line on stderr.
+    """Run a command's `work` and return its exit status; an error becomes one line on stderr.
 
-    0 the whole job is done; 1 a failure; 2 a mistake of the user's; 130 and 143 where a
-    signal ended it.
+    0: the whole job is done; 1: a failure; 2: a user error; 130 or 143: ended by a signal.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -48,7 +47,7 @@ def status(work: Callable[[], int]) -> int:
     logger.propagate = False
     before = sys.unraisablehook
     sys.unraisablehook = functools.partial(_ctrl_c_again, otherwise=before)
-    if os.getpid() == 1:  # of a container: the kernel keeps from it what it does not listen to
+    if os.getpid() == 1:  # PID 1 in a container: Linux drops signals it has no handler for
         signal.signal(signal.SIGTERM, _stop)
     try:
         return work()
@@ -70,8 +69,7 @@ def _stop(number: int, frame: object) -> None:
 
 
 def _ctrl_c_again(ignored: Any, otherwise: Callable[[Any], object]) -> None:
-    """Ctrl-C that comes where Python drops it, as in JAX's callback of the garbage collector, comes
-    once more a moment later."""
+    """Re-sends a Ctrl-C that Python swallowed, as in a garbage-collector callback of JAX."""
     if issubclass(ignored.exc_type, KeyboardInterrupt):
         main = threading.main_thread().ident
         threading.Timer(0.01, signal.pthread_kill, (main, signal.SIGINT)).start()
@@ -80,7 +78,7 @@ def _ctrl_c_again(ignored: Any, otherwise: Callable[[Any], object]) -> None:
 
 
 def before_jax(config: Config) -> None:
-    """What a config asks of JAX that must be said before its first use."""
+    """Apply the config's settings that JAX must know before its first use."""
     keep_compiled(config.data.cache_dir)
     given = os.environ.get("XLA_FLAGS", "")
     if config.train.deterministic and DETERMINISTIC.split("=")[0] not in given:
@@ -88,9 +86,9 @@ def before_jax(config: Config) -> None:
 
 
 def keep_compiled(cache_dir: str) -> None:
-    """What took long to compile is kept in `cache_dir`, for the next start and for workers.
+    """Keep programs that were slow to compile in `cache_dir`, for later runs and for workers.
 
-    Unless JAX_COMPILATION_CACHE_DIR says where. A folder that cannot be written is warned of.
+    JAX_COMPILATION_CACHE_DIR overrides the folder. JAX warns if it cannot be written.
     """
     told = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     if told is None:
@@ -98,7 +96,7 @@ def keep_compiled(cache_dir: str) -> None:
         jax.config.update("jax_compilation_cache_dir", told)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = told
     least = jax.config.jax_persistent_cache_min_compile_time_secs  # pyright: ignore[reportAttributeAccessIssue]
-    if least == 1.0:  # as JAX has it: nobody said otherwise
+    if least == 1.0:  # JAX's default: nobody set it
         jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING)
 
 
@@ -124,8 +122,8 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
             raise UserError(configs.no_field(name))
     try:
         rest = values(argv)
-        whole = values.config is not None and "model" in values.config  # loads it, at the latest
-    except Exception as error:  # of flags, or of whatever the config file does
+        whole = values.config is not None and "model" in values.config  # loads it, if not yet done
+    except Exception as error:  # from absl, or anything the config file raises
         raise UserError(_flag_error(error)) from error
     if not values.help and values.config is None:
         raise UserError("--config is missing; try --config=configs/quickstart.py")
@@ -137,7 +135,7 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
 
 
 def file_to_write(flag: str, text: str, *suffixes: str) -> pathlib.Path:
-    """The file that a flag names, whose folder is there after this.
+    """The file that a flag names; creates its folder.
 
     Raises:
       UserError: it ends in none of `suffixes`, or cannot be written.
@@ -158,7 +156,7 @@ def file_to_write(flag: str, text: str, *suffixes: str) -> pathlib.Path:
 
 
 def _flag_error(error: Exception) -> str:
-    """One line for what absl and ml_collections say in several, with the nearest field."""
+    """Reduce an error of absl or ml_collections to one line, with the nearest field name."""
     text = " ".join(str(error.args[0] if error.args else error).split())
     frames = traceback.extract_tb(error.__traceback__)
     inside = [frame for frame in frames if frame.name in ("<module>", "get_config")]
@@ -167,7 +165,7 @@ def _flag_error(error: Exception) -> str:
     if inside and "ml_collections" not in frames[-1].filename:
         place = f"{inside[-1].filename}, line {inside[-1].lineno}"
         return f"the --config file fails ({place}: {type(error).__name__}: {text})"
-    # Of a TypeError or a ValueError in the file, text is all that ml_collections hands on.
+    # For a TypeError or ValueError in the file, ml_collections passes on only the text.
     places = re.findall(r'File "([^"]+)", line (\d+), in (?:<module>|get_config)\b', str(error))
     if "Error whilst parsing config file" in text and places:
         said = str(error).rstrip().splitlines()[-1]

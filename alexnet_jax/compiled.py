@@ -1,8 +1,8 @@
-"""Libraries of the package's C++, compiled where a C++ compiler is found.
+"""The package's C++ libraries, compiled at run time where there is a C++ compiler.
 
-What is compiled is for this machine's processor, and kept where JAX_COMPILATION_CACHE_DIR says, as
-JAX's own programs are, if that is a folder; if not, as long as this process lives, for it and those
-it starts. Where there is no compiler, or it fails, what would call a library has another way.
+They are compiled for this machine's processor and kept in JAX_COMPILATION_CACHE_DIR, if that is a
+folder, beside JAX's programs. Without such a folder they last as long as this process, which shares
+them with its children. Without a compiler, or if it fails, callers fall back to other code.
 """
 
 import atexit
@@ -22,13 +22,13 @@ from collections.abc import Sequence
 
 from alexnet_jax import files
 
-LONGEST = 300  # seconds, of a compiler
-# For ARM's processors clang 14, for one, knows no -march=native.
+LONGEST = 300  # seconds, for one run of the compiler
+# For ARM processors some compilers, such as clang 14, do not know -march=native.
 NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
 FLAGS = ("-std=c++17", "-O3", NATIVE, "-fno-math-errno", "-fPIC", "-shared", "-w")
 
 log = logging.getLogger(__name__)
-KEPT = "ALEXNET_JAX_COMPILED"  # the folder, where JAX has none
+KEPT = "ALEXNET_JAX_COMPILED"  # environment variable: the folder, if JAX has none
 _one_at_a_time = threading.Lock()
 _found: dict[pathlib.Path, tuple[ctypes.CDLL | None, str]] = {}
 
@@ -36,16 +36,16 @@ _found: dict[pathlib.Path, tuple[ctypes.CDLL | None, str]] = {}
 def load(
     source: pathlib.Path, symbols: Sequence[str], flags: Sequence[str], instead: str
 ) -> tuple[ctypes.CDLL | None, str]:
-    """The library of a source file and the headers beside it, once for all who ask.
+    """The library of a source file and the headers beside it, loaded once per process.
 
     Args:
-      symbols: what it must have.
-      flags: for the compiler, beside FLAGS.
-      instead: what the log is to say where there can be no library.
+      symbols: functions it must have.
+      flags: for the compiler, in addition to FLAGS.
+      instead: what to log as the consequence if there is no library.
 
     Returns:
-      The library, and text that is another for every other source, compiler, processor and set of
-      flags; None and no text where there can be none.
+      The library, and a hash of source, compiler, processor and flags; None and "" if there is no
+      library.
     """
     with _one_at_a_time:
         if source not in _found:
@@ -74,7 +74,7 @@ def _load(
 def library(
     compiler: Sequence[str], source: pathlib.Path, symbols: Sequence[str], flags: Sequence[str]
 ) -> tuple[ctypes.CDLL, str]:
-    """What `load` returns, by this compiler.
+    """As `load`, with the given compiler.
 
     Raises:
       OSError, subprocess.SubprocessError: it cannot be compiled or loaded.
@@ -114,7 +114,7 @@ def _loaded(path: pathlib.Path, symbols: Sequence[str]) -> ctypes.CDLL:
 
 
 def _kept() -> pathlib.Path:
-    """Where libraries are kept."""
+    """The folder where libraries are kept."""
     for told in (os.environ.get("JAX_COMPILATION_CACHE_DIR"), os.environ.get(KEPT)):
         if told and "://" not in told:
             folder = pathlib.Path(told)

@@ -1,4 +1,4 @@
-"""Every setting once: name, default, unit, source and rule; the presets; in and out of ConfigDict.
+"""Every setting's name, default, unit, source and rule; the presets; conversion from ConfigDict.
 
 A config file starts from `blank()`, a ConfigDict in which every field is None and typed, and sets
 what it wants. `resolve` then fills each field: what the user set wins, then the preset's table,
@@ -22,7 +22,7 @@ from ml_collections import config_dict
 from alexnet_jax.errors import UserError
 
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
-SHARES_ENTRY = {"conv6": "conv5", "fc4": "fc8"}  # layers without an entry in tuples of one for each
+SHARES_ENTRY = {"conv6": "conv5", "fc4": "fc8"}  # layers using another's entry in per-layer tuples
 CIFAR_HEEDS = frozenset({
     "preset", "net", "width", "input_size", "num_classes", "dtype", "towers", "activation", "init",
     "weight_std", "bias",
@@ -30,7 +30,7 @@ CIFAR_HEEDS = frozenset({
 
 
 class Rule(NamedTuple):
-    """What a value must be, in words and as a predicate."""
+    """A requirement on a value, in words and as a predicate."""
 
     words: str
     holds: Callable[[Any], bool]
@@ -82,10 +82,10 @@ class Model:
     """The net. Per-layer tuples follow `LAYERS`; conv6 (preset `conv6`) takes conv5's entries."""
 
     preset: str = "paper"  # a name in PRESETS
-    # The paper's two towers, or figure 1's four layers, which use only what CIFAR_HEEDS names; of
-    # `weight_std` and `bias` the entries of conv1..conv3 and fc8.
+    # The paper's net, or figure 1's four layers, which use only the fields in CIFAR_HEEDS, and of
+    # `weight_std` and `bias` only the entries of conv1..conv3 and fc8.
     net: str = _setting("alexnet", _one_of("alexnet", "cifar"))
-    # Multiplies the channels of every layer but fc8; stds of conv2..fc8 grow by 1/sqrt(width).
+    # Multiplies the channels of every layer but fc8; stds of conv2..fc8 scale by 1/sqrt(width).
     width: float = _setting(1.0, Rule("above 0 and at most 16", lambda value: 0 < value <= 16))
     input_size: int = _setting(224, _at_least(1))  # pixels a side; paper 224, Caffe 227
     num_classes: int = _setting(0, _at_least(0))  # 0: as many as the data has
@@ -105,7 +105,7 @@ class Model:
     after_conv2: tuple[str, ...] = _setting(("activation", "lrn", "pool"), _STAGE)
     after_conv5: tuple[str, ...] = _setting(("activation", "pool"), _STAGE)
     lrn: bool = True  # False drops every response normalisation
-    # Maps, and the three constants; paper, section 3.3.
+    # Window in maps, and the three constants; paper, section 3.3.
     lrn_size: int = _setting(5, Rule("odd and above 0", lambda n: n > 0 and n % 2 == 1))
     lrn_k: float = _setting(2.0, _above(0))
     lrn_alpha: float = _setting(1e-4, _at_least(0))  # multiplies the undivided sum
@@ -141,12 +141,13 @@ class Data:
     """Where images come from and what is done to them."""
 
     source: str = _setting("shapes", _SOURCE_NAME)
-    split: tuple[int, ...] = _setting((6, 2, 2), _SPLIT)  # where the data comes without one
+    split: tuple[int, ...] = _setting((6, 2, 2), _SPLIT)  # if the data comes without one
     split_seed: int = _setting(42, _at_least(0))
-    stored_size: int = _setting(0, _at_least(0))  # pixels a side of the square that crops are cut
-    # from; 0: 256 for inputs of 224 and 227, in proportion otherwise.
+    # Pixels a side of the square that crops are cut from; 0: 256 for inputs of 224 and 227,
+    # otherwise in proportion.
+    stored_size: int = _setting(0, _at_least(0))
     random_crop: bool = True  # else the centre; paper, section 4.1
-    crop_share: int = _setting(1, _at_least(1))  # images in a row with one crop and mirror
+    crop_share: int = _setting(1, _at_least(1))  # successive images that share crop and mirror
     mirror: bool = True  # half of the images, at random; paper, section 4.1
     # Standard deviation of the PCA noise in units of sqrt(eigenvalue); section 4.1; 0: none.
     colour_noise: float = _setting(0.1, _at_least(0))
@@ -155,7 +156,7 @@ class Data:
     # Subtract the mean image's central crop, its crop at the image's place, or the channel means
     # (and divide by the channels' standard deviations).
     mean: str = _setting("central", _one_of("central", "at_crop", "channel"))
-    workers: int = _setting(0, _at_least(0))  # that read and decode; 0: one a core
+    workers: int = _setting(0, _at_least(0))  # that read and decode; 0: one per core
     worker_kind: str = _setting("auto", _one_of("auto", "threads", "processes"))
     prefetch: int = _setting(4, _at_least(1))  # batches ready ahead of the step
     on_device: bool = False  # the training split stays on the devices, and is cropped there
@@ -168,11 +169,11 @@ class Mesh:
     """Devices: `data` x `model`."""
 
     model: int = _setting(1, _one_of(1, 2))  # devices the two towers are split over
-    # Devices the batch is split over; -1: what is left.
+    # Devices the batch is split over; -1: all that remain.
     data: int = _setting(-1, Rule("-1 or at least 1", lambda value: value == -1 or value >= 1))
-    # Virtual ones of all processes together, where the platform is the CPU.
+    # Virtual devices of all processes together, if the platform is the CPU.
     cpu_devices: int = _setting(0, _at_least(0))
-    # Seconds without progress after which a run is taken for stuck and ends; 0: never.
+    # Seconds without progress after which a run counts as stuck and ends; 0: never.
     step_timeout: float = _setting(600.0, _at_least(0))
 
 
@@ -180,50 +181,50 @@ class Mesh:
 class Optim:
     """Stochastic gradient descent with momentum; paper, section 5."""
 
-    learning_rate: float = _setting(0.01, _above(0))  # of the weights at the start
+    learning_rate: float = _setting(0.01, _above(0))  # for the weights, at the start
     momentum: float = _setting(0.9, _FRACTION)
     weight_decay: float = _setting(0.0005, _at_least(0))  # of the weights, never of the biases
-    bias_rate_factor: float = _setting(2.0, _at_least(0))  # source: .02 beside .01
-    # Drops when the validation error stops improving (paper, section 5), at given epochs (source),
-    # every so many steps (Caffe); the original's net #170's; half a cosine wave (ours).
+    bias_rate_factor: float = _setting(2.0, _at_least(0))  # source: biases .02, weights .01
+    # Drops when the validation error stops improving (paper, section 5), at given epochs (source)
+    # or every so many steps (Caffe); that of the original's net #170; half a cosine wave (ours).
     schedule: str = _setting(
         "plateau", _one_of("plateau", "epochs", "steps", "exponential", "cosine")
     )
-    # Of plateau, epochs and steps: what a drop multiplies the rate by.
+    # For plateau, epochs and steps: what a drop multiplies the rate by.
     drop_factor: float = _setting(0.1, Rule("between 0 and 1", lambda value: 0 < value < 1))
     plateau_patience: int = _setting(5, _at_least(1))  # validation passes; ours
     plateau_min_delta: float = _setting(0.001, _at_least(0))  # top-1 error, a fraction; ours
     plateau_max_drops: int = _setting(3, _at_least(0))  # "reduced three times"
-    drop_epochs: tuple[int, ...] = _setting((25, 51, 79), _ASCENDING)  # of epochs; source
-    drop_every_steps: int = _setting(100_000, _at_least(1))  # of steps; Caffe
-    biases_drop: bool = True  # of epochs: False keeps the biases' rate; source
+    drop_epochs: tuple[int, ...] = _setting((25, 51, 79), _ASCENDING)  # for epochs; source
+    drop_every_steps: int = _setting(100_000, _at_least(1))  # for steps; Caffe
+    biases_drop: bool = True  # for epochs: False keeps the biases' rate; source
     conv1_drop_epoch: int = _setting(0, _at_least(0))  # one more drop for conv1's kernel; 0: none
-    conv1_freeze_epoch: int = _setting(0, _at_least(0))  # conv1 stands still from here; 0: never
-    # Of each of LAYERS: what its rates are multiplied by; a layer of 0 stays as it is.
+    conv1_freeze_epoch: int = _setting(0, _at_least(0))  # conv1 is frozen from here; 0: never
+    # For each of LAYERS, a factor on its learning rates; 0 freezes the layer.
     layer_rates: tuple[float, ...] = _setting((1.0,) * 8, _numbers(8, 0))
 
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """How much, in what portions."""
+    """How long to train, in what batches."""
 
     batch_size: int = _setting(128, _at_least(1))  # images, over all devices; paper, section 5
     num_epochs: float = _setting(
         90.0, Rule("above 0 and at most 1e6", lambda n: 0 < n <= 1e6)
     )  # "roughly 90 cycles"
     num_steps: int = _setting(0, _at_least(0))  # overrides num_epochs when set
-    accumulation_steps: int = _setting(1, _at_least(1))  # parts a device takes its rows in
-    init_from: str = ""  # a workdir to begin with the weights of; other classes: a new last layer
+    accumulation_steps: int = _setting(1, _at_least(1))  # parts that a device splits its rows into
+    init_from: str = ""  # workdir whose weights to start from; other classes: a new last layer
     max_parameters: int = _setting(500_000_000, _at_least(1))  # a larger net is refused
     log_every_steps: int = _setting(20, _at_least(1))
-    deterministic: bool = False  # on a GPU, the same bits each time, at some cost; a CPU always is
+    deterministic: bool = False  # bitwise reproducible on a GPU, at some cost; a CPU always is
 
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
     """How errors are measured, while training and by --mode=eval."""
 
-    num_crops: int = _setting(1, _one_of(1, 10))  # centre; or corners too, mirrored; section 4.1
+    num_crops: int = _setting(1, _one_of(1, 10))  # centre, or also corners, mirrored; section 4.1
     split: str = _setting("validation", _one_of("train", "validation", "test"))
     batch_size: int = _setting(0, _at_least(0))  # images, over all devices; 0: train.batch_size
     every_epochs: int = _setting(1, _at_least(1))  # between validation passes
@@ -234,12 +235,12 @@ class Checkpoint:
     """When to save, and what to read."""
 
     every_steps: int = _setting(0, _at_least(0))  # besides each validation pass; 0: no more
-    step: int = _setting(-1, _at_least(-1))  # which one --mode=eval reads; -1: the newest
+    step: int = _setting(-1, _at_least(-1))  # for eval, predict, features, figures; -1: newest
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All of a run. `resolve` and `from_dict` make it; `to_dict` writes it."""
+    """All settings of a run; made by `resolve` and `from_dict`, written by `to_dict`."""
 
     seed: int = _setting(42, Rule("at least 0 and below 2**32", lambda seed: 0 <= seed < 2**32))
     model: Model = Model()
@@ -251,8 +252,7 @@ class Config:
     checkpoint: Checkpoint = Checkpoint()
 
 
-# What each preset changes from the defaults above, which are the paper's. Written as
-# section.field; `PRESETS["half"]` and the like hold no more than the difference.
+# What each preset changes, as section.field, from the defaults above, which are the paper's.
 _SOURCE = {
     "model.after_conv1": ("lrn", "pool", "activation"),
     "model.after_conv2": ("activation", "lrn", "spatial_lrn", "pool"),
@@ -329,8 +329,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
 
 SECTIONS = tuple(f.name for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.default))
 
-# A run goes on in its workdir whatever happens to these; `model` may not change at all; a change
-# of anything else needs --allow_config_change.
+# A resumed run may change these freely. With --allow_config_change it may change anything else but
+# `model`, of which only dtype may change.
 FREE_ON_RESUME = frozenset({
     "data.workers", "data.worker_kind", "data.prefetch", "data.on_device", "data.cache_dir",
     "data.tfds_dir", "train.deterministic",
@@ -356,8 +356,8 @@ def resolve(user: Any) -> Config:
     """The frozen config of what `user` sets, the rest from its preset and the defaults.
 
     Raises:
-      UserError: an unknown field, a type or a value that breaks its rule, or one for which the
-        net has no use.
+      UserError: an unknown preset or field, a value of the wrong type or against its rule, or one
+        that the net does not use.
     """
     values = user.to_dict()
     preset = values.get("model", {}).get("preset") or Model.preset
@@ -420,7 +420,7 @@ def field_names() -> list[str]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The known name most like `name`; as section.field, by the field, or by its initials."""
+    """The known name most like `name`, compared by field (without section) or by its initials."""
 
     def likeness(other: str) -> float:
         field = other.rpartition(".")[2]
@@ -431,7 +431,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def no_field(name: str) -> str:
-    """What is said of `name`, as section.field, which is no field; it names the nearest."""
+    """The error message for `name`, as section.field, which is no field; it names the nearest."""
     names = field_names()
     section, *fields = name.split(".")
     near = [other for other in names if other.startswith(f"{section}.")]
@@ -443,11 +443,11 @@ def no_field(name: str) -> str:
 
 
 def changes(old: Config, new: Config) -> tuple[dict[str, tuple], dict[str, tuple]]:
-    """What a resumed run would change, as name -> (old, new).
+    """The settings that a resumed run would change, as name -> (old, new).
 
     Returns:
-      (refused, asked): changes of the model, which no flag allows, and changes of what was
-      trained on and how, which --allow_config_change allows. The rest is free to change.
+      (refused, asked): changes of `model` other than dtype, which no flag allows, and changes that
+      need --allow_config_change. The rest is free to change.
     """
     refused, asked = {}, {}
     if old.seed != new.seed:
@@ -465,7 +465,7 @@ def changes(old: Config, new: Config) -> tuple[dict[str, tuple], dict[str, tuple
 
 
 def stored_size(data: Data, model: Model) -> int:
-    """Pixels a side of the stored square: 256 for inputs of 224 and 227, in proportion else."""
+    """Pixels a side of the stored square: 256 for inputs of 224 and 227, else proportional."""
     if data.stored_size:
         return data.stored_size
     return 256 if model.input_size == 227 else round(256 * model.input_size / 224)

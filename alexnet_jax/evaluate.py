@@ -1,4 +1,4 @@
-"""Errors of trained nets, one or several together, on a split: what --mode=eval does."""
+"""--mode=eval: errors on a split of one trained net, or of several together."""
 
 import csv
 import pathlib
@@ -18,21 +18,21 @@ from alexnet_jax.predict import Net, averaged, example_names, open_net, open_spl
 
 
 class Predictions(NamedTuple):
-    """What nets make of every example of a split, in the source's order."""
+    """Predictions for every example of a split, in the source's order."""
 
     log_probabilities: np.ndarray  # (n, classes) float32; of several nets, of the mean probability
     targets: np.ndarray  # (n,) int64
     source: Source
-    net_words: tuple[str, ...] = ()  # of the first net that has some
+    net_words: tuple[str, ...] = ()  # readable class names, of the first net that has any
 
     @property
     def words(self) -> tuple[str, ...]:
-        """What to call the classes where people read."""
+        """Class names for people to read."""
         return self.net_words or self.source.words or self.source.labels
 
 
 def predictions(net: Net, split: str) -> Predictions:
-    """What a net makes of a split.
+    """A net's predictions for a split.
 
     Raises:
       UserError: as `open_split`.
@@ -44,13 +44,13 @@ def predictions(net: Net, split: str) -> Predictions:
 def together(
     config: Config, directories: Sequence[pathlib.Path], told: Told = alone
 ) -> tuple[Predictions, list[int]]:
-    """What one net, or several together, make of split `eval.split`, and the nets' steps.
+    """Predictions of one net, or of several together, for split `eval.split`; and the nets' steps.
 
-    Several are averaged as the paper's ensembles are: by their probabilities.
+    The probabilities of several nets are averaged, as in the paper's ensembles.
 
     Raises:
-      UserError: a workdir cannot be used; they are of different classes, or split the data
-        otherwise.
+      UserError: a workdir cannot be used; the nets have different classes, or split the data
+        differently.
     """
     found, steps, sources_of, words = [], [], [], ()
     for directory in directories:
@@ -74,15 +74,15 @@ def evaluate_workdirs(
     output: pathlib.Path | None = None,
     told: Told = alone,
 ) -> tuple[dict[str, Any], str]:
-    """Errors on split `eval.split`, and a table of the classes that are mistaken most.
+    """Errors on split `eval.split`, and a table of the classes mistaken most often.
 
     Args:
       output: an .npz or .csv file to write probabilities and labels to.
-      told: `Job.told`, where all ranks of a job evaluate.
+      told: `Job.told`, if all ranks of a job evaluate.
 
     Returns:
-      split, num_examples, num_crops, loss, top1_error, top5_error, and each checkpoint's step; the
-      loss of ten crops and of several nets is that of the averaged probability. And the table.
+      split, num_examples, num_crops, loss, top1_error, top5_error, and each checkpoint's step; then
+      the table. The loss of ten crops and of several nets is that of the averaged probability.
 
     Raises:
       UserError: as `together`.
@@ -110,14 +110,14 @@ def evaluate_workdirs(
 
 
 def confusion(found: Predictions) -> np.ndarray:
-    """(classes, classes) int64: how many examples of each class (row) were taken for which."""
+    """(classes, classes) int64: examples of each class (row) predicted as each class (column)."""
     count = found.log_probabilities.shape[1]
     best = np.argmax(found.log_probabilities, axis=1)
     return np.bincount(found.targets * count + best, minlength=count**2).reshape(count, count)
 
 
 def class_table(found: Predictions, most: int = 20) -> str:
-    """The classes with the highest errors, and what they are taken for."""
+    """The classes with the highest errors, and what they are most often taken for."""
     counts, classes = confusion(found), [shortened(name, 24) for name in found.words]
     examples, right = counts.sum(1), np.diag(counts)
     errors = 1 - right / np.maximum(examples, 1)
@@ -135,7 +135,7 @@ def class_table(found: Predictions, most: int = 20) -> str:
 
 
 def _write(output: pathlib.Path, found: Predictions) -> None:
-    """Probabilities, labels and names of all examples, as an .npz or .csv file."""
+    """Write probabilities, labels and names of all examples to an .npz or .csv file."""
     probabilities = np.exp(found.log_probabilities)
     labels, source = found.source.labels, found.source
     names = example_names(source)

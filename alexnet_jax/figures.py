@@ -1,4 +1,4 @@
-"""Pictures of numbers: each function draws one, legible in print and to colour-blind readers."""
+"""Figures, one per function, legible in print and to colour-blind readers."""
 
 import importlib.util
 import math
@@ -10,13 +10,13 @@ import numpy as np
 
 from alexnet_jax.errors import UserError, shortened
 
-# Okabe and Ito's colours, which differ for every kind of colour vision.
+# Okabe and Ito's colours, distinct for every kind of colour vision.
 BLUE, ORANGE, GREEN, PINK, SKY, RED, BLACK, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#7F7F7F",
 )  # fmt: skip
 COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, RED, BLACK, GREY)
 MARKS = "os^Dv*Xp"
-WIDTH = 7.0  # inches, of a page's text
+WIDTH = 7.0  # inches, a page's text width
 STYLE: Any = {
     "font.size": 8,
     "axes.titlesize": 8,
@@ -24,24 +24,24 @@ STYLE: Any = {
     "axes.spines.right": False,
     "legend.frameon": False,
     "text.parse_math": False,  # a class may be called $5
-    "svg.hashsalt": "alexnet_jax",  # the same file from the same numbers
+    "svg.hashsalt": "alexnet_jax",  # the same numbers give the same file
 }
 
 Curve = Sequence[tuple[float, float]]  # (epoch, value)
 
 
 class Guess(NamedTuple):
-    """An image and what a net takes it for."""
+    """An image and a net's best guesses for it."""
 
     image: np.ndarray  # (s, s, 3) uint8
-    title: str  # of the right class, or of the file
+    title: str  # name of the right class, or of the file
     labels: Sequence[str]  # the five best
     probabilities: Sequence[float]
-    right: str | None  # the right class, marked among the five; None where nobody knows
+    right: str | None  # the right class, marked among the five; None if unknown
 
 
 def save(figure: Any, path: pathlib.Path) -> list[str]:
-    """Write a figure as PNG and SVG, whatever the path ends in; the files' names."""
+    """Write a figure as PNG and SVG, whatever the path's suffix; returns the file names."""
     path.parent.mkdir(parents=True, exist_ok=True)
     written = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
     for file in written:
@@ -51,7 +51,7 @@ def save(figure: Any, path: pathlib.Path) -> list[str]:
 
 
 def check_installed() -> None:
-    """Raises UserError where matplotlib is not."""
+    """Raises UserError if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError(
             "figures are drawn by matplotlib, which is not installed; pip install -e '.[figures]'"
@@ -78,11 +78,11 @@ def curves(
     logarithmic: bool = False,
     splits: Mapping[str, str] | None = None,
 ) -> Any:
-    """Values by epoch: a colour and a mark a run, training in full lines, validation broken.
+    """Values by epoch: a colour and a marker per run, training solid, validation dashed.
 
     Args:
-      splits: of each run, the split that stands for validation.
-      target: where to draw a level line.
+      splits: for each run, the split that serves as validation.
+      target: value at which to draw a horizontal line.
     """
     figure, ((axes,),) = _figure(3.2, 1, 1)
     names = list(dict.fromkeys([*training, *validation]))
@@ -124,10 +124,10 @@ def curves(
 
 
 def kernels(towers: Sequence[np.ndarray], titles: Sequence[str]) -> Any:
-    """First-layer kernels, one tower above another, 16 a row, on one shared scale (figure 3).
+    """First-layer kernels, tower above tower, 16 per row, on one shared scale (figure 3).
 
     Args:
-      towers: (k, k, 3, o) float of each tower.
+      towers: (k, k, 3, o) float for each tower.
     """
     low, high = (
         float(bound(np.concatenate([t.ravel() for t in towers]))) for bound in (np.min, np.max)
@@ -144,7 +144,7 @@ def kernels(towers: Sequence[np.ndarray], titles: Sequence[str]) -> Any:
 
 
 def _sheet(tower: np.ndarray) -> np.ndarray:
-    """Kernels (k, k, 3, o) in 0..1 side by side, a white pixel between: (h, w, 3)."""
+    """Kernels (k, k, 3, o) in 0..1 as a grid with a white pixel between: (h, w, 3)."""
     size, count = tower.shape[0], tower.shape[3]
     columns = min(16, count)
     rows = math.ceil(count / columns)
@@ -158,8 +158,8 @@ def _sheet(tower: np.ndarray) -> np.ndarray:
 def colour_selectivity(tower: np.ndarray) -> float:
     """How much of a tower's kernels is colour: 0 for grey ones, 2/3 for noise, 1 for pure colour.
 
-    The mean over kernels of the share of a kernel's energy that is left when each pixel's mean
-    over the three channels is taken from it.
+    The mean over kernels of the share of a kernel's energy that remains when each pixel's mean
+    over the three channels is subtracted.
 
     Args:
       tower: (k, k, 3, o) float.
@@ -170,11 +170,11 @@ def colour_selectivity(tower: np.ndarray) -> float:
 
 
 def confusion(counts: np.ndarray, labels: Sequence[str], most: int = 40) -> Any:
-    """Which class (row) was taken for which, in per cent of the row.
+    """Confusion matrix: which class (row) was taken for which, in per cent of the row.
 
     Args:
       counts: (classes, classes) int.
-      most: of more classes only those mistaken most are drawn.
+      most: with more classes, only the ones mistaken most often are drawn.
     """
     examples = np.maximum(counts.sum(1), 1)
     shares = 100 * counts / examples[:, None]
@@ -218,7 +218,7 @@ def guesses(found: Sequence[Guess], columns: int = 4) -> Any:
 
 
 def _bars(axes: Any, guess: Guess) -> None:
-    """Five bars with their labels on them; the right one is of another colour, and bold."""
+    """Bars with their labels on them; the right class has another colour and bold text."""
     axes.set(xlim=(0, 1), ylim=(len(guess.labels) - 0.5, -0.5))
     for place, (label, probability) in enumerate(zip(guess.labels, guess.probabilities)):
         right = label == guess.right
@@ -228,7 +228,7 @@ def _bars(axes: Any, guess: Guess) -> None:
         text = axes.text(
             0.02, place, words, va="center", fontsize=7, fontweight=weight, clip_on=True
         )
-        text.set_in_layout(False)  # or a long one would squeeze the picture
+        text.set_in_layout(False)  # or a long label would squeeze the picture
 
 
 def neighbours(
@@ -238,7 +238,7 @@ def neighbours(
 
     Args:
       queries: image (s, s, 3) uint8 and class.
-      nearest: the same, nearest first, for each query. A class other than the query's is marked.
+      nearest: the same, per query, nearest first. A class other than the query's is marked.
     """
     columns = 1 + max(map(len, nearest))
     figure, axes = _figure(1.18 * len(queries), len(queries), columns)

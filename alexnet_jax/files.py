@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and on the disk when they have to be."""
+"""Atomic file writes, synced to disk where needed."""
 
 import contextlib
 import hashlib
@@ -15,11 +15,11 @@ from alexnet_jax.errors import reason
 
 @contextlib.contextmanager
 def whole(path: pathlib.Path, sync: bool = False) -> Iterator[pathlib.Path]:
-    """The path to write a file to, which takes the place of `path` when nothing was raised.
+    """A temporary path to write to, which replaces `path` if nothing was raised.
 
     Args:
-      sync: have it on the disk before anything that comes after. Then nobody else may be writing
-        `path`, and what one that was killed left beside it is written over.
+      sync: fsync, so that it is on disk before anything that follows. Nobody else may then be
+        writing `path`; a temporary file left by a killed process is overwritten.
     """
     partial = path.with_name(f"{path.name}.tmp" if sync else f"{path.name}.{secrets.token_hex(8)}")
     try:
@@ -36,13 +36,13 @@ def whole(path: pathlib.Path, sync: bool = False) -> Iterator[pathlib.Path]:
 
 
 def write_text(path: pathlib.Path, text: str, sync: bool = False) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file atomically."""
     with whole(path, sync) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_arrays(path: pathlib.Path, sync: bool = False, **arrays: np.ndarray) -> None:
-    """Write an .npz file, whole or not at all; nothing in it needs pickle to be read."""
+    """Write an .npz file atomically; it can be read without pickle."""
     with whole(path, sync) as partial, open(partial, "wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
 
@@ -50,10 +50,10 @@ def write_arrays(path: pathlib.Path, sync: bool = False, **arrays: np.ndarray) -
 def read_arrays(path: pathlib.Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     """The arrays of an .npz file that `write_arrays` wrote.
 
-    Nothing in it is unpickled, nor unpacked: what is read lies on the disk at its full size.
+    Nothing in it is unpickled or decompressed: arrays have their full size on disk.
 
     Raises:
-      ValueError: it is no such file.
+      ValueError: it is not such a file.
     """
     try:
         with zipfile.ZipFile(path) as members:
@@ -61,7 +61,7 @@ def read_arrays(path: pathlib.Path, names: Iterable[str]) -> dict[str, np.ndarra
                 raise ValueError("its arrays are compressed")
         with np.load(path, allow_pickle=False) as arrays:
             return {name: np.asarray(arrays[name]) for name in names}
-    except Exception as error:  # at damaged bytes numpy and zipfile raise what they stumble over
+    except Exception as error:  # on damaged bytes numpy and zipfile raise errors of all kinds
         raise ValueError(reason(error)) from error
 
 
@@ -72,7 +72,7 @@ def digest(path: pathlib.Path) -> str:
 
 
 def synced(path: pathlib.Path) -> None:
-    """Have a file, or what a folder lists, on the disk before anything that comes after."""
+    """fsync a file, or the entries of a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

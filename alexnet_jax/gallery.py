@@ -1,4 +1,4 @@
-"""The pictures of trained nets: what --mode=figures draws from workdirs, as in the paper."""
+"""--mode=figures: pictures of trained nets, as in the paper, drawn from workdirs."""
 
 import logging
 import pathlib
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def draw(config: Config, directories: Sequence[pathlib.Path]) -> list[str]:
-    """Draw everything into `figures/` of the first workdir; the curves are of all of them.
+    """Draw everything into `figures/` of the first workdir; errors and loss are of all workdirs.
 
     Returns:
       The files written, PNG and SVG.
@@ -55,7 +55,7 @@ def draw(config: Config, directories: Sequence[pathlib.Path]) -> list[str]:
 
 
 def learning(directories: Sequence[pathlib.Path], value: str, ylabel: str) -> Any:
-    """Training and validation by epoch, of one run or several."""
+    """Training and validation curves by epoch, of one run or several."""
     runs = names(directories)
     training = {
         name: [(epoch, found[value]) for epoch, found in report.training_by_epoch(place).items()]
@@ -72,7 +72,7 @@ def learning(directories: Sequence[pathlib.Path], value: str, ylabel: str) -> An
 
 
 def names(directories: Sequence[pathlib.Path]) -> dict[str, pathlib.Path]:
-    """The workdirs by the shortest ends of their paths that tell them apart."""
+    """The workdirs by the shortest path suffixes that distinguish them."""
     for length in range(1, 64):
         found = {"/".join(place.parts[-length:]): place for place in directories}
         if len(found) == len(set(directories)):
@@ -81,7 +81,7 @@ def names(directories: Sequence[pathlib.Path]) -> dict[str, pathlib.Path]:
 
 
 def ratios(directory: pathlib.Path) -> dict[str, Any]:
-    """Each layer's update, relative to its weights, by epoch; nothing where none is logged."""
+    """Each layer's update, relative to its weights, by epoch; empty if none is logged."""
     records = report.training_records(directory)
     names = [name for name in records[-1] if name.startswith(RATIO)]
     lines = {
@@ -107,7 +107,7 @@ def kernels(net: Net) -> Any:
 
 
 def guesses(found: Predictions, size: int) -> list[Guess]:
-    """Examples from all over a split with their five best classes.
+    """Examples spread over a split, with their five best classes.
 
     Args:
       size: pixels a side of the squares drawn.
@@ -121,7 +121,7 @@ def guesses(found: Predictions, size: int) -> list[Guess]:
 
 
 def file_guesses(found: Sequence[dict[str, Any]]) -> Any:
-    """What `predict.predict_files` says of image files, drawn as in the paper's figure 4."""
+    """Predictions of `predict.predict_files`, drawn as in the paper's figure 4."""
     drawn = []
     if len(found) > MOST_FILES:
         log.warning("the first %d of %d images are drawn", MOST_FILES, len(found))
@@ -137,7 +137,7 @@ def file_guesses(found: Sequence[dict[str, Any]]) -> Any:
 def neighbours(net: Net, found: Predictions, size: int) -> Any:
     """Examples of a split with the training images nearest to them in the last hidden layer.
 
-    Euclidean distance (paper, section 6.1), of fc7 where the net has it.
+    By Euclidean distance (paper, section 6.1), of fc7 if the net has it.
     """
     layer = layers(net.config.model, len(net.meta.labels))[-2].name
     queries, training = found.source, predict.open_split(net, "train")
@@ -157,12 +157,12 @@ def neighbours(net: Net, found: Predictions, size: int) -> Any:
 
 
 def _spread(length: int, count: int) -> list[int]:
-    """`count` places evenly over `length`, none twice."""
+    """Up to `count` indices spread evenly over `length`, without repeats."""
     return sorted({int(place) for place in (np.arange(count) + 0.5) / count * length})
 
 
 def _picture(source: Source, index: int, size: int, words: Sequence[str]) -> tuple[np.ndarray, str]:
-    """An example's square of `size` pixels a side, and what its class is called."""
+    """An example's square of `size` pixels a side, and its class name."""
     example = source.read(index)
     pixels = images.decode(example.data, example.name)
     square = images.square(pixels, size)

@@ -1,4 +1,4 @@
-"""What a net is made of, and what its split step sends: layers, counts, bytes, collectives."""
+"""--mode=inspect: a net's layers and counts, and what its split step sends between devices."""
 
 import functools
 import math
@@ -24,8 +24,8 @@ from alexnet_jax.train.calendar import Calendar
 from alexnet_jax.train.state import make_apply, placed_shapes, state_shapes
 from alexnet_jax.train.step import make_train_step
 
-IMAGENET_CLASSES = 1000  # where the config names no number; the data is not looked at
-BATCH_SIZE = 2  # a device, of the step that is traced and compiled; the counts do not depend on it
+IMAGENET_CLASSES = 1000  # if the config gives no number; the data is not opened
+BATCH_SIZE = 2  # per device, of the traced and compiled step; the counts do not depend on it
 
 COLLECTIVE = re.compile(
     r"= .*? (all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute|"
@@ -37,7 +37,7 @@ IOTA_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]
 
 
 def collectives(hlo: str, mesh: Mesh) -> dict[str, dict[str, int]]:
-    """Collectives of a compiled program by the mesh axis whose devices they join.
+    """Counts of a compiled program's collectives by the mesh axis they run over.
 
     Args:
       hlo: the compiled module's text.
@@ -66,7 +66,7 @@ def collectives(hlo: str, mesh: Mesh) -> dict[str, dict[str, int]]:
 
 
 def _groups(line: str) -> set[frozenset[int]]:
-    """The replica groups of one HLO instruction: written out, by mesh axes, or as a range."""
+    """The replica groups of one HLO instruction: explicit, by mesh axes, or as an iota."""
     explicit = EXPLICIT_GROUPS.search(line)
     if explicit:
         groups = re.findall(r"\{([\d,]+)\}", explicit[1])
@@ -91,7 +91,7 @@ def _groups(line: str) -> set[frozenset[int]]:
 
 
 def exchanged_bytes(traced: jax.stages.Traced) -> list[int]:
-    """Bytes each tower sends the other per image, exchange by exchange, in a step's forward."""
+    """Bytes each tower sends the other per image, per exchange, in a step's forward pass."""
     sent = []
 
     def visit(jaxpr: Any) -> None:
@@ -109,13 +109,13 @@ def exchanged_bytes(traced: jax.stages.Traced) -> list[int]:
 def inspect(config: Config) -> dict[str, Any]:
     """The table of --mode=inspect as nested dicts; sizes per tower, bytes per image and direction.
 
-    The step is compiled for CPU devices: two towers for two, whatever `mesh.model` says, and
-    `mesh.data` times as many.
+    The step is compiled for CPU devices: `mesh.data` of them (at least one), or twice as many
+    for a net that splits, whatever `mesh.model` says.
 
     Raises:
-      UserError: `mesh.model` is 2, and the net does not split.
+      UserError: `mesh.model` is 2, but the net does not split.
     """
-    jax.config.update("jax_platforms", "cpu")  # operations choose their form by it
+    jax.config.update("jax_platforms", "cpu")  # ops choose implementations by platform
     model = config.model
     asked = configs.Mesh(
         model=max(config.mesh.model, 1 + model.splits), data=max(config.mesh.data, 1)
@@ -152,7 +152,7 @@ def inspect(config: Config) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """The same for a person."""
+    """The result of `inspect` as readable text."""
     towers = found["towers"]
     lines = [
         f"preset {found['preset']}, width {found['width']:g}, input {found['input_size']}, "

@@ -1,4 +1,4 @@
-"""The order of events: steps, logs, validation, the plateau, checkpoints, stopping."""
+"""The training loop: steps, logs, validation, the plateau, checkpoints, stopping."""
 
 import contextlib
 import dataclasses
@@ -38,7 +38,7 @@ class TrainingError(FailedError):
 
 
 class StopSignal:
-    """Ctrl-C and SIGTERM ask for an orderly end after the running step; a second one is at once."""
+    """Makes Ctrl-C and SIGTERM stop training after the current step; a second one stops at once."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -57,12 +57,12 @@ class StopSignal:
         if self.job.signal:
             raise KeyboardInterrupt(number)
         self.job.stop(number)
-        with contextlib.suppress(OSError):  # who would read it may have been stopped as well
+        with contextlib.suppress(OSError):  # the reader may have been stopped as well
             print("stopping after this step; once more stops at once", file=sys.stderr)
 
 
 class Interval:
-    """The steps since the last log: their results, still on the devices, and the time."""
+    """The steps since the last log: their results, still on the devices, and the time taken."""
 
     def __init__(self, batch_size: int, mesh: Mesh):
         self.batch_size, self.mesh = batch_size, mesh
@@ -75,11 +75,11 @@ class Interval:
     def add(self, step: int, results: StepResults) -> None:
         results.numbers.copy_to_host_async()
         self.results.append((step, results))
-        if len(self.results) > 2:  # stay two steps ahead of the devices, no more
+        if len(self.results) > 2:  # stay at most two steps ahead of the devices
             self.results[-3][1].numbers.block_until_ready()
 
     def read(self) -> dict[str, float]:
-        """Means over the interval, of the gradient's norm the root mean square; starts the next.
+        """Means over the interval (root mean square for the gradient norm); starts the next one.
 
         Raises:
           TrainingError: a loss, a gradient, an update or a weight is not finite.
@@ -113,7 +113,7 @@ class Interval:
 def train(
     config: Config, directory: pathlib.Path, job: Job, allow_config_change: bool = False
 ) -> int:
-    """Train, or go on training, in a workdir, together with the other processes of the job.
+    """Train, or resume training, in a workdir, together with the job's other processes.
 
     Returns:
       0, or the number of the signal that ended it early, after saving.
@@ -140,7 +140,7 @@ def train(
 
 
 def _steps(run: setup.Run, first: int, report: Silent, job: Job) -> int:
-    """The steps after `first`; the number of the signal that ended them early, or 0."""
+    """Run the steps after `first`; returns the signal that ended them early, or 0."""
     config, calendar, meta, state = run.config, run.calendar, run.meta, run.state
     scale = np.float32(optim.plateau_scale(meta.plateau, config.optim))
     statistics = put_everywhere(meta.statistics, run.mesh)
@@ -154,10 +154,10 @@ def _steps(run: setup.Run, first: int, report: Silent, job: Job) -> int:
     interval = Interval(calendar.batch_size, run.mesh)
     for step in range(first + 1, calendar.num_steps + 1):
         state, results = train_step(state, batch, statistics, scale)
-        batch = next(batches, batch)  # on its way while the step runs
+        batch = next(batches, batch)  # sent to the devices while the step runs
         interval.add(step, results)
         job.at(f"step {step}")
-        stopping = job.stops_after(step)  # once: a signal that comes later waits for the next step
+        stopping = job.stops_after(step)  # asked once: a later signal waits for the next step
         passes = calendar.epoch_ends(step, config.eval.every_epochs)
         saves = passes or stopping or calendar.is_due(step, config.checkpoint.every_steps)
         if saves or step == first + 1 or calendar.is_due(step, config.train.log_every_steps):
@@ -174,14 +174,14 @@ def _steps(run: setup.Run, first: int, report: Silent, job: Job) -> int:
             job.at(f"the saving of step {step}")
             natural = natural_state(state, len(meta.labels))
             run.checkpoints.save(step, natural, meta, error if passes else None)
-            interval.restart()  # the next rate is without the save
+            interval.restart()  # so that the next images_per_second excludes the save
         if stopping:
             run.checkpoints.wait()
             name = signal.Signals(stopping).name
             report.say(f"{name}: saved step {step}; the same command goes on from there")
             return stopping
         job.at(f"step {step + 1}, and the batch after it")
-    return job.signal  # one may have come while the last step was validated and saved
+    return job.signal  # a signal may have come while the last step was validated and saved
 
 
 def _validated(
@@ -194,7 +194,7 @@ def _validated(
     report: Silent,
     job: Job,
 ) -> tuple[float, Meta]:
-    """A validation pass: its record and top-1 error, and `meta` with the plateau after it."""
+    """Run and record a validation pass; returns top-1 error, and `meta` with the new plateau."""
     started = time.perf_counter()
     sums = validate.validate(
         run.eval_step,
@@ -231,7 +231,7 @@ def device_batches(
     last: int,
     origin: int = 0,
 ) -> Generator[DeviceBatch, None, None]:
-    """Training batches first .. last - 1, on their way to the devices; batch 0 is at `origin`."""
+    """Training batches first .. last - 1, being sent to the devices; batch 0 is at `origin`."""
     size, batch_size = config.model.input_size, config.train.batch_size
     batches = stream.train_batches(
         source,
@@ -256,7 +256,7 @@ def device_batches(
 
 
 def _compiled(step: TrainStep, arguments: tuple, report: Silent) -> TrainStep:
-    """The step ready to run, so that no compiling hides in the first step's time."""
+    """The step compiled ahead of time, so that the first step's time does not include compiling."""
     started = time.perf_counter()
     compiled = step.lower(*arguments).compile()  # pyright: ignore[reportFunctionMemberAccess]
     report.say(f"compiled the training step in {time.perf_counter() - started:.1f} s")

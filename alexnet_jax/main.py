@@ -3,11 +3,11 @@
   python -m alexnet_jax.main --config=configs/NAME.py --workdir=DIR [--mode=MODE]
       [--config.SECTION.FIELD=VALUE ...] [IMAGE ...]
 
-Several processes train one net: under Slurm and Open MPI they find each other, elsewhere each gets
+Several processes train one net: under Slurm and Open MPI they find each other; elsewhere give each
 --coordinator=HOST:PORT --num_processes=N --process_id=0..N-1, or --coordinator=auto on a TPU pod.
 
-Exit status: 0 the whole job is done; 1 training or internal failure; 2 a mistake of the user's,
-in one line; 130 Ctrl-C and 143 SIGTERM, after saving.
+Exit status: 0 the whole job is done; 1 training or internal failure; 2 a user error, explained in
+one line; 130 Ctrl-C and 143 SIGTERM, after saving.
 """
 
 import json
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
 
 
 def parse(argv: list[str]) -> tuple[flags.FlagValues | None, list[str]]:
-    """The command line's flags, None where only help was asked for; and what stands after them.
+    """The command line's flags, None if only help was asked for; and the arguments after them.
 
     Raises:
       UserError: an unknown flag, config file, field, or an ill-typed value.
@@ -97,7 +97,7 @@ def parse(argv: list[str]) -> tuple[flags.FlagValues | None, list[str]]:
 
 
 def run(options: flags.FlagValues, paths: list[str]) -> int:
-    """The mode that the flags ask for."""
+    """Run the mode that the flags ask for."""
     config = configs.resolve(options.config)
     command.before_jax(config)
     if options.mode == "inspect":
@@ -120,7 +120,7 @@ def run(options: flags.FlagValues, paths: list[str]) -> int:
 def run_mode(
     options: flags.FlagValues, paths: list[str], config: configs.Config, job: cluster.Job
 ) -> int:
-    """A mode that needs devices."""
+    """Run a mode that needs devices."""
     if options.mode == "bench":
         found = bench.bench(config)
         print(bench.table(found))

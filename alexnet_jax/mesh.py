@@ -1,4 +1,4 @@
-"""Devices -> mesh; where a batch and a parameter live."""
+"""Building the device mesh; placing batches and parameters on it."""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,10 +15,10 @@ from alexnet_jax.errors import UserError
 
 
 def start_cpu_devices(count: int, at_least: bool = False) -> None:
-    """Have the CPU platform start `count` virtual devices, unless JAX_NUM_CPU_DEVICES says else.
+    """Have the CPU platform start `count` virtual devices, unless JAX_NUM_CPU_DEVICES is set.
 
-    A count of 0 changes nothing; with `at_least`, `count` wins over fewer by JAX_NUM_CPU_DEVICES.
-    Other platforms are not affected. To be called before JAX is first used.
+    A count of 0 changes nothing; with `at_least`, `count` overrides a smaller JAX_NUM_CPU_DEVICES.
+    Other platforms are not affected. Call before JAX is first used.
     """
     asked = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
     if count and asked < (count if at_least else 1):
@@ -67,10 +67,10 @@ def make_mesh(mesh: configs.Mesh, model: configs.Model) -> jax.sharding.Mesh:
 
 
 def _even(processes: Iterable[Sequence[int]]) -> bool:
-    """Whether processes have equal shares of a batch, the same ones or none in common.
+    """Whether processes have equally large shares of a batch, any two identical or disjoint.
 
     Args:
-      processes: of each place along `data`, those of its devices.
+      processes: for each place along `data`, the processes of its devices.
     """
     shares: dict[int, set[int]] = {}
     for place, owners in enumerate(processes):
@@ -82,10 +82,10 @@ def _even(processes: Iterable[Sequence[int]]) -> bool:
 
 
 def training_mesh(config: configs.Config) -> jax.sharding.Mesh:
-    """`make_mesh`, for batches that split evenly over its data axis and accumulation's parts.
+    """`make_mesh`, if batches split evenly over its data axis and the accumulation steps.
 
     Raises:
-      UserError: as `make_mesh`; or the batch does not split so.
+      UserError: as `make_mesh`; or the batch does not split evenly.
     """
     mesh = make_mesh(config.mesh, config.model)
     batch_size, parts = config.train.batch_size, config.train.accumulation_steps
@@ -101,14 +101,14 @@ def training_mesh(config: configs.Config) -> jax.sharding.Mesh:
 
 
 def parameter_spec(array: jax.Array | jax.ShapeDtypeStruct) -> P:
-    """Parameters and their momentum are split on their last axis over `model`; scalars are not."""
+    """Parameters and their momentum are sharded on the last axis over `model`; scalars are not."""
     return P(*(None,) * (array.ndim - 1), "model") if array.ndim else P()
 
 
 def local_rows(mesh: jax.sharding.Mesh, batch_size: int) -> range:
     """The rows of the global batch that this process's devices need.
 
-    Processes that hold the two towers of one `data` place read the same rows; others none twice.
+    Processes that hold the two towers of one `data` place read the same rows; others disjoint ones.
     """
     share = batch_size // mesh.shape["data"]
     process = jax.process_index()
@@ -121,9 +121,9 @@ def local_rows(mesh: jax.sharding.Mesh, batch_size: int) -> range:
 
 
 def local_columns(array: jax.Array) -> np.ndarray:
-    """Of an array (n, shards) split over `model`, the columns this process has, each once.
+    """This process's columns of an array (n, shards) sharded over `model`, each once.
 
-    What `copy_to_host_async` has sent for is not fetched again.
+    Data already requested by `copy_to_host_async` is not fetched again.
     """
     if array.is_fully_replicated:
         return np.asarray(array)
@@ -134,9 +134,9 @@ def local_columns(array: jax.Array) -> np.ndarray:
 
 
 def over_model(local: np.ndarray, mesh: jax.sharding.Mesh) -> np.ndarray:
-    """`local_columns`, (..., local shards), added up over all shards: (...) float64.
+    """Sum `local_columns`, (..., local shards), over all shards: (...) float64.
 
-    Where the shards lie in several processes, all of these must call this at the same time.
+    A collective where the shards are in several processes: all processes must call it together.
     """
     local = local.astype(np.float64)
     if local.shape[-1] < mesh.shape["model"]:
@@ -146,7 +146,7 @@ def over_model(local: np.ndarray, mesh: jax.sharding.Mesh) -> np.ndarray:
 
 
 def put_everywhere(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Arrays that every process has, whole on every device."""
+    """Replicate arrays, which every process has, on every device."""
     everywhere = NamedSharding(mesh, P())
 
     def put(array: Any) -> jax.Array:
@@ -157,10 +157,10 @@ def put_everywhere(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch as arrays split over `data`, on their way to the devices."""
+    """Start sending this process's rows of a batch to the devices, as arrays split over `data`."""
     sharding = NamedSharding(mesh, P("data"))
     if sharding.is_fully_addressable:
-        return jax.device_put(dict(batch), sharding)  # at once, which is faster
+        return jax.device_put(dict(batch), sharding)  # all in one call, which is faster
     return {
         name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
     }

@@ -29,11 +29,11 @@ def sums(log_probs: Array, labels: Array, valid: Array | None = None) -> Sums:
     Args:
       log_probs: (b, classes) float32.
       labels: (b,) int, in 0..classes - 1.
-      valid: (b,) bool; padding rows, False, count for nothing, whatever they hold. None: all.
+      valid: (b,) bool; False for padding rows, ignored whatever they hold. None: all are valid.
 
     Returns:
-      Sums. Of equal probabilities the lower class comes first, as in a stable sort. A row with a
-      value that is not a number is never right.
+      Sums. Of equal probabilities the lower class ranks first, as in a stable sort. A row with a
+      NaN is never right.
     """
     right = jnp.take_along_axis(log_probs, labels[:, None], axis=1)  # (b, 1)
     classes = jnp.arange(log_probs.shape[1])
@@ -47,12 +47,12 @@ def sums(log_probs: Array, labels: Array, valid: Array | None = None) -> Sums:
 
 
 def added(parts: Sequence[Any]) -> Sums:
-    """The sums over several batches, of each the four numbers; float64, on the host."""
+    """Add up the `Sums` of several batches; float64, on the host."""
     return Sums(*np.sum(np.array(parts, np.float64), axis=0))
 
 
 def errors(total: Sums) -> dict[str, float]:
-    """Mean loss (nats) and the errors as fractions in 0..1; top-5 of fewer classes is top-n."""
+    """Mean loss (nats) and the errors as fractions in 0..1; with n < 5 classes top-5 is top-n."""
     count = float(total.count)
     return {
         "loss": float(total.loss) / count,

@@ -1,4 +1,4 @@
-"""What trained nets make of images: probabilities, best labels, features."""
+"""Predictions of trained nets for images: probabilities, best labels, features."""
 
 import dataclasses
 import logging
@@ -31,9 +31,9 @@ FILES_AT_ONCE = 1024
 
 
 class Net(NamedTuple):
-    """A checkpoint, ready to look at images."""
+    """A checkpoint, ready for inference."""
 
-    config: Config  # with the checkpoint's net and treatment of pixels
+    config: Config  # with the checkpoint's net and preprocessing
     meta: Meta
     step: int
     params: Params  # on the mesh
@@ -43,11 +43,11 @@ class Net(NamedTuple):
 def open_net(config: Config, directory: pathlib.Path, told: Told = alone) -> Net:
     """The checkpoint of `directory` that `checkpoint.step` names.
 
-    The net, its classes and what is done to pixels are the checkpoint's, whatever `config` says
-    of them; so are the devices, where the config's mesh does not fit on those there are.
+    The net, its classes and the preprocessing are the checkpoint's, whatever `config` says. If
+    the config's mesh does not fit the available devices, all of them share the batch.
 
     Args:
-      told: `Job.told`, where all ranks of a job open it.
+      told: `Job.told`, if all ranks of a job open it.
 
     Raises:
       UserError: there is no such run or step.
@@ -70,7 +70,7 @@ def open_net(config: Config, directory: pathlib.Path, told: Told = alone) -> Net
 
 
 def open_split(net: Net, split: str) -> Source:
-    """The whole images of a split of `data.source`, which the net can be tried on.
+    """The unbroken images of a split of `data.source`, on which the net can be evaluated.
 
     Raises:
       UserError: there is no such split, or the data has other classes.
@@ -112,7 +112,7 @@ def features(net: Net, source: Source, layer: str) -> np.ndarray:
 
 
 def feature_batches(net: Net, source: Source, layer: str) -> Iterator[np.ndarray]:
-    """The same a batch at a time, for what would not fit into memory."""
+    """As `features`, one batch at a time, for what would not fit into memory."""
     config, shards = net.config, net.mesh.shape["model"]
     found = {shape.name: shape for shape in layers(config.model, len(net.meta.labels))[:-1]}
     if layer not in found:
@@ -130,7 +130,7 @@ def feature_batches(net: Net, source: Source, layer: str) -> Iterator[np.ndarray
 
 
 def _outputs(net: Net, source: Source, step: EvalStep) -> Iterator[np.ndarray]:
-    """What `step` makes of each global batch, padding included."""
+    """The output of `step` for each global batch, padding included."""
     size = batch_size(net.config, net.mesh)
     rows = stream.Rows(size, local_rows(net.mesh, size))
     stored = net.meta.statistics.stored_size
@@ -142,9 +142,9 @@ def _outputs(net: Net, source: Source, step: EvalStep) -> Iterator[np.ndarray]:
 
 
 def averaged(log_probs: Sequence[np.ndarray]) -> np.ndarray:
-    """Logarithms of the mean of several nets' probabilities, (n, classes) float32.
+    """Logarithm of the mean of several nets' probabilities, (n, classes) float32.
 
-    The mean is that of the float32 probabilities, taken in float64.
+    The float32 probabilities are averaged in float64.
     """
     if len(log_probs) == 1:
         return log_probs[0]
@@ -153,21 +153,21 @@ def averaged(log_probs: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def example_names(source: Source) -> list[str]:
-    """What the examples are called, in the source's order."""
+    """The examples' names, in the source's order."""
     return [source.name(index) for index in range(len(source))]
 
 
 def predict_files(
     config: Config, directories: Sequence[pathlib.Path], paths: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
-    """The five best labels of image files, and of those in folders, each with its probability.
+    """The five best labels, with probabilities, of image files and of those in folders.
 
     Yields:
-      In the order of the files, some at a time: file, labels, words where labels are codes, and
-      probabilities; for a file that is no whole image, file and error.
+      For each file in order, some at a time: file, labels, words if labels are codes, and
+      probabilities; for a broken image, file and error.
 
     Raises:
-      UserError: a path does not exist, or holds no files; the nets are of different classes.
+      UserError: a path does not exist, no files are found, or the nets have different classes.
     """
     files = _files(paths)
     predictors, labels, words = [], (), ()
@@ -196,7 +196,7 @@ def predict_files(
 def best_labels(
     probabilities: np.ndarray, labels: Sequence[str], words: Sequence[str]
 ) -> dict[str, list]:
-    """The five best `labels`, their `words` where there are any, and their `probabilities`."""
+    """The five best `labels`, their `words` if there are any, and their `probabilities`."""
     best = np.argsort(-probabilities, kind="stable")[:5]
     return {
         "labels": [labels[place] for place in best],
@@ -206,7 +206,7 @@ def best_labels(
 
 
 def _files(paths: Sequence[str]) -> list[str]:
-    """The files named, and those in the folders named, at any depth, sorted."""
+    """The named files, and those in named folders at any depth, sorted per folder."""
     found = []
     for path in paths:
         if not os.path.exists(path):
@@ -218,7 +218,7 @@ def _files(paths: Sequence[str]) -> list[str]:
 
 
 def _inside(folder: str) -> list[str]:
-    """The files in a folder, and in those it links to, less hidden ones."""
+    """The files under a folder, following links, without hidden ones."""
     seen, found = {os.path.realpath(folder)}, []
     for where, folders, files in os.walk(folder, followlinks=True):
         for name in sorted(folders):
@@ -239,7 +239,7 @@ def _inside(folder: str) -> list[str]:
 def write_features(
     config: Config, directory: pathlib.Path, layer: str, output: pathlib.Path
 ) -> dict[str, Any]:
-    """Write a layer's outputs for split `eval.split` to an .npz file; say what is in it.
+    """Write a layer's outputs for split `eval.split` to an .npz file; returns a summary.
 
     Raises:
       UserError: as `open_net`, `open_split` and `features`.
@@ -264,7 +264,7 @@ def write_features(
 
 
 def _fitting_mesh(config: Config) -> Mesh:
-    """The config's mesh where there are devices for it, otherwise all devices sharing the batch."""
+    """The config's mesh if it fits the devices, otherwise all devices sharing the batch."""
     try:
         return make_mesh(config.mesh, config.model)
     except UserError as error:

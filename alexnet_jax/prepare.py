@@ -1,14 +1,14 @@
-"""Prepare images for training: stored once as small squares, with their mean and colours.
+"""Prepare images for training: store them once as small squares, with their mean and colours.
 
   python -m alexnet_jax.prepare --input=INPUT --output=DIR [--format=raw] ...
   python -m alexnet_jax.prepare --verify=DIR
 
 INPUT is a folder that holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (and, for the
-classes' names, ILSVRC2012_devkit_t12.tar.gz) or these files with commas between; or a folder of
-images, tfds:NAME, or shapes. Train on DIR by --config.data.source=records:DIR.
+classes' names, ILSVRC2012_devkit_t12.tar.gz) or these files separated by commas; or a folder of
+images, tfds:NAME, or shapes. Train on DIR with --config.data.source=records:DIR.
 
-Killed at any moment, the same command goes on. Exit status: 0 all is prepared or verified; 1 too
-many broken images, wrong checksums, or the disk refused; 2 a mistake of the user's, in one line.
+If killed at any moment, the same command resumes. Exit status: 0 all is prepared or verified; 1 too
+many broken images, wrong checksums, or a disk error; 2 a user error, explained in one line.
 """
 
 import pathlib
@@ -24,7 +24,7 @@ from alexnet_jax.config import Data
 from alexnet_jax.data import inputs, prepare, records, workers
 from alexnet_jax.errors import UserError, reason
 
-SHARD_SIZE = 4096  # images: a few hundred files for ImageNet, each soon done again
+SHARD_SIZE = 4096  # images: a few hundred files for ImageNet, each quick to redo
 
 
 def main(argv: list[str]) -> int:
@@ -44,7 +44,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
     """The command line's flags.
 
     Raises:
-      UserError: an unknown flag, or a value that is none.
+      UserError: an unknown flag, or an invalid value.
     """
     values = flags.FlagValues()
     flags.DEFINE_string("input", None, "what to prepare", flag_values=values)
@@ -75,7 +75,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
 
 
 def run(values: flags.FlagValues) -> int:
-    """Prepare what the flags name."""
+    """Prepare the input that the flags name."""
     started = time.perf_counter()
     command.keep_compiled(values.cache_dir)
     output = _path(values.output)
@@ -87,7 +87,7 @@ def run(values: flags.FlagValues) -> int:
             tfds_dir=values.tfds_dir,
             cache_dir=values.cache_dir,
         )
-    except UserError as error:  # names the flags of training
+    except UserError as error:  # which names training's flags
         own = re.sub(r"--config\.data\.(split|tfds_dir|cache_dir)=", r"--\1=", str(error))
         raise UserError(own) from error
     if isinstance(given, inputs.SourceInput) and given.folder in (output, *output.parents):
@@ -124,7 +124,7 @@ def _path(text: str) -> pathlib.Path:
 
 
 def verify(directory: pathlib.Path) -> int:
-    """Check every file of a prepared folder; 1 where one is not what was written."""
+    """Check every file of a prepared folder; returns 1 if one is not as it was written."""
     found = [problem for _, problem in tqdm(records.verify(directory), unit="file", disable=None)]
     problems = [problem for problem in found if problem]
     for problem in problems:

@@ -1,4 +1,4 @@
-"""What a run says: the terminal, metrics.jsonl, TensorBoard."""
+"""A run's output: the terminal, metrics.jsonl, TensorBoard."""
 
 import datetime
 import json
@@ -16,12 +16,12 @@ from tqdm import tqdm
 from alexnet_jax.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
-PASS = "num_examples"  # is in the records of passes over a split alone
+PASS = "num_examples"  # only in records of passes over a split
 AVERAGED = ("steps", "loss", "top1_error")
 
 
 class Silent:
-    """The report of a rank that is not the first."""
+    """The report of a rank other than 0: it writes nothing."""
 
     def __enter__(self) -> "Silent":
         return self
@@ -42,12 +42,12 @@ class Silent:
 class Report(Silent):
     """Writes each record to all three places; use as a context manager.
 
-    On a terminal there is a progress bar; elsewhere a plain line a record.
+    On a terminal there is a progress bar; elsewhere one plain line per record.
 
     Args:
       workdir: holds metrics.jsonl and tensorboard/.
-      first_step: where the run starts or goes on; records of later steps, left there by a run
-        that was killed after its last checkpoint, are taken out.
+      first_step: where the run starts or resumes; records of later steps, left by a run that was
+        killed after its last checkpoint, are removed.
       num_steps: of the whole training.
     """
 
@@ -64,7 +64,7 @@ class Report(Silent):
             total=num_steps,
             initial=first_step,
             unit="step",
-            disable=None,  # where there is no terminal
+            disable=None,  # if there is no terminal
             dynamic_ncols=True,
         )
 
@@ -77,11 +77,11 @@ class Report(Silent):
         self.file.close()
 
     def start_clock(self, step: int) -> None:
-        """What is left is told from the pace since here."""
+        """Start measuring the pace from which the time left is estimated."""
         self.first_step, self.started = step, time.perf_counter()
 
     def record(self, split: str, step: int, epoch: float, values: Mapping[str, Any]) -> None:
-        """One record: a line of JSON, a point for TensorBoard, words for the terminal."""
+        """Write one record: a line of JSON, points for TensorBoard, words for the terminal."""
         line = {"step": step, "epoch": epoch, "split": split, **values}
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
@@ -101,14 +101,14 @@ class Report(Silent):
             self.bar.update(step - self.bar.n)
 
     def seconds_left(self, step: int) -> float:
-        """Until the end, validation and all, at the pace since the clock's start."""
+        """Seconds to the end, validation included, at the pace since `start_clock`."""
         elapsed = time.perf_counter() - self.started
         return elapsed / (step - self.first_step) * (self.num_steps - step)
 
     def say(self, text: str) -> None:
-        """A line for the person at the terminal, above the bar where there is one.
+        """Print a line, above the progress bar if there is one.
 
-        Where nobody reads it any more, as after Ctrl-C in `... | tee log`, the run goes on.
+        If nobody reads stdout any more, as after Ctrl-C in `... | tee log`, the run goes on.
         """
         try:
             with tqdm.external_write_mode(file=sys.stdout):
@@ -134,12 +134,12 @@ def _drop_later(path: pathlib.Path, step: int) -> None:
 
 
 def training_records(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """What metrics.jsonl of a workdir says of training steps, in order; nothing without one."""
+    """The training records in a workdir's metrics.jsonl, in order; none if there is no file."""
     return [record for record in _records(workdir) if PASS not in record]
 
 
 def evaluation_records(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The same of the passes over the split that was evaluated last."""
+    """The records of passes over the split that was evaluated last."""
     records = [record for record in _records(workdir) if PASS in record]
     return [record for record in records if record["split"] == records[-1]["split"]]
 
@@ -150,7 +150,7 @@ def _records(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The lines of metrics.jsonl, and what they say, but for one that a killed run was writing."""
+    """The lines of metrics.jsonl and their records, less any that a killed run left unfinished."""
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
@@ -161,10 +161,10 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def training_by_epoch(workdir: pathlib.Path) -> dict[int, dict[str, float]]:
-    """Loss and errors of training as it went, means over each epoch, of whole epochs only.
+    """Running loss and top-1 error of training, means over each epoch, complete epochs only.
 
-    They are with dropout and augmentation, of weights that change on the way. A record counts
-    for the epoch its first step lies in.
+    They include dropout and augmentation, and the weights change along the way. A record counts
+    for the epoch that contains its first step.
     """
     records = training_records(workdir)
     sums: dict[int, dict[str, float]] = {}

@@ -1,6 +1,6 @@
-"""A training split that stays on the devices, where it is cropped and mirrored too.
+"""A training split that stays on the devices, and is cropped and mirrored there.
 
-For data that fits: nothing is read or sent during training but who is next and where to cut.
+For data that fits: each step sends only indices, labels, and what was drawn for augmentation.
 """
 
 from collections.abc import Callable
@@ -28,14 +28,14 @@ def load(source: Source, data: Data, stored: int, size: int, mesh: Mesh) -> Fini
     """Put every image's stored square, uint8, on every device.
 
     Args:
-      stored, size: pixels a side of a square, and of a crop.
+      stored, size: pixels a side of a stored square, and of a crop.
 
     Returns:
-      What gives a batch of `stream.train_batches` without pixels, split over the mesh's axis
-      `data`, its image (b, size, size, 3) uint8 in the place of its index.
+      A function that, in a batch of `stream.train_batches` without pixels, sharded over mesh axis
+      `data`, replaces `index` by `image`, (b, size, size, 3) uint8.
 
     Raises:
-      UserError: they do not fit.
+      UserError: the squares do not fit on a device.
     """
     shape = (len(source), stored, stored, 3)
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in mesh.local_devices]
@@ -57,7 +57,7 @@ def load(source: Source, data: Data, stored: int, size: int, mesh: Mesh) -> Fini
 
 
 def check_fits(shape: tuple[int, ...], limit: int | None) -> None:
-    """Raises UserError where uint8 squares of `shape` leave a device of `limit` bytes no room."""
+    """Raises UserError if uint8 squares of `shape` take over SHARE of a device's `limit` bytes."""
     needed = np.prod(shape, dtype=np.int64)
     if limit is not None and needed > SHARE * limit:
         raise UserError(

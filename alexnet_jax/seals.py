@@ -1,4 +1,4 @@
-"""What vouches for a folder's files: their sizes and checksums, in a file among them."""
+"""Seals: a file in a folder with the sizes and checksums of all its other files."""
 
 import json
 import pathlib
@@ -9,7 +9,7 @@ SEAL = "sha256.json"
 
 
 def seal(folder: pathlib.Path) -> None:
-    """Write down every file's size and SHA-256, once all of them are there."""
+    """Record every file's size and SHA-256; call once all of them are written."""
     found = {
         str(path.relative_to(folder)): [path.stat().st_size, digest(path)]
         for path in sorted(folder.rglob("*"))
@@ -23,7 +23,7 @@ def is_sealed(folder: pathlib.Path) -> bool:
 
 
 def damage(folder: pathlib.Path) -> str | None:
-    """The first thing that is not as it was sealed, in words; None where all is."""
+    """The first difference from what was sealed, in words; None if there is none."""
     try:
         found = json.loads((folder / SEAL).read_text(encoding="utf-8"))
         sealed = [(folder / name, name, size, known) for name, (size, known) in found.items()]

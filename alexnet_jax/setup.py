@@ -1,4 +1,4 @@
-"""Before the first step: the data opened, the state drawn or restored, the steps built."""
+"""Before the first step: open the data, initialise or restore the state, build the steps."""
 
 import dataclasses
 import logging
@@ -36,12 +36,12 @@ log = logging.getLogger(__name__)
 
 
 class Run(NamedTuple):
-    """Everything the loop works with, ready to start."""
+    """Everything the training loop needs, ready to start."""
 
-    config: Config  # with the classes of the data
+    config: Config  # with the data's number of classes
     mesh: Mesh
     calendar: Calendar
-    source: Source  # of training
+    source: Source  # the training split
     validation: Source
     checkpoints: Saver
     meta: Meta
@@ -52,10 +52,10 @@ class Run(NamedTuple):
 
 
 def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool, job: Job) -> Run:
-    """Open the data, restore or begin, and build the steps; the same on every rank of the job."""
-    layers(config.model, num_classes=1)  # an input that is too small is told before all else
+    """Open the data, restore or initialise the state, build the steps; alike on every rank."""
+    layers(config.model, num_classes=1)  # refuses an input that is too small before all else
     mesh = training_mesh(config)
-    with job.one_first():  # what it compiles, draws, or learns by looking at all images, is kept
+    with job.one_first():  # the others find in caches what it compiles, draws and scans
         compiled = native.available()
         source = sources.open_source(config.data, "train")
         validation = sources.open_source(config.data, config.eval.split)
@@ -136,7 +136,7 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
 
 
 def _check_images(meta: Meta, source: Source, name: str) -> None:
-    """Raises UserError where a run would go on with other training images than it began with."""
+    """Raises UserError if a run would resume with other training images than it began with."""
     if meta.num_examples != len(source):
         change = f"has {len(source)} training images, and had {meta.num_examples}"
     elif meta.pool and meta.pool != source.pool:
@@ -156,13 +156,13 @@ def _taken_over(
     rates: Mapping[str, float],
     told: Told,
 ) -> Params:
-    """The parameters of the newest checkpoint in workdir `init_from`, in the place of `params`.
+    """The parameters of the newest checkpoint in workdir `init_from`, to replace `params`.
 
-    The `last` layer begins with zeros where the classes are others: every class is then equally
-    probable. A conv6 that the other net does not have stays as it was drawn.
+    If the classes differ, the `last` layer starts at zero: every class is then equally probable.
+    A conv6 that the other net does not have keeps its random initial values.
 
     Raises:
-      UserError: there is no checkpoint, its net is another one, or what is new would stay so.
+      UserError: there is no checkpoint, its net differs, or a new layer has a rate of 0.
     """
     origin = pathlib.Path(init_from).expanduser()
     if not (origin / workdir.CHECKPOINTS).is_dir():
@@ -210,13 +210,13 @@ def make_step(apply: Apply, config: Config, mesh: Mesh, calendar: Calendar) -> T
 
 
 def _origin(meta: Meta, step: int, batch_size: int, num_examples: int) -> int:
-    """The `Calendar.origin` with which a run goes on at `step` where it was, in epochs."""
+    """The `Calendar.origin` that keeps a run's position in epochs when it resumes at `step`."""
     position = meta.origin + step * meta.config.train.batch_size
     return round(position * num_examples / meta.num_examples) - step * batch_size
 
 
 def check_parameters(config: Config) -> None:
-    """Raises UserError where the net is larger than `train.max_parameters`; allocates nothing."""
+    """Raises UserError if the net is larger than `train.max_parameters`; allocates nothing."""
     net = layers(config.model, config.model.num_classes)
     count, most = sum(layer.parameters for layer in net), config.train.max_parameters
     if count > most:
@@ -229,7 +229,7 @@ def check_parameters(config: Config) -> None:
 
 
 def with_classes(config: Config, labels: tuple[str, ...]) -> Config:
-    """The config with the number of classes the data has."""
+    """The config with the data's number of classes."""
     named = config.model.num_classes
     if named not in (0, len(labels)):
         raise UserError(

@@ -1,7 +1,7 @@
-"""The families of runs that `python -m alexnet_jax.study` knows, as a table.
+"""The table of studies that `python -m alexnet_jax.study` can run.
 
-What the paper found is told in points of top-1 / top-5 error, on ImageNet, against the first
-variant; where it gives no number, in words.
+The paper's findings are in points of top-1 / top-5 error on ImageNet, relative to the first
+variant, or in words where it gives no number.
 """
 
 import dataclasses
@@ -17,14 +17,14 @@ class Study:
     """Runs that differ in one thing."""
 
     question: str
-    variants: Mapping[str, Settings]  # what each changes; the first is what the others stand beside
+    variants: Mapping[str, Settings]  # what each changes; the first is the baseline
     paper: Mapping[str, str]  # variant -> what the paper found
-    # Learning rates tried for each variant, in so many epochs; the one of the lowest training
-    # error is taken. None of them: the config's.
+    # Learning rates tried for each variant, for `search_epochs` each; the one with the lowest
+    # training error is used. Empty: the config's.
     rates: tuple[float, ...] = ()
     search_epochs: int = 1
-    target_error: float = 0.0  # training error; the table then tells the epochs it took
-    equal_maps: bool = False  # the last maps must be of one size, or two things would differ
+    target_error: float = 0.0  # training error; if set, the table gives the epochs to it
+    equal_maps: bool = False  # require last maps of equal size, or two things would differ
 
 
 STUDIES: Mapping[str, Study] = {
@@ -49,7 +49,7 @@ STUDIES: Mapping[str, Study] = {
         "Do overlapping pools help? Windows of 3 in steps of 2, or of 2 in steps of 2.",
         {
             "overlapping": {"model.pool_windows": (3, 3, 3), "model.paddings": (0, 2, 1, 1, 1)},
-            # Paddings such that the last maps have one size, at inputs of 224, 128 and 64.
+            # Paddings that make the last maps of equal size at inputs of 224, 128 and 64.
             "adjacent": {"model.pool_windows": (2, 2, 2), "model.paddings": (0, 1, 1, 1, 0)},
         },
         {"adjacent": "+0.4 / +0.3 (section 3.4)"},

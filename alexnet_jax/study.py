@@ -1,12 +1,12 @@
-"""Families of runs that differ in one thing, and the table of what it makes.
+"""Studies: runs that differ in one thing, and a table that compares them.
 
   python -m alexnet_jax.study --study=NAME --config=configs/FILE.py --workdir=DIR
       [--seeds=1,2,3] [--variants=A,B] [--config.SECTION.FIELD=VALUE ...]
 
-Trains every variant with every seed, one run after another, in DIR/VARIANT/SEED; the same command
-goes on where it was stopped. DIR/table.md, table.csv, runs.csv and errors.png tell of all the runs
-in DIR that are done, those of other commands among them: a study may be spread over several.
-Exit status: as of `python -m alexnet_jax.main`.
+Trains every variant with every seed, one run after another, in DIR/VARIANT/SEED; if stopped, the
+same command resumes. DIR/table.md, table.csv, runs.csv and errors.png cover all finished runs in
+DIR, including those of other commands: a study may be spread over several.
+Exit status: as for `python -m alexnet_jax.main`.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     """The command line's flags.
 
     Raises:
-      UserError: as `command.parse`; no such study or variant, no workdir, a seed that is none.
+      UserError: as `command.parse`; no such study or variant, no workdir, an invalid seed.
     """
     values = flags.FlagValues()
     command.define_config(values, argv)
@@ -83,7 +83,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
 
 
 def run(values: flags.FlagValues) -> int:
-    """The study that the flags ask for."""
+    """Run the study that the flags ask for."""
     study, directory = STUDIES[values.study], pathlib.Path(values.workdir)
     names = values.variants or list(study.variants)
     config = configs.resolve(values.config)
@@ -100,7 +100,7 @@ def run(values: flags.FlagValues) -> int:
             print(f"{values.study}: {name}, seed {seed}, in {place}", flush=True)
             try:
                 stopped = _run(_config(values.config, settings), place)
-            except loop.TrainingError as error:  # what the others make of it is worth knowing
+            except loop.TrainingError as error:  # the other runs are still worth having
                 failed.append(f"{name}, seed {seed}: {error}")
                 continue
             if stopped:
@@ -109,7 +109,7 @@ def run(values: flags.FlagValues) -> int:
     if tables.read_runs(directory, study):
         try:
             figures.save(tables.draw(directory, study), directory / "errors")
-        except UserError as error:  # a table is worth having without
+        except UserError as error:  # the table is worth having without it
             log.warning("no figure: %s", error)
         print((directory / "table.md").read_text(encoding="utf-8"))
     for line in failed:
@@ -118,7 +118,7 @@ def run(values: flags.FlagValues) -> int:
 
 
 def check(study: Study, user: Any, seeds: Sequence[int]) -> None:
-    """Refuse a study before anything is trained where one of its runs would be.
+    """Refuse the study up front if any of its runs would be refused.
 
     Raises:
       UserError: a setting, a seed, the mesh, the data or a net cannot be used; or two variants
@@ -153,14 +153,14 @@ def check(study: Study, user: Any, seeds: Sequence[int]) -> None:
 
 
 def _trained(config: Config) -> Config:
-    """The config, less what changes nothing in it: where a crop is the whole square, its place."""
+    """The config, ignoring what has no effect: `random_crop` if a crop is the whole square."""
     if configs.stored_size(config.data, config.model) > config.model.input_size:
         return config
     return dataclasses.replace(config, data=dataclasses.replace(config.data, random_crop=False))
 
 
 def claim(directory: pathlib.Path, name: str, reference: Config) -> None:
-    """Keep a folder for a study with one setting of everything else.
+    """Reserve a folder for one study with one setting of everything else.
 
     Args:
       reference: the first variant's config.
@@ -194,7 +194,7 @@ def claim(directory: pathlib.Path, name: str, reference: Config) -> None:
 
 
 def _config(user: Any, settings: Settings) -> Config:
-    """The user's config with a variant's settings, which win."""
+    """The user's config, overridden by a variant's settings."""
     changed = user.copy_and_resolve_references()
     for name, value in settings.items():
         section, _, field = name.rpartition(".")
@@ -203,10 +203,10 @@ def _config(user: Any, settings: Settings) -> Config:
 
 
 def _run(config: Config, directory: pathlib.Path) -> int:
-    """Train in a workdir unless that is done, and write what came of it to result.json.
+    """Train in a workdir, unless that is done, and write the errors to result.json.
 
     Returns:
-      0, or 128 and the number of the signal that stopped it.
+      0, or 128 + the number of the signal that stopped it.
     """
     if _is_done(config, directory):
         return 0
@@ -231,7 +231,7 @@ def _train(config: Config, directory: pathlib.Path) -> int:
 
 
 def _is_done(config: Config, directory: pathlib.Path) -> bool:
-    """Whether a workdir holds the result of this very config, but for what does not matter."""
+    """Whether a workdir holds the result of this config, but for settings that do not matter."""
     path = directory / tables.RESULT
     if not path.exists():
         return False
@@ -241,9 +241,9 @@ def _is_done(config: Config, directory: pathlib.Path) -> bool:
 
 
 def _best_rate(study: Study, user: Any, name: str, directory: pathlib.Path) -> Settings:
-    """The learning rate that brings a variant's training error lowest in `search_epochs`.
+    """The learning rate that gives a variant the lowest training error in `search_epochs`.
 
-    Nothing where the study searches none.
+    Empty if the study searches none.
     """
     found = {}
     for rate in study.rates:

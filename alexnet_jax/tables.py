@@ -1,4 +1,4 @@
-"""What the runs of a study make: a table for people, one for programs, a picture."""
+"""A study's results: a table for people, two for programs, and a figure."""
 
 import csv
 import io
@@ -23,7 +23,7 @@ MEASURES = ("loss", "top1_error", "top5_error", "num_examples")
 
 
 class Done(NamedTuple):
-    """A run that is done."""
+    """A finished run."""
 
     variant: str
     seed: int
@@ -32,7 +32,7 @@ class Done(NamedTuple):
 
 
 def read_runs(directory: pathlib.Path, study: Study) -> list[Done]:
-    """The runs of a study that are done, variant by variant and by seed."""
+    """The finished runs of a study, by variant and seed."""
     found = []
     for name in study.variants:
         for path in (directory / name).glob(f"*/{RESULT}"):
@@ -53,7 +53,7 @@ def read_runs(directory: pathlib.Path, study: Study) -> list[Done]:
 def epochs_to(directory: pathlib.Path, target: float) -> float | None:
     """Epochs until the mean training error of an epoch first falls to `target`, a fraction.
 
-    On the line through the epochs' means, drawn at the epochs' ends; None where it never does.
+    Interpolated linearly between the means, placed at the epochs' ends; None if it never does.
     """
     before = (0, math.inf)
     for epoch, values in report.training_by_epoch(directory).items():
@@ -66,11 +66,11 @@ def epochs_to(directory: pathlib.Path, target: float) -> float | None:
 
 
 class Difference(NamedTuple):
-    """Of a variant to the first, over the seeds both have: points of top-1 validation error."""
+    """A variant minus the first, over the seeds both have: points of top-1 validation error."""
 
     count: int
     mean: float
-    margin: float  # half of the interval; infinite for fewer than two seeds
+    margin: float  # half the interval's width; infinite for fewer than two seeds
 
     @property
     def verdict(self) -> str:
@@ -80,7 +80,7 @@ class Difference(NamedTuple):
 
 
 def difference(runs: Sequence[Done], variant: str, reference: str) -> Difference | None:
-    """The paired difference, with Student's interval; None where no seed is common."""
+    """The paired difference, with Student's interval; None if no seed is common."""
     errors: dict[str, dict[int, float]] = {variant: {}, reference: {}}
     for done in runs:
         if done.variant in errors:
@@ -97,7 +97,7 @@ def difference(runs: Sequence[Done], variant: str, reference: str) -> Difference
 
 
 def write(directory: pathlib.Path, name: str) -> None:
-    """Write table.md, table.csv and runs.csv of the runs that are done."""
+    """Write table.md, table.csv and runs.csv of the finished runs."""
     study = STUDIES[name]
     runs = read_runs(directory, study)
     rows = [_row(study, runs, variant) for variant in study.variants]
@@ -114,7 +114,7 @@ def write(directory: pathlib.Path, name: str) -> None:
 
 
 def draw(directory: pathlib.Path, study: Study) -> Any:
-    """Top-1 errors by epoch of each variant, means over the seeds that are done."""
+    """Draw top-1 errors by epoch of each variant, means over its finished seeds."""
     places: dict[str, list[pathlib.Path]] = {name: [] for name in study.variants}
     for done in read_runs(directory, study):
         places[done.variant].append(directory / done.variant / str(done.seed))
@@ -138,14 +138,14 @@ def draw(directory: pathlib.Path, study: Study) -> Any:
 
 
 def _mean(runs: Iterable[Mapping[float, float]]) -> figures.Curve:
-    """The mean of several curves, where all of them have a point."""
+    """The mean of several curves, at the epochs that all of them have."""
     found = list(runs)
     common = set[float]().union(*found).intersection(*found)
     return [(epoch, float(np.mean([run[epoch] for run in found]))) for epoch in sorted(common)]
 
 
 def _row(study: Study, runs: Sequence[Done], variant: str) -> dict[str, Any]:
-    """A variant's line of the table; errors in per cent, differences in points."""
+    """A variant's row of the table; errors in per cent, differences in points."""
     mine = [done for done in runs if done.variant == variant]
     row: dict[str, Any] = {"variant": variant, "n": len(mine)}
     if not mine:
@@ -169,7 +169,7 @@ def _row(study: Study, runs: Sequence[Done], variant: str) -> dict[str, Any]:
 
 
 def _markdown(name: str, study: Study, runs: Sequence[Done], rows: Sequence[dict]) -> str:
-    """The table for people, with what it stands on."""
+    """The table for people, with notes on how it was computed."""
     (split,) = {done.result["validation"]["split"] for done in runs}
     header = ["variant", "n", "training top-1", f"{split} top-1", "top-5"]
     header += [f"epochs to {study.target_error:.0%}", "rate"] if study.target_error else []

@@ -1,4 +1,4 @@
-"""A pass over a whole split while a net trains: centre or ten crops, every example once."""
+"""A validation pass during training: every example of a split once, centre or ten crops."""
 
 from collections.abc import Callable
 
@@ -34,7 +34,7 @@ def validate(
     Args:
       statistics: of the split the net was trained on, on every device of the mesh.
       batch_size: global; need not divide the number of examples.
-      at: told of each batch, in words.
+      at: called with a description of each batch.
     """
     rows = stream.Rows(batch_size, local_rows(mesh, batch_size))
     stored = statistics.stored_size
@@ -43,7 +43,7 @@ def validate(
     for batch in batches:
         at(f"validation batch {len(parts) + 1}")
         parts.append(eval_step(params, put_batch(batch, mesh), statistics))
-        jax.block_until_ready(parts[-3:][0])  # no more than this many batches on the devices
+        jax.block_until_ready(parts[-3:][0])  # at most this many batches in flight
     return metrics.added([np.asarray(part.addressable_data(0))[:, 0] for part in parts])
 
 
@@ -61,7 +61,7 @@ def check_same_classes(trained: tuple[str, ...], given: tuple[str, ...], where: 
 
 
 def batch_size(config: Config, mesh: Mesh) -> int:
-    """Images in one global batch of evaluation, as many for each device; the last is padded."""
+    """Images in a global evaluation batch, equally many per device; the last batch is padded."""
     wanted, shares = config.eval.batch_size or config.train.batch_size, mesh.shape["data"]
     return -(-wanted // shares) * shares
 

@@ -1,4 +1,4 @@
-"""What a workdir holds, and which run may go on in it."""
+"""What a workdir holds, its lock, and which run may resume in it."""
 
 import contextlib
 import datetime
@@ -22,11 +22,11 @@ log = logging.getLogger(__name__)
 
 CONFIG_FILE, LABELS_FILE, CHECKPOINTS = "config.json", "labels.txt", "checkpoints"
 LOCK = "lock"
-LOCK_BEAT, LOST_BEATS = 5.0, 3  # seconds; how many missing ones show that a run is dead
+LOCK_BEAT, LOST_BEATS = 5.0, 3  # seconds; missed heartbeats after which a run counts as dead
 
 
 def make(workdir: pathlib.Path) -> None:
-    """Create the folder, or make sure that it can be written.
+    """Create the folder if it is missing, and check that it can be written.
 
     Raises:
       UserError: it cannot.
@@ -43,13 +43,13 @@ def make(workdir: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
-    """Keep a workdir for one run; the lock of a run that is dead, however it died, is void.
+    """Lock a workdir for one run; the lock of a run that is dead, however it died, is void.
 
-    The operating system knows whether a run on this host lives. One on another host, or where the
-    file system has no locks, shows by a count in the file, which grows every few seconds.
+    For a run on this host the operating system's file lock tells whether it is alive. One on
+    another host, or on a file system without locks, counts up a heartbeat in the file.
 
     Raises:
-      UserError: another run has it.
+      UserError: another run holds it.
     """
     path = workdir / LOCK
     with open(path, "a+b") as file:
@@ -74,7 +74,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
         beating = threading.Thread(target=_beat, args=(path, name, over), daemon=True)
         path.write_bytes(_record(name, 0))
         if not known:
-            time.sleep(1)  # another may have found the file empty at the same time
+            time.sleep(1)  # another run may have found the file empty at the same time
             if holder_of(workdir) != name:
                 raise _in_use(workdir)
         beating.start()
@@ -87,7 +87,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def holder_of(workdir: pathlib.Path) -> str:
-    """The run that holds a workdir, or held it when it was killed; "" where none does."""
+    """The run that holds a workdir, or held it when it was killed; "" if there is none."""
     try:
         record = (workdir / LOCK).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -96,9 +96,9 @@ def holder_of(workdir: pathlib.Path) -> str:
 
 
 def check_shared(workdir: pathlib.Path, job: Job) -> None:
-    """Raises UserError where the workdir of this rank is not the one that rank 0 has locked."""
+    """Raises UserError if the workdir of this rank is not the one that rank 0 has locked."""
     holder = job.told(lambda: holder_of(workdir))
-    for _ in range(20):  # a network's folders may be seconds behind
+    for _ in range(20):  # network file systems may be seconds behind
         if holder_of(workdir) == holder:
             return
         time.sleep(0.5)
@@ -123,16 +123,16 @@ def _beat(path: pathlib.Path, name: str, over: threading.Event) -> None:
     beat = 0
     while not over.wait(LOCK_BEAT):
         beat += 1
-        # In place, in one write: the file is never seen empty.
+        # Overwritten in place, in one write, so that a heartbeat never leaves the file empty.
         with contextlib.suppress(OSError), open(path, "r+b", buffering=0) as file:
             file.write(_record(name, beat))
 
 
 def check_resume(old: Config, new: Config, allow_config_change: bool) -> set[str]:
-    """The settings that a run of config `old` would go on with changed, as section.field.
+    """The settings that matter and change if a run of `old` resumes with `new`, as section.field.
 
     Raises:
-      UserError: the model changes; or anything else that matters, and it is not allowed.
+      UserError: the model changes; or anything else that matters, without `allow_config_change`.
     """
     refused, asked = configs.changes(old, new)
     if refused:
@@ -151,7 +151,7 @@ def check_resume(old: Config, new: Config, allow_config_change: bool) -> set[str
 
 
 def write(workdir: pathlib.Path, config: Config, labels: tuple[str, ...]) -> None:
-    """Write config.json and labels.txt, each whole or not at all; for who has the lock."""
+    """Write config.json and labels.txt, each atomically; only for the run that holds the lock."""
     contents = {
         CONFIG_FILE: json.dumps(configs.to_dict(config), indent=2) + "\n",
         LABELS_FILE: "".join(f"{label}\n" for label in labels),
