@@ -16,6 +16,7 @@ from alexnet_jax.cluster import Job
 from alexnet_jax.config import SHARES_ENTRY, Config
 from alexnet_jax.data import sources, survey
 from alexnet_jax.data.examples import Source
+from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.errors import UserError
 from alexnet_jax.mesh import training_mesh
 from alexnet_jax.models.nets import layers
@@ -74,44 +75,28 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
     check_parameters(config)
     checkpoints = Saver(directory / workdir.CHECKPOINTS)
     latest = checkpoints.newest_whole(job.told)
-    if latest is not None:
-        meta = checkpoints.read_meta(latest)
-        changed = workdir.check_resume(meta.config, config, allow_config_change)
-        validate.check_same_classes(meta.labels, source.labels, config.data.source)
+    saved = None if latest is None else checkpoints.read_meta(latest)
+    if saved is not None:
+        changed = workdir.check_resume(saved.config, config, allow_config_change)
+        validate.check_same_classes(saved.labels, source.labels, config.data.source)
     with job.one_first():
         source, statistics = survey.surveyed(source, config.data, config.model)
         validation, _ = survey.surveyed(validation, config.data, config.model)
-    num_examples, num_classes = len(source), len(source.labels)
-    if latest is None:
+    if latest is None or saved is None:
         meta = Meta(config, source.labels, statistics)
-        state = initial_state(config.model, num_classes, config.seed)
-        if config.train.init_from:
-            rates = optim.layer_rates(config.optim)
-            last = layers(config.model, num_classes)[-1].name
-            params = _taken_over(
-                config.train.init_from, state.params, last, source.labels, rates, job.told
-            )
-            state = state._replace(params=params)
+        state = _first_state(config, source.labels, job.told)
     else:
         if not allow_config_change:
-            _check_images(meta, source, config.data.source)
-        began, given = meta.config.train.init_from, config.train.init_from
-        if given not in ("", began):
-            log.warning(
-                "train.init_from=%s is not used: this run goes on from its step %d", given, latest
-            )
-        config = dataclasses.replace(
-            config, train=dataclasses.replace(config.train, init_from=began)
-        )
-        origin = _origin(meta, latest, config.train.batch_size, num_examples)
-        meta = dataclasses.replace(meta, config=config, origin=origin)
-        if any(name.startswith("data.") for name in changed):
-            meta = dataclasses.replace(meta, statistics=statistics)
+            _check_images(saved, source, config.data.source)
+        if not any(name.startswith("data.") for name in changed):
+            statistics = saved.statistics
+        meta = _resumed(saved, latest, config, statistics, len(source))
         state = checkpoints.read_state(latest, meta)
+    config = meta.config
     meta = dataclasses.replace(
-        meta, num_examples=num_examples, pool=source.pool, words=source.words or meta.words
+        meta, num_examples=len(source), pool=source.pool, words=source.words or meta.words
     )
-    calendar = make_calendar(config.train, num_examples, meta.origin)
+    calendar = make_calendar(config.train, len(source), meta.origin)
     with job.one_first():
         if job.leads:
             checkpoints.clean()
@@ -119,7 +104,7 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
             workdir.write(directory, config, source.labels)
         else:
             checkpoints.reload()
-    apply = make_apply(config.model, num_classes, mesh.shape["model"])
+    apply = make_apply(config.model, len(source.labels), mesh.shape["model"])
     return Run(
         config=config,
         mesh=mesh,
@@ -132,6 +117,35 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
         train_step=make_step(apply, config, mesh, calendar),
         eval_step=validate.make_step(apply, config, mesh),
         schedule=jax.jit(optim.make_schedule(config.optim, calendar)),
+    )
+
+
+def _first_state(config: Config, labels: tuple[str, ...], told: Told) -> TrainState:
+    """The state of a new run, with the weights of `train.init_from` if that names a workdir."""
+    state = initial_state(config.model, len(labels), config.seed)
+    if not config.train.init_from:
+        return state
+    last = layers(config.model, len(labels))[-1].name
+    rates = optim.layer_rates(config.optim)
+    params = _taken_over(config.train.init_from, state.params, last, labels, rates, told)
+    return state._replace(params=params)
+
+
+def _resumed(
+    saved: Meta, step: int, config: Config, statistics: Statistics, num_examples: int
+) -> Meta:
+    """The meta of a run that resumes at `step` with `config`; where it began from stays."""
+    began, given = saved.config.train.init_from, config.train.init_from
+    if given not in ("", began):
+        log.warning(
+            "train.init_from=%s is not used: this run goes on from its step %d", given, step
+        )
+    train = dataclasses.replace(config.train, init_from=began)
+    return dataclasses.replace(
+        saved,
+        config=dataclasses.replace(config, train=train),
+        origin=_origin(saved, step, config.train.batch_size, num_examples),
+        statistics=statistics,
     )
 
 

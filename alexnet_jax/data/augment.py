@@ -1,9 +1,9 @@
 """The paper's augmentation (section 4.1): crop, mirror, PCA colour noise; and the ten test crops.
 
 Every draw is a function of (seed, position) alone, position being the image's place in the whole
-training stream, so neither workers nor devices nor restarts change it. Bytes are moved by the
-host (crop and mirror, on uint8: `images.crop`; by the device where it holds the images:
-`resident`); the arithmetic is the device's (`train.pixels`).
+training stream, so neither workers nor devices nor restarts change it. Crop and mirror
+move uint8 bytes on the host (`images.crop`), or on the device where it holds the images
+(`resident`); arithmetic is done on the device (`train.pixels`).
 """
 
 from typing import NamedTuple
@@ -17,7 +17,7 @@ CROP_STREAM, COLOUR_STREAM, ORDER_STREAM = 1, 2, 3  # independent random streams
 
 
 class Draws(NamedTuple):
-    """What chance decides for n images in a row."""
+    """The random draws for n consecutive images."""
 
     offset: np.ndarray  # (n, 2) int32, the crop's top and left in the stored square
     mirror: np.ndarray  # (n,) bool
@@ -27,17 +27,17 @@ class Draws(NamedTuple):
 def random_blocks(seed: int, stream: int, start: int, count: int) -> np.ndarray:
     """(count, 4) uint64 random words: row i is a function of (seed, stream, start + i) alone.
 
-    One Philox counter a row, so that any range of rows is drawn without those before it.
+    One Philox counter per row, so that any range of rows is drawn without those before it.
     """
     generator = np.random.Philox(key=np.array([seed, stream], np.uint64), counter=start)
     return generator.random_raw(4 * count).reshape(count, 4)
 
 
 def draw(seed: int, start: int, count: int, margin: int, data: Data) -> Draws:
-    """The draws for positions start .. start + count - 1; offsets are 0..margin, both ends in.
+    """The draws for positions start .. start + count - 1; offsets are 0..margin inclusive.
 
     With `data.crop_share` of 32, as the original had it, offset and mirror are drawn once for
-    each 32 positions in a row.
+    every 32 consecutive positions.
     """
     shared = np.arange(start, start + count) // data.crop_share
     blocks = random_blocks(seed, CROP_STREAM, int(shared[0]), int(shared[-1] - shared[0]) + 1)
@@ -61,10 +61,10 @@ def _normals(seed: int, start: int, count: int) -> np.ndarray:
 
 
 def colour_shift(normals: np.ndarray, statistics: Statistics, sigma: float) -> np.ndarray:
-    """What is added to the three channels: sigma * sum_i normal_i * sqrt(eigenvalue_i) * vector_i.
+    """The shift of the three channels: sigma * sum_i normal_i * sqrt(eigenvalue_i) * vector_i.
 
-    (n, 3) -> (n, 3) float32. The square root is the original's: the paper's formula, read to the
-    letter on pixels of 0..255, would shift colours by a thousand and more.
+    (n, 3) -> (n, 3) float32. The square root is the original's: the paper's formula, taken
+    literally on pixels of 0..255, would shift colours by a thousand or more.
     """
     scaled = sigma * normals * np.sqrt(statistics.eigenvalues)
     return (scaled @ statistics.eigenvectors.T).astype(np.float32)

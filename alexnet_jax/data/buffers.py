@@ -1,6 +1,6 @@
 """The memory that batches are written into, by threads or by other processes.
 
-Fresh memory costs as much as what is written into it, so all of it is used again.
+Fresh memory costs as much as writing into it, so all memory is reused.
 """
 
 import functools
@@ -14,16 +14,16 @@ from collections.abc import Callable
 
 import numpy as np
 
-LENT = 3  # batches at once: one arrives, one is sent to the devices, one is there
-LONGEST_PAUSE = 0.01  # seconds; whoever waits does not keep others from working
+LENT = 3  # batches held at once: one arriving, one in transfer to the devices, one on them
+LONGEST_PAUSE = 0.01  # seconds; waiting must not slow down those that work
 HELD = -1
 _WORD = np.dtype(np.int64)
 
 
 class Images:
-    """The pixels of batches in the making, each begun by whichever thread comes first.
+    """Pixel buffers of batches in progress, each allocated by whichever thread comes first.
 
-    A batch's memory is used again when nobody holds the batch, or a view of it, any more.
+    A buffer is reused once nobody holds its batch, or a view of it.
     """
 
     def __init__(self, shape: tuple[int, ...]):
@@ -33,7 +33,7 @@ class Images:
         self.lock = threading.Lock()
 
     def __call__(self, turn: int) -> np.ndarray:
-        """Those of a turn's batch, uint8."""
+        """The buffer of batch `turn`, uint8."""
         with self.lock:
             if turn not in self.making:
                 memory = self.free.pop() if self.free else np.empty(self.shape, np.uint8)
@@ -43,16 +43,16 @@ class Images:
             return self.making[turn]
 
     def take(self, turn: int) -> np.ndarray:
-        """The same when they are made; they belong to the caller then."""
+        """The buffer of batch `turn` when it is finished; it then belongs to the caller."""
         image = self(turn)
         del self.making[turn]
         return image
 
 
 class _Lent:
-    """What an array and all views of it hold on to.
+    """The base object of an array and all its views; calls `give_back` when they are gone.
 
-    `give_back`, which is called when they go, holds on to their memory.
+    Until then `give_back` keeps their memory alive.
     """
 
     def __init__(self, memory: np.ndarray, give_back: Callable[[], object]):
@@ -66,16 +66,16 @@ class _Lent:
 class Slots:
     """Memory shared with the processes this is sent to, in slots that batches take in turn.
 
-    Batch n is written, its rows by several processes, into the slot that is its; batches get slots
-    in order, as these get free. The one that made this takes the batches. Up to LENT of them stay
-    in their slots until nobody holds them any more; where more are held, one is copied.
-    Not in /dev/shm, which is small in containers, and where too much is a crash.
+    Batch n is written into its slot, its rows by several processes; batches are assigned slots in
+    order, as these become free. The process that made this takes the batches. Up to LENT of them
+    stay in their slots until nobody holds them; beyond that, a batch is copied.
+    Not in /dev/shm: containers keep it small, and overfilling it crashes.
     """
 
     def __init__(self, ahead: int, shape: tuple[int, ...], path: str = ""):
-        """For `ahead` batches in the making; `path` is that of memory that is there already."""
+        """For `ahead` batches in progress; `path` is that of existing memory to share, if any."""
         self.ahead, self.shape, count = ahead, shape, ahead + LENT
-        words = -(-count // 8) * 8  # what is behind them begins at a multiple of 64 bytes
+        words = -(-count // 8) * 8  # the pixels after them begin at a multiple of 64 bytes
         size = words * _WORD.itemsize + count * int(np.prod(shape))
         made = not path
         if made:
@@ -96,7 +96,7 @@ class Slots:
         return Slots, (self.ahead, self.shape, self.path)
 
     def __call__(self, number: int) -> np.ndarray:
-        """The slot of a batch, waited for; for the processes that write it."""
+        """Wait for the slot of a batch and return it; for the processes that write the batch."""
         pause = 0.0005
         while not len(found := np.flatnonzero(self.owner == number)):
             time.sleep(pause)
@@ -104,7 +104,7 @@ class Slots:
         return self.memory[found[0]]
 
     def take(self, number: int) -> np.ndarray:
-        """A batch that is written; batches are to be taken in order."""
+        """A batch that is fully written; batches must be taken in order."""
         slot = int(np.flatnonzero(self.owner == number)[0])
         if np.count_nonzero(self.owner == HELD) == LENT:
             copy = self.memory[slot].copy()
@@ -117,12 +117,12 @@ class Slots:
         self.owner[slot] = next(self.coming)
 
     def close(self) -> None:
-        """To be called when all who were sent this have come or gone. What is held stays."""
+        """Call once all processes this was sent to have opened it or ended; held batches stay."""
         self.file.close()
 
 
 class _File:
-    """A file that other processes open by its path; on Linux in no folder, and gone with this."""
+    """A file that other processes open by its path; on Linux anonymous memory (memfd)."""
 
     def __init__(self):
         if hasattr(os, "memfd_create"):  # Linux

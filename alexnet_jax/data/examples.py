@@ -1,4 +1,4 @@
-"""What images and their labels come as, whatever they are read from."""
+"""The interface of all sources of images and labels."""
 
 import hashlib
 from collections.abc import Sequence
@@ -22,29 +22,29 @@ class Source(Protocol):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Class names; an example's label is a place in them."""
+        """Class names; an example's label is an index into them."""
         ...
 
     @property
     def words(self) -> tuple[str, ...]:
-        """What the classes are called where labels are codes; else nothing."""
+        """The classes' names in words where labels are codes; else empty."""
         ...
 
     @property
     def targets(self) -> np.ndarray:
-        """(n,) int64, every example's label; may take a while where they lie with the images."""
+        """(n,) int64, every example's label; slow where labels are stored with the images."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """Text that is another when the examples may be."""
+        """Changes whenever the examples may have changed."""
         ...
 
     @property
     def pool(self) -> str:
-        """Text that is another when the examples that this split was drawn from are, or how.
+        """Changes whenever the examples that this split was drawn from, or the way of drawing, do.
 
-        Nothing where the data came with its splits.
+        Empty where the data came with its splits.
         """
         ...
 
@@ -53,16 +53,16 @@ class Source(Protocol):
     def read(self, index: int) -> Example: ...
 
     def name(self, index: int) -> str:
-        """The example's name, which may be told without reading it."""
+        """The example's name, found without reading the example where possible."""
         ...
 
     def take(self, indices: np.ndarray) -> "Source":
-        """The examples at `indices`, (m,) int64, in their order."""
+        """The examples at `indices`, (m,) int64, in that order."""
         ...
 
 
 def check_labels(labels: Sequence[str]) -> None:
-    """Raises UserError where a line of text cannot hold a label."""
+    """Raises UserError if a label cannot be stored as one line of UTF-8 text."""
     for label in labels:
         if "\n" in label or any("\ud800" <= character <= "\udfff" for character in label):
             raise UserError(

@@ -1,4 +1,4 @@
-"""ILSVRC2012 from its tars as downloaded: nothing is unpacked, images are read where they lie."""
+"""ILSVRC2012 from its tars as downloaded: nothing is unpacked, images are read in place."""
 
 import hashlib
 import importlib.util
@@ -27,7 +27,7 @@ GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
 
 
 class Official(NamedTuple):
-    """A tar as image-net.org gives it. Source: tensorflow_datasets' checksums."""
+    """A tar as image-net.org distributes it. Source: tensorflow_datasets' checksums."""
 
     name: str
     size: int  # bytes
@@ -49,7 +49,7 @@ OFFICIAL = {
 
 
 class Tars(NamedTuple):
-    """Where the downloads lie."""
+    """Paths of the downloads."""
 
     train: pathlib.Path
     validation: pathlib.Path
@@ -62,22 +62,22 @@ class Tars(NamedTuple):
 
 
 class Classes(NamedTuple):
-    """What the classes are called; everything in the order of labels."""
+    """The classes' names, all in the order of `labels`."""
 
-    labels: tuple[str, ...]  # WNIDs, sorted: an image's label is a place in them
+    labels: tuple[str, ...]  # WNIDs, sorted: an image's label is an index into them
     names: tuple[str, ...] | None  # in words; None without a devkit
     devkit_ids: tuple[int, ...] | None  # ILSVRC2012_ID, which is in another order
 
 
 def find(where: str) -> Tars | None:
-    """The tars of a folder, or those listed; None where a folder has neither.
+    """The tars in a folder, or those listed; None if a folder has neither tar of images.
 
     Args:
       where: a folder that holds the tars under their official names; or the files themselves,
         comma-separated, told apart by `train`, `val` or `devkit` in a file's name.
 
     Raises:
-      UserError: one tar is missing; a listed file is missing, twice there or called otherwise.
+      UserError: a tar is missing; a listed file is missing, of a kind listed twice or of none.
     """
     folder = os.path.expanduser(where)
     if where and os.path.isdir(folder):
@@ -120,7 +120,7 @@ def _listed(where: str) -> dict[str, pathlib.Path]:
 
 
 def check_sizes(tars: Tars) -> None:
-    """Raises UserError where a tar is not of the official size, as a broken download is."""
+    """Raises UserError if a tar is not of the official size, as after a broken download."""
     for split, path in tars.splits.items():
         with reading(path):
             size = path.stat().st_size
@@ -128,7 +128,7 @@ def check_sizes(tars: Tars) -> None:
 
 
 def check_digest(split: str, digest: str) -> None:
-    """Raises UserError where the SHA-256 of a split's tar, in hex, is not the official one."""
+    """Raises UserError if the SHA-256 of a split's tar, in hex, is not the official one."""
     _check(split, "as its SHA-256", digest, OFFICIAL[split].sha256)
 
 
@@ -141,10 +141,10 @@ def _check(split: str, unit: str, found: int | str, expected: int | str) -> None
 
 
 def read_classes(tars: Tars) -> Classes:
-    """The classes of the training tar, from its headers alone, and what the devkit says of them.
+    """The classes of the training tar, from its headers alone, and their entries in the devkit.
 
     Raises:
-      UserError: not a whole tar of class tars; a devkit that is damaged or lacks a class.
+      UserError: not a complete tar of class tars; a devkit that is damaged or lacks a class.
     """
     with opened(tars.train) as outer:
         labels = tuple(sorted(label for label, _ in _class_tars(outer, tars.train)))
@@ -161,7 +161,7 @@ def read_classes(tars: Tars) -> Classes:
 
 
 def _synsets(devkit: pathlib.Path) -> dict[str, tuple[int, str]]:
-    """WNID -> ILSVRC2012_ID and words of the classes; other synsets have classes below them."""
+    """WNID -> ILSVRC2012_ID and words of the classes, which are the synsets without children."""
     data = _devkit_file(devkit, SYNSETS)
     try:
         _check_unpacked(data)
@@ -169,7 +169,7 @@ def _synsets(devkit: pathlib.Path) -> dict[str, tuple[int, str]]:
         table: Any = np.atleast_1d(scipy.io.loadmat(mat, squeeze_me=True)["synsets"])
         leaves = [row for row in table if int(row["num_children"]) == 0]
         found = {str(s["WNID"]): (int(s["ILSVRC2012_ID"]), str(s["words"])) for s in leaves}
-    except Exception as error:  # at damaged bytes scipy and numpy raise whatever they stumble over
+    except Exception as error:  # on damaged data scipy and numpy may raise anything
         message = f"{devkit}, {SYNSETS} has no table of synsets ({reason(error)}); {AGAIN}"
         raise UserError(message) from error
     if not len(leaves) == len(found) == len({number for number, _ in found.values()}):
@@ -178,7 +178,7 @@ def _synsets(devkit: pathlib.Path) -> dict[str, tuple[int, str]]:
 
 
 def _check_unpacked(data: bytes) -> None:
-    """Raises ValueError where the packed variables of a MATLAB file would fill the memory."""
+    """Raises ValueError if compressed variables of a MATLAB file would exhaust memory."""
     place, order = 128, "<" if data[126:128] == b"IM" else ">"
     room = MAX_DEVKIT_BYTES
     while place + 8 <= len(data):
@@ -198,13 +198,13 @@ def validation_targets(tars: Tars, classes: Classes) -> np.ndarray:
       (n,) int64: entry k is the label of validation image number k + 1.
 
     Raises:
-      UserError: there is no list, or it names what is no class of the training tar.
+      UserError: there is no list, or it names a class that the training tar lacks.
     """
     if tars.devkit is not None and classes.devkit_ids is not None:
         origin, keys = f"{tars.devkit}, {GROUND_TRUTH}", map(str, classes.devkit_ids)
         data = _devkit_file(tars.devkit, GROUND_TRUTH)
     else:
-        spec = importlib.util.find_spec("tensorflow_datasets")  # to import it takes a second
+        spec = importlib.util.find_spec("tensorflow_datasets")  # importing it takes a second
         package = ((spec and spec.submodule_search_locations) or ["tensorflow_datasets"])[0]
         origin = os.path.join(package, "datasets", "imagenet2012", "validation_labels.txt")
         if not os.path.isfile(origin):
@@ -233,7 +233,7 @@ def _devkit_file(devkit: pathlib.Path, name: str) -> bytes:
             unpacker = zlib.decompressobj(wbits=31)
             data = unpacker.decompress(data, MAX_DEVKIT_BYTES + 1)
             if not unpacker.eof and len(data) <= MAX_DEVKIT_BYTES:
-                raise EOFError("it ends too early")  # and no checksum vouches for its bytes
+                raise EOFError("it ends too early")  # before the checksum of its bytes
         if len(data) > MAX_DEVKIT_BYTES:
             raise ValueError(f"over {MAX_DEVKIT_BYTES:,} bytes unpacked")
     with opened(devkit, io.BytesIO(data)) as tar:
@@ -253,26 +253,26 @@ class _Image(NamedTuple):
 
 
 class Scan:
-    """One pass over a tar's bytes, in their order: portions of images, hashed on the way.
+    """One pass over a tar's bytes in order: portions of images, hashed on the way.
 
     Attributes:
       size: bytes of the tar.
       position: bytes hashed so far.
-      sha256: of the whole file, in hex; empty before the iteration has ended.
+      sha256: of the whole file, in hex; empty until the iteration has ended.
     """
 
     def __init__(
         self, path: str | os.PathLike[str], split: str, classes: Classes,
         targets: np.ndarray | None, count: int,
     ):  # fmt: skip
-        """A scan that has yet to begin.
+        """Prepares a scan; iterating starts it.
 
         Args:
           path: the tar.
           split: `train`, a tar of class tars, or `validation`, a tar of images.
           classes: of the training tar.
           targets: (n,) int64, the label of validation image number k + 1; None for `train`.
-          count: images of a portion, at least 1.
+          count: images per portion, at least 1.
         """
         self._path, self._labels, self._count = os.fspath(path), classes.labels, count
         self._targets = np.empty(0, np.int64) if targets is None else targets
@@ -282,12 +282,12 @@ class Scan:
         self.position, self.sha256 = 0, ""
 
     def __iter__(self) -> Iterator[Members]:
-        """Portions of `count` images, the last of what is left.
+        """Portions of `count` images; the last has what is left.
 
         A portion's fingerprint is the SHA-256 of the tar's bytes up to its last image's end.
 
         Raises:
-          UserError: not a whole tar, or one that is not built as ImageNet's are.
+          UserError: the tar is incomplete, or not built as ImageNet's are.
         """
         state, portion, self.position, self.sha256 = hashlib.sha256(), [], 0, ""
         with reading(self._path), open(self._path, "rb", BLOCK_BYTES) as file:
@@ -329,7 +329,7 @@ class Scan:
                 if label not in label_of:
                     raise UserError(f"{self._path} has class {label!r} anew; leave it as it is")
                 what, empty = f"{self._path}, {label}.tar", True
-                # Opened at its place, a tar inside the tar has the offsets of the whole file.
+                # Opened in place, a tar inside the tar gives offsets into the whole file.
                 file: Any = outer.fileobj
                 file.seek(member.offset_data)
                 with opened(what, file) as inner:

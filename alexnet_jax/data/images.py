@@ -15,16 +15,16 @@ from alexnet_jax.data import native
 from alexnet_jax.data.examples import Example
 from alexnet_jax.errors import FailedError, printable
 
-MAX_BYTES = 2**28  # a larger file is no picture and would fill the memory
+MAX_BYTES = 2**28  # a larger file is not a picture and would exhaust memory
 MAX_PIXELS = 100_000_000  # a larger claim is taken for an attack or a broken header
-MAX_ASPECT = 100  # the longer side over the shorter; more is no picture and would fill the memory
-MAX_SCANS = 100  # of a JPEG: each may be a few bytes and take as long as a picture
+MAX_ASPECT = 100  # longer side over shorter; more is not a picture and would exhaust memory
+MAX_SCANS = 100  # of a JPEG: each may be a few bytes yet take as long as a whole picture
 # Pillow would try others: some have no signature, and EPS is a program that Ghostscript runs.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
-# What libjpeg warns of, and simplejpeg has no name for, in whole files; all else is of lost data.
+# Warnings of libjpeg and an error of simplejpeg that whole files cause; all others mean lost data.
 HARMLESS = ("extraneous bytes before marker 0xd9", "Could not determine subsampling")
-REVISION = "unknown JFIF revision"  # harmless, but libjpeg tells of its first warning alone
-WARM = 2**22  # bytes; what caches do not hold is no faster for being used again
+REVISION = "unknown JFIF revision"  # harmless, but libjpeg reports only its first warning
+WARM = 2**22  # bytes; reusing memory gains nothing where caches cannot hold it
 _own = threading.local()
 _SCAN, _EXIF, _XMP = b"\xff\xda\0", b"Exif\0\0", b"http:/"
 
@@ -37,16 +37,16 @@ class ImageError(FailedError):
 
 
 def decode(data: bytes | np.ndarray, name: str, fleeting: bool = False) -> np.ndarray:
-    """The RGB pixels of an image file's bytes; pixels pass as they are.
+    """The RGB pixels of an image file's bytes; an array of pixels is returned as it is.
 
     JPEGs are decoded whole or not at all; greyscale, CMYK, palette and other modes become RGB;
     the EXIF orientation is applied. Other formats are those of FORMATS that Pillow was built with;
-    of several frames the first.
+    of several frames, the first is read.
 
     Args:
       data, name: of an `Example`.
-      fleeting: whether the pixels are not needed any more when this thread decodes again. Then they
-        may lie where the next ones will, in memory that is warm.
+      fleeting: whether the pixels are no longer needed when this thread decodes again; they may
+        then lie in warm memory that the next image will overwrite.
 
     Returns:
       (h, w, 3) uint8.
@@ -65,13 +65,13 @@ def decode(data: bytes | np.ndarray, name: str, fleeting: bool = False) -> np.nd
             _check_size(*image.size, name)
             if image.mode.startswith(("I", "F")):
                 raise ImageError(f"{name}: has {image.mode} pixels; only 8 bits a channel are read")
-            if image.format == "PNG":  # decoding, Pillow does not come to every checksum
+            if image.format == "PNG":  # decoding does not verify every checksum
                 _opened(data).verify()
             ImageOps.exif_transpose(image, in_place=True)
             return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    except (ImageError, MemoryError):  # another time there may be memory
+    except (ImageError, MemoryError):  # lack of memory does not make an image broken
         raise
-    except Exception as error:  # at damaged bytes Pillow raises whatever it stumbles over
+    except Exception as error:  # on damaged data Pillow may raise anything
         detail = " ".join(str(error).split())[:120] or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             detail = "of no known format" if data else "empty file"
@@ -79,9 +79,9 @@ def decode(data: bytes | np.ndarray, name: str, fleeting: bool = False) -> np.nd
 
 
 def oddities(example: Example) -> tuple[str, ...]:
-    """What is unusual about a whole image's file: of greyscale, cmyk, misnamed and rotated.
+    """What is unusual about a whole image's file: any of greyscale, cmyk, misnamed, rotated.
 
-    `misnamed` is no JPEG though its name says so; `rotated` has an EXIF orientation.
+    `misnamed` is not a JPEG though its name says so; `rotated` has an EXIF orientation.
     """
     if isinstance(example.data, np.ndarray):
         return ()
@@ -94,7 +94,7 @@ def oddities(example: Example) -> tuple[str, ...]:
                 "misnamed": called_jpeg and image.format not in ("JPEG", "MPO"),
                 "rotated": image.getexif().get(ExifTags.Base.Orientation, 1) != 1,
             }
-    except Exception:  # by Pillow, though whole
+    except Exception:  # Pillow cannot read it, though it is whole
         return ()
     return tuple(name for name, shown in signs.items() if shown)
 
@@ -105,10 +105,10 @@ def _opened(data: bytes) -> Image.Image:
 
 
 def _strictly_decoded(data: bytes, name: str, fleeting: bool) -> np.ndarray | None:
-    """A JPEG's RGB pixels; None where it is whole but Pillow has to read it.
+    """A JPEG's RGB pixels; None if it is whole but Pillow has to read it.
 
-    Raises ValueError where data is lost, which Pillow would fill in; of unusual chroma subsampling
-    Pillow alone judges, and sees only whether a file ends too soon.
+    Raises ValueError if data is lost, which Pillow would fill in. Only Pillow reads unusual chroma
+    subsampling, and it notices only a file that ends too soon.
     """
     scans, odd, height, width = look(data)
     if scans > MAX_SCANS:
@@ -137,8 +137,10 @@ def look(data: bytes) -> tuple[int, bool, int, int]:
     """What a JPEG's segments say, as far as they can be followed.
 
     Returns:
-      At least as many scans as are read; False if there are some pixels of one or three channels,
-      upright as far as the segments say; and if so, height and width.
+      scans: an upper bound on the number of scans that are read.
+      odd: False if it has pixels, one or three channels, and no segment says it is not upright.
+      height: in pixels; meaningful only where `odd` is False.
+      width: likewise.
     """
     place, channels, height, width, odd, scans, sequential = 2, 0, 0, 0, True, 0, False
     while place + 10 <= len(data):
@@ -164,7 +166,7 @@ def look(data: bytes) -> tuple[int, bool, int, int]:
 
 
 def _is_upright(tiff: bytes) -> bool:
-    """Whether the first directory of a TIFF, as EXIF comes, says that the image is upright."""
+    """Whether the first directory of EXIF data, a TIFF, says that the image is upright."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
     if order is None:
         return False
@@ -178,13 +180,13 @@ def _is_upright(tiff: bytes) -> bool:
     except struct.error:
         return False
     found = [entry[1:] for entry in entries if entry[0] == ExifTags.Base.Orientation]
-    return bool(found) and all(entry == (3, 1, 1) for entry in found)  # one number of 16 bits
+    return bool(found) and all(entry == (3, 1, 1) for entry in found)  # one 16-bit number
 
 
 def _warm_memory() -> np.ndarray:
-    """WARM bytes, this thread's own.
+    """WARM bytes of this thread's own.
 
-    They do not begin at a multiple of 32: pixels that do libjpeg-turbo writes past the caches.
+    They must not be aligned to 32 bytes: libjpeg-turbo writes aligned pixels past the caches.
     """
     if not hasattr(_own, "memory"):
         memory = np.empty(WARM + 32, np.uint8)
@@ -193,10 +195,10 @@ def _warm_memory() -> np.ndarray:
 
 
 def _upright(pixels: np.ndarray, data: bytes) -> np.ndarray:
-    """A JPEG's pixels turned as its EXIF orientation says."""
+    """A JPEG's pixels rotated as its EXIF orientation says."""
     with _opened(data) as header:
         orientation = header.getexif().get(ExifTags.Base.Orientation, 1)
-    if orientation not in range(2, 9):  # it stands, or nobody knows how
+    if orientation not in range(2, 9):  # upright, or not a known orientation
         return pixels
     photo = Image.fromarray(pixels)
     photo.getexif()[ExifTags.Base.Orientation] = orientation
@@ -215,9 +217,9 @@ def _check_size(width: Any, height: Any, name: str) -> None:
 
 
 def square(image: np.ndarray, size: int) -> np.ndarray:
-    """The shorter side to `size`, the centre of the longer: (h, w, 3) -> (size, size, 3) uint8.
+    """Resize the shorter side to `size` and crop the centre: (h, w, 3) -> (size, size, 3) uint8.
 
-    Down by the area filter, each output pixel the mean of the area it covers; up by the cubic.
+    Shrinks by the area filter, each output pixel the mean of the area it covers; enlarges by cubic.
     Source: the original's preparation (cuda-convnet2, make-data).
     """
     out = np.empty((size, size, 3), np.uint8)
@@ -228,13 +230,13 @@ def square(image: np.ndarray, size: int) -> np.ndarray:
 def crop(
     image: np.ndarray, size: int, offset: Sequence[int] | np.ndarray, mirror: bool, out: np.ndarray
 ) -> None:
-    """Write into `out` a crop of the `square` of an image; no pixel outside it is computed.
+    """Write a crop of an image's `square` into `out`; no pixel outside the crop is computed.
 
     Args:
       image: (h, w, 3) uint8.
       size: pixels a side of the square.
       offset: the crop's top and left in the square.
-      mirror: whether left and right change places.
+      mirror: whether to flip left and right.
       out: (s, s, 3) uint8, s at most `size`.
     """
     height, width, _ = image.shape
@@ -261,9 +263,9 @@ def crop(
 def _resized(
     image: np.ndarray, outputs: tuple[int, int], first: tuple[int, int], side: int
 ) -> np.ndarray:
-    """(side, side, 3) uint8 from `first` on of the image made `outputs`.
+    """The (side, side, 3) uint8 window at `first` of the image resized to `outputs`.
 
-    Sums are of one product after another: elsewhere two roundings may be made one.
+    Products are added one at a time; other forms might fuse a multiply and an add.
     """
     for axis, shape in ((0, (-1, 1, 1)), (1, (1, -1, 1))):
         inputs = image.shape[axis]
@@ -288,7 +290,7 @@ def _areas(inputs: int, outputs: int, first: int, count: int) -> tuple[np.ndarra
 
 
 def _cubics(inputs: int, outputs: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same for Keys's cubic of -1/2, which is cut at the edges, its shares made one again."""
+    """`_areas` for Keys's cubic (a = -1/2), cut off at the edges and renormalised to a sum of 1."""
     centre = (np.arange(first, first + count)[:, None] + 0.5) * (inputs / outputs)
     pixels = np.maximum(centre - 1.5, 0).astype(np.int64) + np.arange(5)
     far = abs(pixels + 0.5 - centre)

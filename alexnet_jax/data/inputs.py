@@ -1,4 +1,4 @@
-"""What can be prepared: ImageNet's tars, image folders, TFDS data sets, the built-in shapes."""
+"""Inputs to prepare: ImageNet's tars, image folders, TFDS data sets, the built-in shapes."""
 
 import hashlib
 import logging
@@ -18,25 +18,25 @@ log = logging.getLogger(__name__)
 
 
 class Input(Protocol):
-    """What is prepared."""
+    """An input to prepare."""
 
     kind: str
     labels: tuple[str, ...]
     splits: tuple[str, ...]
     total: int  # units of all splits, for the progress bar
     unit: str
-    digests: dict[str, str]  # SHA-256 of what was read whole
+    digests: dict[str, str]  # SHA-256 of the tars read whole, by split
 
     def describe(self) -> dict[str, Any]:
-        """What the manifest says of it."""
+        """The description that goes into the manifest."""
         ...
 
     def fingerprint(self) -> str:
-        """Text that is another when the input may be."""
+        """Changes whenever the input may have changed."""
         ...
 
     def portions(self, split: str, count: int) -> Iterator[Source]:
-        """The examples of a split in order, `count` at a time; their fingerprints tell them."""
+        """The examples of a split in order, `count` at a time, each with its own fingerprint."""
         ...
 
     def units(self, portion: Source) -> int: ...
@@ -47,13 +47,13 @@ class Input(Protocol):
 
 
 class SourceInput:
-    """A folder, a TFDS data set or the built-in shapes: whatever splits they have."""
+    """A folder, a TFDS data set or the built-in shapes, with whatever splits it has."""
 
     unit = "image"
 
     def __init__(self, data: Data):
         self.kind, _, name = data.source.partition(":")
-        self.name = name if self.kind == "tfds" else ""  # where a folder lies does not matter
+        self.name = name if self.kind == "tfds" else ""  # a folder's location does not matter
         self.folder = pathlib.Path(name).expanduser().resolve() if self.kind == "folder" else None
         self.digests: dict[str, str] = {}
         self.sources: dict[str, Source] = {}
@@ -72,7 +72,7 @@ class SourceInput:
 
     def _same(self, one: str, other: str) -> bool:
         found = [self.sources[split] for split in (one, other) if split in self.sources]
-        # Copies have one fingerprint, but not one place.
+        # Copies share a fingerprint, but not their paths.
         known = {(source.fingerprint, getattr(source, "paths", ())) for source in found}
         return len(found) == 2 and len(known) == 1
 
@@ -100,7 +100,7 @@ class SourceInput:
 
 
 def _listing(splits: Iterable[Source]) -> str:
-    """SHA-256 of what is known of splits before any image is read, wherever they lie."""
+    """SHA-256 of what is known of splits without reading images, wherever they are stored."""
     state = hashlib.sha256()
     for source in splits:
         if not isinstance(source, sources.Folder):
@@ -114,7 +114,7 @@ def _listing(splits: Iterable[Source]) -> str:
 
 
 class ImageNetInput:
-    """The tars of ILSVRC2012, hashed on the way and checked at the end of each."""
+    """The tars of ILSVRC2012, hashed while read and checked at the end of each."""
 
     kind, unit = "imagenet", "B"
     splits: tuple[str, ...] = ("train", "validation")
@@ -140,7 +140,7 @@ class ImageNetInput:
         }
 
     def fingerprint(self) -> str:
-        # What the tars hold is told by their portions' own; --unofficial may come later.
+        # The portions' own fingerprints cover the contents; --unofficial may be given later.
         about = self.describe() | {"official": None}
         return f"{about} {self.labels} {self.targets.tolist()} {self.files()}"
 
@@ -167,14 +167,14 @@ class ImageNetInput:
 def open_input(
     text: str, *, official: bool, split: Sequence[str], tfds_dir: str, cache_dir: str
 ) -> Input:
-    """What `--input` names: a folder with the tars, the tars, an image folder, TFDS or shapes.
+    """The input that `--input` names: ImageNet's tars or their folder, images, TFDS or shapes.
 
     Args:
-      official: whether tars have to be the published ones.
-      split: parts for a folder or data set that comes without a split.
+      official: whether tars must be the published ones.
+      split: parts for a folder or data set that comes without splits.
 
     Raises:
-      UserError: it is none of these, or not whole.
+      UserError: it is none of these, or incomplete.
     """
     kind, _, rest = text.partition(":")
     if kind in ("shapes", "tfds"):

@@ -1,9 +1,9 @@
-"""Any input -> records: decoded, squared and stored once, as the paper did, by several processes.
+"""Any input -> records: decoded, made square and stored once, as in the paper, by many processes.
 
-The input is cut into portions, each of which becomes one shard. A shard and what was learnt of it
-are kept in OUTPUT.partial, the second as a journal entry whose appearance says that both are
-whole; so a run that was killed goes on with the portions that have no entry. When all are there
-the manifest is written and the folder gets its name, at once.
+The input is cut into portions, each of which becomes one shard. A shard and the facts about it
+are kept in OUTPUT.partial, the latter as a journal entry whose existence means that both are
+complete, so a run that was killed resumes with the portions that have no entry. When all are done
+the manifest is written and the data folder is renamed to OUTPUT, atomically.
 """
 
 import collections
@@ -42,7 +42,7 @@ class BrokenImagesError(FailedError):
 
 
 class Settings(NamedTuple):
-    """What the output follows from, beside the input."""
+    """What determines the output, besides the input."""
 
     format: str  # jpeg or raw
     quality: int  # of jpeg
@@ -58,12 +58,12 @@ def prepare(
     num_workers: int,
     allow_broken: int,
 ) -> dict[str, Any]:
-    """Write `output`, or go on writing it, and return its manifest.
+    """Write `output`, or resume writing it, and return its manifest.
 
     Raises:
-      UserError: the output exists, or is being made of another input or by another process.
+      UserError: the output exists, or is being made from another input or by another process.
       BrokenImagesError: more than `allow_broken`.
-      OSError: the disk refuses.
+      OSError: reading or writing fails.
     """
     partial = output.with_name(output.name + ".partial")
     data, journal = partial / "data", partial / "journal"
@@ -71,13 +71,13 @@ def prepare(
     _check_partial(partial)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         manifest = _already(output, given, settings)
-        _remove(partial)  # left where a run was killed at its very end
+        _remove(partial)  # left by a run killed at its very end
         return manifest
     for folder in (data, journal):
         folder.mkdir(parents=True, exist_ok=True)
     with _locked(partial):
         _check_plan(partial / PLAN, given, settings)
-        native.available()  # compiled here, once, before many ask for it
+        native.available()  # compiled here once, before the workers need it
         with workers.Pool(write_shard, num_workers) as pool, _progress_bar(given) as bar:
             entries = _write_shards(given, data, journal, settings, pool, bar)
         broken = [name for split in entries.values() for e in split for name in _journal(e).broken]
@@ -104,7 +104,7 @@ def _write_shards(
     pool: workers.Pool,
     bar: tqdm,
 ) -> dict[str, list[pathlib.Path]]:
-    """The journal entries of every split, in order, each there with its shard."""
+    """Write all shards; the journal entries of every split, in order."""
     entries: dict[str, list[pathlib.Path]] = {split: [] for split in given.splits}
     kept = len(list(journal.glob("*.npz")))
     if kept:
@@ -126,12 +126,12 @@ def _write_shards(
                 )
             pool.wait(2 * pool.count, bar.update)
     pool.wait(0, bar.update)
-    bar.update(given.total - bar.n)  # headers, and what images are padded with
+    bar.update(given.total - bar.n)  # tar headers and padding
     return entries
 
 
 class _Entry(NamedTuple):
-    """What is known of a shard."""
+    """The facts about a shard."""
 
     fingerprint: str  # of the portion it holds
     sha256: str
@@ -155,13 +155,13 @@ def write_shard(
     """Write one shard and its journal entry, each whole or not at all. Runs in a worker.
 
     Args:
-      portion: what it holds.
+      portion: its images.
       shard, entry: paths to write.
       summed: whether its pixels count for the statistics.
-      weight: units of progress that an image stands for.
+      weight: units of progress per image.
 
     Raises:
-      OSError: the disk refuses.
+      OSError: reading or writing fails.
     """
     sums, labels, broken = Sums(settings.size), [], []
     oddities: collections.Counter[str] = collections.Counter()
@@ -208,12 +208,12 @@ def write_shard(
 
 
 def _stored_name(portion: Source, name: str) -> str:
-    """CLASS/FILE of a folder's image, so that where the folder lies does not show."""
+    """CLASS/FILE of a folder's image, so that the folder's location is not stored."""
     return "/".join(pathlib.PurePath(name).parts[-2:]) if isinstance(portion, Folder) else name
 
 
 def _encoded(square: np.ndarray, settings: Settings) -> tuple[bytes, np.ndarray]:
-    """What is stored of a square, and the pixels that will be read from it."""
+    """The bytes stored for a square, and the pixels that will be read from them."""
     if settings.format == "raw":
         return square.tobytes(), square
     data = simplejpeg.encode_jpeg(square, settings.quality, "RGB", "420")
@@ -239,7 +239,7 @@ def _journal(entry: pathlib.Path) -> _Entry:
 def _finish(
     given: Input, data: pathlib.Path, entries: Mapping[str, list[pathlib.Path]], settings: Settings
 ) -> dict[str, Any]:
-    """Write what lies beside the shards, the manifest last."""
+    """Write the files beside the shards, the manifest last."""
     total = Sums(settings.size)
     splits = {}
     for split, paths in entries.items():
@@ -291,7 +291,7 @@ def _finish(
     }
     known = {shard["file"] for split in splits.values() for shard in split["shards"]}
     for path in data.iterdir():
-        if path.name not in known | set(manifest["files"]):  # of a worker that was killed
+        if path.name not in known | set(manifest["files"]):  # left by a killed worker
             path.unlink()
     for name in manifest["files"]:
         synced(data / name)
@@ -314,7 +314,7 @@ def _progress_bar(given: Input) -> tqdm:
 
 @contextlib.contextmanager
 def _locked(folder: pathlib.Path) -> Iterator[None]:
-    """Keeps other processes of this host out of the folder until this one leaves it or ends."""
+    """Keeps other processes of this host out of the folder until the context or process ends."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -328,7 +328,7 @@ def _locked(folder: pathlib.Path) -> Iterator[None]:
 
 
 def _check_classes(labels: Sequence[str], found: np.ndarray) -> None:
-    """Raises UserError where a class has lost all its training images."""
+    """Raises UserError if a class has lost all its training images."""
     for label, count in zip(labels, np.bincount(found, minlength=len(labels))):
         if count == 0:
             raise UserError(
@@ -338,7 +338,7 @@ def _check_classes(labels: Sequence[str], found: np.ndarray) -> None:
 
 
 def _check_partial(partial: pathlib.Path) -> None:
-    """Raises UserError where the folder holds files, and no plan that says why."""
+    """Raises UserError if the folder holds files but no plan of ours."""
     files = (path for path in partial.rglob("*") if not path.is_dir() and path.name != PLAN_TMP)
     if not (partial / PLAN).exists() and any(files):
         raise UserError(
@@ -348,18 +348,18 @@ def _check_partial(partial: pathlib.Path) -> None:
 
 
 def _remove(partial: pathlib.Path) -> None:
-    """Remove what a run leaves, the plan last: nothing without one is taken for ours."""
+    """Remove what a run leaves, the plan last: a folder without one is not taken for ours."""
     if partial.is_dir():
         for folder in ("data", "journal"):
             shutil.rmtree(partial / folder, ignore_errors=True)
         for name in (PLAN_TMP, PLAN):
             (partial / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # where somebody put something more
+        with contextlib.suppress(OSError):  # somebody put other files there
             partial.rmdir()
 
 
 def _check_plan(path: pathlib.Path, given: Input, settings: Settings) -> None:
-    """Writes down what is being prepared, or raises UserError where it is something else."""
+    """Writes the plan, or raises UserError if an existing one is for something else."""
     fingerprint = hashlib.sha256(given.fingerprint().encode()).hexdigest()
     plan = settings._asdict() | {"input": given.kind, "fingerprint": fingerprint}
     if not path.exists():
@@ -384,10 +384,10 @@ def _check_plan(path: pathlib.Path, given: Input, settings: Settings) -> None:
 
 
 def _already(output: pathlib.Path, given: Input, settings: Settings) -> dict[str, Any]:
-    """The manifest of an output that is there already.
+    """The manifest of an output that exists already.
 
     Raises:
-      UserError: it is of another input or other settings, or no prepared data at all.
+      UserError: it is from another input or other settings, or not prepared data at all.
     """
     if not (output / records.MANIFEST).is_file():
         raise UserError(f"--output={output} exists and is no prepared data; choose another")
@@ -407,6 +407,6 @@ def _already(output: pathlib.Path, given: Input, settings: Settings) -> dict[str
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """What `new` has otherwise than `old`, in words."""
+    """How `new` differs from `old`, in words."""
     pairs = ((name, old.get(name), value) for name, value in new.items())
     return ", ".join(f"{name}: {was} -> {value}" for name, was, value in pairs if was != value)

@@ -1,9 +1,9 @@
-"""Prepared data: ArrayRecord shards of small squares, an index of where each lies, a manifest.
+"""Prepared data: ArrayRecord shards of small squares, an index of their positions, a manifest.
 
 A record is a label (int32, little-endian), the length of a name (uint16), the name, and the image:
 a JPEG file or raw pixels. A shard is an ArrayRecord file that any reader of the format can read.
-This one goes by the index, with one system call a record: the library's own reader copies and
-hashes every record again, which takes four times as long as all else for raw pixels.
+This module reads by index, with one system call per record: the library's own reader copies and
+hashes every record again, which for raw pixels takes four times as long as everything else.
 """
 
 import collections
@@ -35,10 +35,10 @@ MANIFEST, LABELS, STATISTICS = "manifest.json", "labels.txt", "statistics.npz"
 CLASSES = "classes.tsv"  # of ImageNet, with a devkit
 CLASSES_HEAD = "wnid\tdevkit_id\tname"
 _HEAD = struct.Struct("<iH")
-# ArrayRecord lies in Riegeli files: chunks, interrupted by a header at the start of each block.
+# ArrayRecord files are Riegeli files: chunks, interrupted by a header at the start of each block.
 _BLOCK, _BLOCK_HEADER = 1 << 16, 24
 _CHUNK = struct.Struct("<8xQ8xQQ")  # size of the data; kind and number of records; decoded size
-# What a manifest, what it says of a split, and of a file, have at least.
+# The required fields of a manifest, and of its entries for a file and for a split.
 _MANIFEST = {"sha256": str, "format": str, "quality": int, "size": int, "shard_size": int,
              "input": dict, "splits": dict, "files": dict}  # fmt: skip
 _FILE = {"file": str, "bytes": int, "sha256": str}
@@ -49,8 +49,8 @@ _SPLIT = {"num_examples": int, "oddities": dict, "broken": list,
 class Index(NamedTuple):
     """Where the n records of a split lie."""
 
-    shard: np.ndarray  # (n,) int32, a place among the split's shards
-    offset: np.ndarray  # (n,) int64, bytes into the shard, of the record's own first byte
+    shard: np.ndarray  # (n,) int32, index into the split's shards
+    offset: np.ndarray  # (n,) int64, bytes from the shard's start to the record's own first byte
     length: np.ndarray  # (n,) int32, bytes, block headers not counted
     label: np.ndarray  # (n,) int32
 
@@ -66,7 +66,7 @@ class Records:
     statistics: Statistics  # of the training split
     index: Index
     shards: "_Files"
-    pool: str = ""  # prepared data has its splits
+    pool: str = ""  # prepared data comes with its splits
     words: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -80,7 +80,7 @@ class Records:
         """One image as it is stored.
 
         Raises:
-          OSError: the shard is not what was written, or the disk refuses.
+          OSError: the shard is damaged or cannot be read.
         """
         shard, offset, length, target = (int(column[index]) for column in self.index)
         file = self.shards[shard]
@@ -106,7 +106,7 @@ class Records:
 
 
 class _Files:
-    """Files opened when first read; in another process they are opened again."""
+    """Files opened on first use; other processes open them again."""
 
     def __init__(self, paths: tuple[str, ...]):
         self.paths = paths
@@ -141,7 +141,7 @@ class _Files:
 
 
 def pack(label: int, name: str, image: bytes) -> bytes:
-    """A record."""
+    """The bytes of a record."""
     encoded = name.encode("utf-8", "surrogateescape")[-1000:]
     return _HEAD.pack(label, len(encoded)) + encoded + image
 
@@ -157,7 +157,7 @@ def write_shard(path: pathlib.Path, records: Iterable[bytes]) -> tuple[np.ndarra
     """Write an ArrayRecord file, and return where its records lie: offsets (n,), lengths (n,).
 
     Raises:
-      OSError: the disk refuses.
+      OSError: writing fails.
     """
     lengths = []
     try:
@@ -166,7 +166,7 @@ def write_shard(path: pathlib.Path, records: Iterable[bytes]) -> tuple[np.ndarra
             writer.write(record)
             lengths.append(len(record))
         writer.close()
-    except RuntimeError as error:  # what the library makes of a full disk
+    except RuntimeError as error:  # how the library reports a full disk
         raise OSError(f"{path} cannot be written: {error}") from error
     with open(path, "rb") as file:
         found = list(_places(file.fileno(), len(lengths)))
@@ -194,9 +194,9 @@ def _places(file: int, count: int) -> Iterator[tuple[int, int]]:
 
 
 def _skipped(position: int, size: int, landing: bool = True) -> int:
-    """Where `size` bytes after `position` one is, block headers stepped over.
+    """The position `size` bytes after `position`, not counting block headers.
 
-    With `landing`, at the first byte that is no block header.
+    With `landing`, a block header at that position is skipped too.
     """
     if position % _BLOCK == 0:
         position += _BLOCK_HEADER
@@ -212,7 +212,7 @@ def _skipped(position: int, size: int, landing: bool = True) -> int:
 def read_record(file: int, offset: int, length: int) -> np.ndarray:
     """The record of `length` bytes at `offset` of a file, (length,) uint8.
 
-    In one system call, where the file system gives all that is asked for.
+    In one system call, if the file system returns all that is asked for.
 
     Raises:
       OSError: the file ends before the record does.
@@ -238,10 +238,10 @@ def read_record(file: int, offset: int, length: int) -> np.ndarray:
 
 
 def open_records(directory: pathlib.Path, split: str) -> Records:
-    """One split of a prepared directory; validation is the test split where there is no other.
+    """One split of a prepared directory; the test split stands in for a missing validation split.
 
     Raises:
-      UserError: there is none, or its files are not those of the manifest.
+      UserError: there is none, or its files differ from the manifest's.
     """
     manifest, text = read_manifest(directory)
     splits = manifest["splits"]
@@ -260,7 +260,7 @@ def open_records(directory: pathlib.Path, split: str) -> Records:
     try:
         statistics = read_statistics(small[name], manifest["size"])
         name = LABELS
-        # Not splitlines, which takes a dozen characters for the end of a line.
+        # Not splitlines(), which takes a dozen characters for line ends.
         labels = tuple(small[name].read_bytes().decode("utf-8").split("\n")[:-1])
         name = CLASSES
         words = _words(small[name].read_bytes().decode("utf-8"), labels) if name in small else ()
@@ -276,10 +276,10 @@ def open_records(directory: pathlib.Path, split: str) -> Records:
 
 
 def _words(table: str, labels: tuple[str, ...]) -> tuple[str, ...]:
-    """What the classes are called, from the text of CLASSES; none like another.
+    """Distinct names of the classes in words, from the text of CLASSES.
 
-    The first of a class's synonyms, or all, or the first and the label: ImageNet has a `maillot`
-    beside a `maillot, tank suit`, and two cranes.
+    The first of a class's synonyms; if that is ambiguous, all of them, or else the first and the
+    label: ImageNet has a `maillot` beside a `maillot, tank suit`, and two cranes.
     """
     head, _, rows = table.partition("\n")
     found = [tuple(row.split("\t", 2)) for row in rows.split("\n")[:-1]]
@@ -304,7 +304,7 @@ def index_file(split: str) -> str:
 
 
 def _check_index(index: Index, split: dict[str, Any], num_classes: int) -> None:
-    """Raises ValueError where a record would lie outside its shard, or a label be of no class."""
+    """Raises ValueError if a record lies outside its shard or a label has no class."""
     count, sizes = split["num_examples"], np.array([s["bytes"] for s in split["shards"]], np.int64)
     if any(column.shape != (count,) or column.dtype.kind != "i" for column in index):
         raise ValueError(f"it is not of {count} examples")
@@ -319,7 +319,7 @@ def _check_index(index: Index, split: dict[str, Any], num_classes: int) -> None:
 
 
 def _allow_open(count: int) -> None:
-    """Let this process, and those it starts, open `count` files more, as far as the system does."""
+    """Let this process, and those it starts, open `count` more files, up to the hard limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY:
         wanted = soft + count if hard == resource.RLIM_INFINITY else min(soft + count, hard)
@@ -331,7 +331,7 @@ def read_manifest(directory: pathlib.Path) -> tuple[dict[str, Any], bytes]:
     """The manifest of a prepared directory, and its bytes.
 
     Raises:
-      UserError: there is none that can be read, or it was changed.
+      UserError: it is missing, unreadable, of another version or was changed.
     """
     try:
         text = (directory / MANIFEST).read_bytes()
@@ -352,7 +352,7 @@ def read_manifest(directory: pathlib.Path) -> tuple[dict[str, Any], bytes]:
 
 
 def _is_whole(manifest: dict[str, Any]) -> bool:
-    """Whether it is as it was written, has all that is read of it, and names no file elsewhere."""
+    """Whether it is unchanged, has all required fields, and names no file in another folder."""
     if not _fits(manifest, _MANIFEST):
         return False
     splits, files = manifest["splits"], manifest["files"]
@@ -369,7 +369,7 @@ def _is_whole(manifest: dict[str, Any]) -> bool:
 
 
 def _fits(value: Any, form: Any) -> bool:
-    """Whether a value of JSON has the fields of `form`, each of its type; more of them may be."""
+    """Whether a JSON value has the fields of `form`, with their types; it may have others."""
     if isinstance(form, dict):
         return isinstance(value, dict) and all(
             name in value and _fits(value[name], part) for name, part in form.items()
@@ -380,7 +380,7 @@ def _fits(value: Any, form: Any) -> bool:
 
 
 def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest with a checksum of itself, so that a change to it is seen."""
+    """The manifest with a checksum of itself, so that changes are detected."""
     return {**manifest, "sha256": _seal(manifest)}
 
 
@@ -390,7 +390,7 @@ def _seal(manifest: dict[str, Any]) -> str:
 
 
 def verify(directory: pathlib.Path) -> Iterator[tuple[str, str]]:
-    """Every file of a prepared directory, read whole: its name, and what is wrong or ""."""
+    """Read every file of a prepared directory whole; yields its name and its problem or ""."""
     manifest, _ = read_manifest(directory)
     shards = [entry for split in manifest["splits"].values() for entry in split["shards"]]
     for entry in [*manifest["files"].values(), *shards]:
@@ -405,7 +405,7 @@ def verify(directory: pathlib.Path) -> Iterator[tuple[str, str]]:
 
 
 def file_entry(path: pathlib.Path) -> dict[str, Any]:
-    """What the manifest says of a file."""
+    """The manifest's entry for a file."""
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest(path)}
 
 
@@ -418,7 +418,7 @@ def _wrong_size(directory: pathlib.Path, entry: dict[str, Any]) -> str:
 
 
 def _whole(directory: pathlib.Path, entry: dict[str, Any]) -> pathlib.Path:
-    """The path of a small file, whose checksum is right."""
+    """The path of a small file, after checking its size and checksum."""
     path = directory / entry["file"]
     problem = _wrong_size(directory, entry)
     if problem or digest(path) != entry["sha256"]:

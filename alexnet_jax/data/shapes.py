@@ -1,10 +1,10 @@
-"""The built-in image data set `shapes`: one big object of ten kinds on a cluttered ground.
+"""The built-in image data set `shapes`: one big object of ten kinds on a cluttered background.
 
 A picture is a function of (seed, split, index) alone, so the set needs no download. Six classes
 are outlines and four are textures inside a disc or a square. Position, size, rotation, stretch,
 colours, clutter and lighting vary from picture to picture and tell nothing about the class, so
-that a classifier has to find the shape itself. So does which is lighter, the figure or what it
-touches: pixels by themselves hardly tell, edges do.
+that a classifier has to find the shape itself. Which is lighter, the figure or its surroundings,
+varies too: single pixels hardly tell the class, edges do.
 """
 
 import math
@@ -18,15 +18,15 @@ from PIL import Image, ImageChops, ImageDraw
 # Part of the cached set's directory name: change it whenever the pictures change.
 VERSION = "1"
 SPLIT_SIZES = {"train": 5000, "validation": 1000, "test": 1000}
-SPLITS = tuple(SPLIT_SIZES)  # a split's place in here is part of what its pictures grow from
+SPLITS = tuple(SPLIT_SIZES)  # a split's index in here is part of its pictures' seed
 
 SHORT_SIDE = (72, 108)  # pixels, both ends included
 LONG_SIDE_RATIO = 1.25  # a long side is at most this many times the short one
 OBJECT_DIAMETER = (0.6, 0.9)  # as a fraction of the short side
 STRETCH = 0.18  # the object's two axes differ by a factor of at most exp(2 * STRETCH)
-CONTRAST = 0.35  # least difference in luminance of the figure and its surroundings, of 1
+CONTRAST = 0.35  # least difference in luminance between figure and surroundings, out of 1
 DARK_SHARE = 0.5  # share of the pictures whose figure is darker than its surroundings
-CLUTTER = (6, 14)  # number of small things on the ground: at least, and less than
+CLUTTER = (6, 14)  # number of small things on the background: at least, and less than
 GRAIN = 0.03  # standard deviation of each pixel's brightness about the light there
 GREY_SHARE = 0.04  # share of the pictures without colour
 
@@ -129,12 +129,12 @@ LABELS: tuple[str, ...] = tuple(sorted(OUTLINES | TEXTURES))
 
 
 def palette(rng: np.random.Generator) -> np.ndarray:
-    """Colours of ground, patch and figure, (3, 3) RGB in 0..1.
+    """Colours of background, patch and figure, (3, 3) RGB in 0..1.
 
     The figure's luminance is at least CONTRAST above the other two's or, as often, below them.
     """
     while True:
-        # From darker and lighter ranges, so that about every third draw will do.
+        # Ranges chosen so that about every third draw succeeds.
         colours = rng.uniform([[0.02], [0.02], [0.35]], [[0.65], [0.65], [1.0]], (3, 3))
         ground, patch, figure = colours @ LUMA
         if figure - max(ground, patch) >= CONTRAST:
@@ -142,12 +142,12 @@ def palette(rng: np.random.Generator) -> np.ndarray:
 
 
 def to_bytes(colours: np.ndarray) -> np.ndarray:
-    """Values of 0..1, cut off there, as uint8 of the same shape."""
+    """Values clipped to 0..1, as uint8 0..255 of the same shape."""
     return (255 * np.clip(colours, 0, 1)).astype(np.uint8)
 
 
 def draw_ground(rng: np.random.Generator, width: int, height: int, base: np.ndarray) -> Image.Image:
-    """A blotchy RGB ground of colour about `base`, (3,) in 0..1, with small clutter on it."""
+    """A blotchy RGB background of colour about `base`, (3,) in 0..1, with small clutter on it."""
     blotches = base + rng.uniform(-0.16, 0.16, (*rng.integers(2, 7, 2), 3))
     ground = Image.fromarray(to_bytes(blotches)).resize((width, height), Image.Resampling.BICUBIC)
     canvas = ImageDraw.Draw(ground)
@@ -247,9 +247,9 @@ def write_split(directory: pathlib.Path, split: str, size: int) -> None:
 def write_shapes(directory: pathlib.Path, split_sizes: Mapping[str, int] = SPLIT_SIZES) -> None:
     """Write the set as directory/SPLIT/CLASS/INDEX.jpg, unless `directory` exists already.
 
-    The set appears whole or not at all: it is written next to its place and then renamed. Of two
-    processes doing so at once the first to finish provides the set. Raises OSError if the disk
-    does.
+    The set appears whole or not at all: it is written beside its final place and then renamed. If
+    two processes do so at once, the first to finish provides the set. Raises OSError if writing
+    fails.
     """
     if directory.exists():
         return
@@ -258,7 +258,7 @@ def write_shapes(directory: pathlib.Path, split_sizes: Mapping[str, int] = SPLIT
         whole = pathlib.Path(scratch, "whole")
         for split, size in split_sizes.items():
             write_split(whole / split, split, size)
-        # Fails when another process was faster, and then its set serves as well.
+        # Fails if another process was faster; its set will do.
         try:
             whole.rename(directory)
         except OSError:
@@ -267,5 +267,5 @@ def write_shapes(directory: pathlib.Path, split_sizes: Mapping[str, int] = SPLIT
 
 
 def shapes_directory(cache: pathlib.Path) -> pathlib.Path:
-    """Where in the cache directory this version of the set belongs."""
+    """Where this version of the set belongs in the cache directory."""
     return cache / f"shapes-{VERSION}"

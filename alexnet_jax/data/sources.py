@@ -31,7 +31,7 @@ class NoSplitError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """Image files of class folders."""
+    """Image files in class folders."""
 
     labels: tuple[str, ...]
     targets: np.ndarray
@@ -60,11 +60,11 @@ class Folder:
 class Tfds:
     """One split of a prepared TFDS data set, read without TensorFlow."""
 
-    split: str  # and what it is of
+    split: str  # with the data set, as tfds:NAME SPLIT; for messages
     labels: tuple[str, ...]
     fingerprint: str
     examples: Sequence[Any]  # dicts with image, encoded bytes, and label
-    indices: np.ndarray  # (n,) int64, of the examples that are this source's
+    indices: np.ndarray  # (n,) int64, this source's among `examples`
     pool: str = ""
     words: tuple[str, ...] = ()
 
@@ -92,13 +92,13 @@ def read_file(path: str) -> bytes:
 
     Raises:
       ImageError: over MAX_BYTES.
-      OSError: the disk refuses; its message names the file.
+      OSError: the file cannot be read; the message names it.
     """
     try:
         file = os.open(path, os.O_RDONLY)
         try:
             size, parts, read = os.fstat(file).st_size, [], 0
-            # Some file systems give less than asked for, and some files do not know their size.
+            # Some file systems return less than asked for, and some files do not report their size.
             while size <= images.MAX_BYTES and (part := os.read(file, max(size - read, 1 << 16))):
                 parts.append(part)
                 read += len(part)
@@ -143,7 +143,7 @@ def open_source(data: Data, split: str) -> Source:
 
 
 def stratified(source: Folder | Tfds, split: str, data: Data) -> Source:
-    """The part of `source` that `data.split` gives to `split`, class by class, by `split_seed`."""
+    """The part of `source` that `data.split` gives to `split`, drawn per class by `split_seed`."""
     if not data.split[tuple(FOLDER_NAMES).index(split)]:
         raise NoSplitError(
             f"data.split={data.split} leaves nothing for {split}; give it a part or name the "
@@ -242,7 +242,7 @@ def _class_folders(root: pathlib.Path, labels: tuple[str, ...]) -> Folder:
 
 
 def _tfds(name: str, split: str, data: Data) -> Source:
-    # Here, since it takes a second and most runs do without.
+    # Imported here: it takes a second, and most runs do not need it.
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import read_only_builder
 
@@ -293,7 +293,7 @@ def _tfds(name: str, split: str, data: Data) -> Source:
 
 
 def _tfds_way_out(name: str, where: str) -> str:
-    """What to fetch, where to put it, and what runs without."""
+    """Advice: what to fetch, where to put it, and what runs without it."""
     build = (  # the command `tfds build` would also need apache-beam
         "with TensorFlow (`pip install -e '.[tfds-prepare]'`) run `python -c \"import "
         f"tensorflow_datasets as tfds; tfds.builder('{name}', data_dir='{where}', "

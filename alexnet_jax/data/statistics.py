@@ -1,4 +1,4 @@
-"""Sums over pixels, and what follows of them: mean image, deviations, principal colours."""
+"""Sums over pixels, and what follows from them: mean image, deviations, principal colours."""
 
 import pathlib
 from typing import NamedTuple
@@ -26,7 +26,7 @@ def read_statistics(path: pathlib.Path, size: int) -> Statistics:
     """The statistics of an .npz file, for squares of `size` pixels a side.
 
     Raises:
-      ValueError: it has none of that size.
+      ValueError: it holds none for that size.
     """
     found = Statistics(**read_arrays(path, Statistics._fields))
     shapes = ((size, size, 3), (3,), (3,), (3, 3))
@@ -37,7 +37,7 @@ def read_statistics(path: pathlib.Path, size: int) -> Statistics:
 
 
 class Sums:
-    """Exact integers, so that no order of adding shows in the result."""
+    """Exact integer sums, so that the order of adding does not change the result."""
 
     def __init__(self, size: int):
         self.count = 0  # images
@@ -45,7 +45,7 @@ class Sums:
         self.products = np.zeros((3, 3), np.int64)  # of channels, over images and pixels
 
     def add(self, square: np.ndarray) -> None:
-        """One image more, (size, size, 3) uint8."""
+        """Add an image, (size, size, 3) uint8."""
         self.count += 1
         self.pixels += square
         flat = square.reshape(-1, 3).astype(np.float64)
@@ -57,13 +57,13 @@ class Sums:
         self.products += other.products
 
     def statistics(self) -> Statistics:
-        """Of the images added, at least one."""
+        """The statistics of the images added, of which there must be at least one."""
         mean_image = self.pixels / self.count
         num_pixels = self.count * mean_image.shape[0] ** 2
         mean = self.pixels.sum(axis=(0, 1)) / num_pixels
         covariance = self.products / num_pixels - np.outer(mean, mean)
         eigenvalues, eigenvectors = np.linalg.eigh(covariance)
-        # Of one colour all over, a channel would divide by nothing; half a grey level stands in.
+        # A constant channel would divide by zero; deviations are at least half a grey level.
         std = np.sqrt(np.maximum(np.diag(covariance), 0.25))
         return Statistics(
             mean_image=mean_image.astype(np.float32),

@@ -1,9 +1,9 @@
-"""Grain: source -> batches, from any step on.
+"""Grain pipeline from source to batches, starting at any step.
 
 The stream is the concatenation of epoch permutations, and a batch is a stretch of it: batch n
 holds the B positions from n * B on, whatever the machine (from `origin` + n * B where a run was
 continued with another B). An element of the Grain pipeline is a piece of a batch, not a record, so
-that its overhead is paid once for many. Grain's threads make the pieces, or have each a process
+that its overhead is paid once for many rows. Grain's threads make the pieces, or each has a process
 make them; pixels do not go through Grain: they are written into the batch itself.
 """
 
@@ -71,17 +71,17 @@ def train_batches(
       statistics: of the training split; its mean image has the stored size.
       size: pixels a side of a crop.
       origin: the position at which batch 0 would begin.
-      pixels: False for `index` in the place of images, as `resident` wants it.
+      pixels: False yields `index` instead of images, for `resident`.
 
     Yields:
-      image (b, size, size, 3) uint8, cropped and mirrored, or without pixels index (b,) int32, its
-      place in the source; label (b,) int32; offset (b, 2) int32 and mirror (b,) bool, how; shift
-      (b, 3) float32, the colour noise to add; gain (b,) float32, to multiply by at the end.
+      image (b, size, size, 3) uint8, cropped and mirrored, or without pixels index (b,) int32 into
+      the source; label (b,) int32; offset (b, 2) int32 and mirror (b,) bool, of the crop; shift
+      (b, 3) float32, the colour noise to add; gain (b,) float32, a factor to apply last.
     """
     stored, num_examples = statistics.stored_size, len(source)
 
     def drawn(step: int, local: range) -> tuple[np.ndarray, Batch]:
-        """Which examples, and what is done to them."""
+        """The indices of the examples, and how each is augmented."""
         start, count = origin + step * rows.batch_size + local.start, len(local)
         draws = augment.draw(seed, start, count, stored - size, data)
         noisy = np.full(count, data.colour_noise > 0)
@@ -142,14 +142,14 @@ def _read(
     mirror: bool,
     out: np.ndarray,
 ) -> int:
-    """Write a crop of an example's stored square into `out`; its label."""
+    """Write a crop of an example's stored square into `out`; return its label."""
     example = source.read(index)
     pixels = images.decode(example.data, example.name, fleeting=True)
     images.crop(pixels, stored, offset, mirror, out)
     return example.label
 
 
-# (step, rows of the global batch, where their pixels go) -> the rest of what a batch holds
+# (step, rows of the global batch, output for their pixels) -> the batch's other arrays
 ReadPiece = Callable[[int, range, np.ndarray], Batch]
 
 
@@ -165,14 +165,14 @@ def _batches(read: ReadPiece, local: range, side: int, steps: range, data: Data)
         memory = buffers.Images(shape)
 
     def element(number: int) -> Batch:
-        """A piece, whose pixels are written into its batch's."""
+        """Make a piece; its pixels are written into the batch's memory."""
         turn, place = divmod(number, len(pieces))
         return read(steps[turn], pieces[place], memory(turn)[places[place]])
 
     make = element
     with contextlib.ExitStack() as stack:
         if isinstance(memory, buffers.Slots):
-            native.available()  # compiled here, once, before many ask for it
+            native.available()  # compiled here once, before the workers need it
             stack.enter_context(contextlib.closing(memory))
             make = stack.enter_context(workers.elsewhere(element, count))
         numbers = grain.MapDataset.range(len(steps) * len(pieces))

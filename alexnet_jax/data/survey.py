@@ -1,6 +1,6 @@
-"""One look at every image of a split before it is used: is it whole, and what are the statistics.
+"""One pass over every image of a split before it is used: which are whole, and the statistics.
 
-What a survey finds is kept in the cache folder, under a name that changes with the files.
+A survey's result is kept in the cache folder, under a name that changes with the files.
 """
 
 import concurrent.futures
@@ -25,7 +25,7 @@ from alexnet_jax.files import read_arrays, write_arrays
 
 log = logging.getLogger(__name__)
 
-VERSION = "3"  # raised when the same files would give another survey
+VERSION = "3"  # to be raised when the same files would give another survey
 CHUNK = 64  # images a worker takes at a time
 
 
@@ -60,14 +60,14 @@ def survey(
     Broken images are counted, named in a warning and left out.
 
     Raises:
-      UserError: no class may lose all its images; the cache folder must be writable.
+      UserError: a class has no whole image, or the cache folder cannot be written.
     """
     key = hashlib.sha256(f"{VERSION} {stored_size} {source.fingerprint}".encode()).hexdigest()
     path = pathlib.Path(cache_dir).expanduser() / "surveys" / f"{key[:32]}.npz"
     found = _kept(path, stored_size, len(source))
     if found is None:
         with _writing(path.parent), tempfile.TemporaryFile(dir=path.parent):
-            pass  # a refusal is better heard before the scan than after
+            pass  # better to fail before the scan than after
         log.info("surveying %d images, once; kept in %s", len(source), path.parent)
         found = _found(*_scan(source, stored_size, num_workers))
         with _writing(path.parent):
@@ -87,7 +87,7 @@ def survey(
 
 
 def _scan(source: Source, size: int, num_workers: int) -> tuple[Sums, list[tuple[int, str]]]:
-    """The sums of the whole images, and of the broken ones the places and why."""
+    """The sums of the whole images; the indices of the broken ones, and why they are broken."""
 
     def chunk(first: int) -> tuple[Sums, list[tuple[int, str]]]:
         sums, broken = Sums(size), []
@@ -121,7 +121,7 @@ def _found(sums: Sums, broken: list[tuple[int, str]]) -> dict[str, np.ndarray]:
 
 
 def _kept(path: pathlib.Path, size: int, count: int) -> dict[str, np.ndarray] | None:
-    """What an earlier survey found, if it is there and whole."""
+    """The result of an earlier survey, if there is one and it is undamaged."""
     if not path.exists():
         return None
     try:
@@ -136,7 +136,7 @@ def _kept(path: pathlib.Path, size: int, count: int) -> dict[str, np.ndarray] | 
 
 @contextlib.contextmanager
 def _writing(folder: pathlib.Path) -> Iterator[None]:
-    """Makes the cache folder, and the disk's refusals the user's to resolve."""
+    """Creates the cache folder, and turns OSErrors into UserErrors."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield

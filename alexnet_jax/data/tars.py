@@ -1,4 +1,4 @@
-"""Tars read in place: their files, checked, and images by where they lie. Nothing is unpacked."""
+"""Tars read in place: checked members, and images by their offsets. Nothing is unpacked."""
 
 import contextlib
 import dataclasses
@@ -15,9 +15,9 @@ from alexnet_jax.data.examples import Example, taken
 from alexnet_jax.data.images import MAX_BYTES, ImageError
 from alexnet_jax.errors import UserError, printable, reason
 
-MAX_HEADER_BYTES = 2**14  # of names and attributes: tarfile would take any size, for any time
+MAX_HEADER_BYTES = 2**14  # of names and attributes: tarfile itself has no limit, in size or time
 AGAIN = "download it again"
-# What tarfile and gzip raise at damaged bytes.
+# What tarfile and gzip raise on damaged data.
 _DAMAGED = (
     tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError, RecursionError,
     zlib.error,
@@ -26,16 +26,16 @@ _DAMAGED = (
 
 @dataclasses.dataclass(frozen=True)
 class Members:
-    """A source: some images of a tar, read by their place in it, in any process."""
+    """A source: some images of a tar, read by their offsets, in any process."""
 
     path: str  # of the tar
     labels: tuple[str, ...]
-    names: tuple[str, ...]  # as n01440764/n01440764_10026.JPEG
-    offsets: np.ndarray  # (n,) int64, where the data begin in the tar
+    names: tuple[str, ...]  # like n01440764/n01440764_10026.JPEG
+    offsets: np.ndarray  # (n,) int64, bytes from the start of the tar to the data
     sizes: np.ndarray  # (n,) int64, bytes
     targets: np.ndarray  # (n,) int64
     fingerprint: str
-    pool: str = ""  # tars have their splits
+    pool: str = ""  # tars come with their splits
     words: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -46,7 +46,7 @@ class Members:
 
         Raises:
           ImageError: over MAX_BYTES.
-          UserError: the tar is no longer what it was.
+          UserError: the tar has become shorter or unreadable.
         """
         name, size = self.names[index], int(self.sizes[index])
         if size > MAX_BYTES:
@@ -76,7 +76,7 @@ class Members:
 
 @contextlib.contextmanager
 def reading(what: str | os.PathLike[str]) -> Iterator[None]:
-    """Makes what a file or its content refuse the user's to resolve."""
+    """Turns errors that a file or its contents raise into UserErrors."""
     try:
         yield
     except _DAMAGED as error:
@@ -88,7 +88,7 @@ def reading(what: str | os.PathLike[str]) -> Iterator[None]:
 def opened(
     what: str | os.PathLike[str], file: IO[bytes] | None = None
 ) -> Iterator[tarfile.TarFile]:
-    """The tar in `file` or else of the path `what`, which is its name in messages."""
+    """The tar in `file`, or else at the path `what`, which names it in messages."""
     with reading(what), contextlib.ExitStack() as stack:
         if file is None:
             file = stack.enter_context(open(what, "rb"))
@@ -97,7 +97,7 @@ def opened(
 
 
 class _Member(tarfile.TarInfo):
-    """As tarfile's, which may leave the tar behind what it could not read, and go on from there."""
+    """Rewinds the tar if a header is invalid; tarfile's own may go on behind it instead."""
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> "_Member":
@@ -110,7 +110,7 @@ class _Member(tarfile.TarInfo):
 
 
 class _Headers:
-    """The file of a tar, read by as little as the headers take."""
+    """A tar's file that refuses reads larger than any legitimate header."""
 
     def __init__(self, file: IO[bytes]):
         self.seek, self.tell, self._read = file.seek, file.tell, file.read
@@ -124,18 +124,18 @@ class _Headers:
 def files(
     tar: tarfile.TarFile, what: str | os.PathLike[str], stop: int
 ) -> Iterator[tarfile.TarInfo]:
-    """The files of an open tar that ends at `stop`, in its order; refuses all but directories."""
+    """The files of an open tar that ends at `stop`, in order; skips folders, refuses the rest."""
     while (member := tar.next()) is not None:
         vars(tar)["members"].clear()  # tarfile would keep a million of them
         if member.isdir():
             continue
         if not member.isreg() or member.issparse():
             raise UserError(f"{what} has {member.name!r}, which is no plain file; take it out")
-        # At a negative size tarfile would go round in circles.
+        # With a negative size tarfile would loop for ever.
         if member.size < 0 or member.offset_data + member.size > stop:
             raise UserError(f"{what} is cut short or damaged at byte {member.offset}; {AGAIN}")
         yield member
-    # tarfile takes anything that is no header for the end, which is a block of zeros.
+    # tarfile takes any block that is not a header for the end, which really is a block of zeros.
     file: Any = tar.fileobj
     file.seek(tar.offset)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE) or file.tell() > stop:
@@ -143,5 +143,5 @@ def files(
 
 
 def basename(member: tarfile.TarInfo) -> str:
-    """The last part of a member's name, fit for a line of text."""
+    """The last part of a member's name, printable on one line."""
     return printable(posixpath.basename(member.name))

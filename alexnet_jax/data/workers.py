@@ -22,30 +22,30 @@ import cloudpickle
 from alexnet_jax.config import Data
 from alexnet_jax.errors import FailedError, UserError
 
-CPU_QUOTA = pathlib.Path("/sys/fs/cgroup/cpu.max")  # microseconds, of so many
-MOST_THREADS = 4  # beside each other
-WORTH_PROCESSES = 20_000  # images: what threads do while processes start
+CPU_QUOTA = pathlib.Path("/sys/fs/cgroup/cpu.max")  # quota and period, in microseconds
+MOST_THREADS = 4  # beyond these, processes
+WORTH_PROCESSES = 20_000  # images, about what threads read while processes start
 
 
 def count(asked: int) -> int:
-    """How many: those asked for, or, if 0, one for each core this process may use."""
+    """The number of workers: `asked`, or, if 0, one for each core this process may use."""
     if asked:
         return asked
     allowed = getattr(os, "sched_getaffinity", None)  # Linux
     cores = len(allowed(0)) if allowed else os.cpu_count() or 1
-    try:  # a container shows all cores of its host, and may use the time of fewer
+    try:  # a container shows all cores of its host, but may have the time of fewer
         quota, period = CPU_QUOTA.read_text(encoding="ascii").split()
         return min(cores, max(1, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):  # there is no limit
+    except (OSError, ValueError):  # no quota
         return cores
 
 
 def kind(data: Data, num_images: int) -> str:
-    """`threads` or `processes`, for a stream of so many images.
+    """`threads` or `processes`, for a stream of `num_images` images.
 
-    Decoding and copying leave the interpreter to other threads, what is around them does not:
-    beyond a few threads they wait for each other, the more so the less there is to decode, as in
-    records. Processes take seconds to start.
+    Decoding and copying release the interpreter lock, the code around them does not: beyond a few
+    threads they wait for each other, the more so the less there is to decode, as in records.
+    Processes take seconds to start.
     """
     if data.worker_kind != "auto":
         return data.worker_kind
@@ -54,7 +54,7 @@ def kind(data: Data, num_images: int) -> str:
 
 
 def _live_with_parent() -> None:
-    """Have this process leave Ctrl-C to the one that started it, and end when that does."""
+    """Make this process ignore Ctrl-C, which is its parent's to handle, and end with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
@@ -67,20 +67,19 @@ def _live_with_parent() -> None:
 
 
 class Progress(Protocol):
-    """Where a worker adds up what it has done."""
+    """The running total of the work a worker has done."""
 
     value: float
 
 
 class Pool:
-    """Processes that do one job after another, a thread with each. When it ends, they end.
+    """Worker processes, with a thread for each, that run one job; they end with the context.
 
-    The pool of concurrent.futures was not up to it: where a process was killed while others
-    started, it waited for ever.
+    Not the pool of concurrent.futures, which hung when a process was killed while others started.
     """
 
     def __init__(self, job: Callable[..., None], count: int):
-        """`job` takes what is submitted and a `Progress`; `count` processes start when needed."""
+        """`job` takes the submitted arguments and a `Progress`; at most `count` processes start."""
         self.workers, self.count, self.told = _Workers(job, "--workers"), count, 0.0
         self.progress: list[Any] = []
         self.pending: set[concurrent.futures.Future] = set()
@@ -94,22 +93,22 @@ class Pool:
         self.threads.shutdown(cancel_futures=True)
 
     def submit(self, *arguments: Any) -> None:
-        """Have the job done with these once more."""
+        """Queue one more run of the job, with these arguments."""
         with _ctrl_c_later():
             if len(self.progress) < self.count:
-                # Without a lock, to be killed with.
+                # Raw: a process that is killed cannot leave a lock held.
                 self.progress.append(multiprocessing.get_context("spawn").RawValue("d", 0.0))
                 self.workers.start(self.progress[-1])
             self.pending.add(self.threads.submit(self.workers.do, *arguments))
 
     def wait(self, most: int, tell: Callable[[float], object]) -> None:
-        """Until at most `most` are still to be done; `tell` is told of progress.
+        """Wait until at most `most` runs are pending, passing the progress made to `tell`.
 
-        Raises what stopped a worker, OSError where it was killed.
+        Raises the error that stopped a worker, OSError if it was killed.
         """
         while True:
             enough = len(self.pending) <= most
-            with _ctrl_c_later():  # which could leave a lock held that the threads wait for
+            with _ctrl_c_later():  # it could leave a lock held that the threads wait for
                 done, self.pending = concurrent.futures.wait(
                     self.pending,
                     timeout=0 if enough else 0.5,
@@ -126,15 +125,15 @@ class Pool:
 
 @contextlib.contextmanager
 def elsewhere(job: Callable[[int], Any], count: int) -> Iterator[Callable[[int], Any]]:
-    """What has `job` done by `count` processes, each for one thread at a time; they end with this.
+    """A callable that runs `job` in one of `count` worker processes; they end with the context.
 
-    Grain's own processes were not up to it: where one was killed while it started, the others and
-    what waited for them went on for ever. From their start on they leave signals, which a terminal
-    or a scheduler may send to all, to the parent.
+    A worker serves one thread at a time. Not Grain's own processes: when one was killed while it
+    started, the others and whatever waited for them hung. Workers block SIGINT and SIGTERM, which a
+    terminal or a scheduler may send to all, from their start; the parent handles them.
     """
     workers = _Workers(job, "--config.data.workers")
-    # Also where this is never left: multiprocessing, at its end, would wait for what does not hear
-    # SIGTERM. Not by a fork of this process.
+    # Also runs at exit if this context is never left: multiprocessing would otherwise wait for
+    # workers that block SIGTERM. Does nothing in a fork of this process.
     end = multiprocessing.util.Finalize(None, workers.end, exitpriority=1)
     try:
         with _unheard(signal.SIGINT, signal.SIGTERM):
@@ -146,7 +145,7 @@ def elsewhere(job: Callable[[int], Any], count: int) -> Iterator[Callable[[int],
 
 
 class _Workers:
-    """Processes for one job, each for one thread at a time; `flag` sets how many there are."""
+    """Worker processes for one job, each serving one thread at a time; `flag` sets their number."""
 
     def __init__(self, job: Callable[..., Any], flag: str):
         self.job, self.flag = cloudpickle.dumps(job), flag
@@ -154,12 +153,12 @@ class _Workers:
         self.free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
 
     def start(self, *shared: Any) -> None:
-        """One more; its job takes `shared`, too."""
+        """Start one more; its job also takes `shared`."""
         self.started.append(_Worker(self.job, self.flag, *shared))
         self.free.put(self.started[-1])
 
     def do(self, *arguments: Any) -> Any:
-        """What the job makes of it, done by whichever is free first."""
+        """The job's result, from whichever worker is free first."""
         worker = self.free.get()
         try:
             return worker.do(*arguments)
@@ -167,7 +166,7 @@ class _Workers:
             self.free.put(worker)
 
     def end(self) -> None:
-        """End all, whatever they are doing."""
+        """Kill all, whatever they are doing."""
         for worker in self.started:
             worker.process.kill()
         for worker in self.started:
@@ -175,15 +174,15 @@ class _Workers:
 
 
 class _Worker:
-    """A process that does a job again and again, and the pipe to it."""
+    """A process that runs a job repeatedly, and the pipe to it."""
 
     def __init__(self, job: bytes, flag: str, *shared: Any):
-        """`job`, pickled, takes what `do` does and `shared`."""
+        """`job`, pickled, takes the arguments of `do`, then `shared`."""
         context = multiprocessing.get_context("spawn")
         self.flag, self.unsaid = flag, [job]
         self.connection, theirs = context.Pipe()
-        # The job comes by the pipe: were a process killed that is sent much as it starts, the start
-        # would wait for ever.
+        # The job is sent through the pipe: if a process died while a large job was sent at its
+        # start, start() would hang.
         self.process = context.Process(target=_work, args=(theirs, *shared), daemon=True)
         try:
             self.process.start()
@@ -193,8 +192,8 @@ class _Worker:
             theirs.close()
 
     def do(self, *arguments: Any) -> Any:
-        """What the job makes of it, waited for; raises what stopped it, OSError where killed."""
-        # Not send: where it fails, Python 3.12 may crash at what that leaves behind.
+        """Wait for the job's result; raises the error that stopped it, OSError if it was killed."""
+        # Not send(): if it fails, Python 3.12 may crash on what it leaves behind.
         self.unsaid.append(pickle.dumps(arguments))
         try:
             while self.unsaid:
@@ -217,7 +216,7 @@ class _Worker:
 
 
 def _work(connection: Connection, *shared: Any) -> None:
-    """Do what is asked for, until nobody is there to ask."""
+    """Run the job on every request until the parent closes the pipe."""
     _live_with_parent()
     heard = _heard(connection)
     for job in map(cloudpickle.loads, itertools.islice(heard, 1)):
@@ -232,7 +231,7 @@ def _work(connection: Connection, *shared: Any) -> None:
 
 
 def _heard(connection: Connection) -> Iterator[bytes]:
-    """What comes, until nobody is there to send more."""
+    """The messages received until the other end closes."""
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             yield connection.recv_bytes()
@@ -240,9 +239,9 @@ def _heard(connection: Connection) -> Iterator[bytes]:
 
 @contextlib.contextmanager
 def _ctrl_c_later() -> Iterator[None]:
-    """Ctrl-C comes when this ends, and never to processes that are started in it."""
+    """Defers Ctrl-C to the end of the block; processes started inside never get it."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # others never get it
+        yield  # other threads never get it
         return
     came: list[int] = []
     usual = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
@@ -257,9 +256,8 @@ def _ctrl_c_later() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _unheard(*signals: signal.Signals) -> Iterator[None]:
-    """Threads that are started in this, and processes that they start, never hear the signals."""
-    # They take over what is blocked. The tracker that the first process would bring along would
-    # lift it, so it comes before.
+    """Blocks the signals; threads and processes started inside inherit that and never get them."""
+    # The resource tracker, which the first process would start, would unblock them: start it first.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:

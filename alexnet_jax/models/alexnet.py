@@ -2,11 +2,11 @@
 
 A device owns `towers // shards` of the towers. Everything is local but `exchange`, which is the
 identity where one device owns both and an all-gather over the mesh axis where it does not. It is
-called where the paper's GPUs talk (figure 2): before conv3, fc6, fc7 and fc8; and once more for
-the logits, whose classes are split over the towers too.
+called where the paper's GPUs communicate (figure 2): before conv3, fc6, fc7 and fc8; and once more
+for the logits, whose classes are split over the towers too.
 
 Parameters are global arrays of the natural shapes, tower 0 first on the last axis. A device's
-share of each is a contiguous half of that axis; so a checkpoint knows nothing of the split.
+share of each is a contiguous part of that axis, so checkpoints do not depend on the split.
 """
 
 from collections.abc import Iterator
@@ -68,7 +68,7 @@ def shapes(config: Model, num_classes: int, size: int) -> tuple[Layer, ...]:
 
 
 def steps_after(config: Model, name: str) -> tuple[str, ...]:
-    """What follows a convolution, in the preset's order; a layer left out leaves its pool."""
+    """The steps after a convolution, in the preset's order; a layer left out keeps its pool."""
     steps = {"conv1": config.after_conv1, "conv2": config.after_conv2, "conv5": config.after_conv5}
     found = steps.get(name, ("activation",))
     return tuple(step for step in found if step == "pool" or name not in config.without)
@@ -105,8 +105,8 @@ class AlexNet(nnx.Module):
     def outputs(self, images: Array, dropout: Dropout | None) -> Iterator[tuple[str, Array]]:
         """Each layer's name and output, this device's share; of fc8 the logits of all classes.
 
-        An output is what the next layer reads, before any exchange: behind activation, response
-        normalisation and pool, of fc6 and fc7 behind dropout too (a pool5 that drops comes after).
+        An output is what the next layer reads, before any exchange: after activation, response
+        normalisation and pool, for fc6 and fc7 also after dropout (dropout at pool5 comes later).
 
         Args:
           images: (b, s, s, 3) float32, mean subtracted.
@@ -136,12 +136,12 @@ class AlexNet(nnx.Module):
         yield "fc7", x
         x = self.exchange(x).reshape(x.shape[0], -1)  # (b, 4096)
         x = self.exchange(self.fc8(x))  # (b, 1000)
-        yield "fc8", x[:, : self.num_classes]  # less the column that evens out an odd count
+        yield "fc8", x[:, : self.num_classes]  # without the column that pads an odd count
 
     def convolution(self, name: str, x: Array, both: bool = False) -> Array:
         """A convolution of this tower's maps, or `both` towers', and what follows it.
 
-        (b, h, w, c/n) -> (b, h', w', c'/n). A layer left out hands on what it is given, pooled.
+        (b, h, w, c/n) -> (b, h', w', c'/n). A layer left out passes its input on, pooled.
         """
         local = self.config.towers // self.shards
         if name in self.config.without:
@@ -150,14 +150,14 @@ class AlexNet(nnx.Module):
         x = self.exchange(x) if both else x
         if layer.groups == 1 or self.config.normalises_across or ops.groups_at_once(x):
             return self.stage(layer(x), name, local)
-        # Tower by tower. Where the next layer splits what is joined here, XLA drops both, and no
-        # array holds both towers until a layer reads both.
+        # Tower by tower. Where the next layer splits what is joined here, XLA drops both steps, and
+        # no array holds both towers until a layer reads both.
         return jnp.concatenate([self.stage(part, name, 1) for part in layer.apart(x)], axis=-1)
 
     def connected(self, name: str, x: Array, dropout: Dropout | None) -> Array:
         """A fully connected layer over both towers: (b, ..., c/n) -> (b, c'/n).
 
-        A layer left out hands on what it is given.
+        A layer left out passes its input on.
         """
         if name in self.config.without:
             return x
@@ -179,7 +179,7 @@ class AlexNet(nnx.Module):
         return ops.activation(x, self.config.activation)
 
     def stage(self, x: Array, name: str, towers: int) -> Array:
-        """What follows convolution `name`, of x's towers: (b, h, w, c) -> (b, h', w', c)."""
+        """The steps after convolution `name`, on x's towers: (b, h, w, c) -> (b, h', w', c)."""
         config, steps = self.config, steps_after(self.config, name)
         lrn: dict[str, Any] = {
             "size": config.lrn_size,

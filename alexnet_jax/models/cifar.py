@@ -50,7 +50,7 @@ class Cifar(nnx.Module):
             setattr(self, layer.name, Affine(layer, shards=1))
 
     def outputs(self, images: Array, dropout: Dropout | None) -> Iterator[tuple[str, Array]]:
-        """Each layer's name and output, behind activation and pool; of fc4 the logits.
+        """Each layer's name and output, after activation and pool; of fc4 the logits.
 
         Args:
           images: (b, s, s, 3) float32, mean subtracted.

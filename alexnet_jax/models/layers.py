@@ -1,4 +1,4 @@
-"""What nets are made of: weight layers, their shapes and their initial parameters."""
+"""The parts of nets: weight layers, their shapes and their initial parameters."""
 
 import math
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from alexnet_jax.config import LAYERS, SHARES_ENTRY, Model
 
 Params = dict[str, dict[str, Array]]  # {layer: {"kernel": ..., "bias": ...}}, float32
 
-INITIAL_STREAM = 1 << 40  # of random numbers, beside those of data and dropout
+INITIAL_STREAM = 1 << 40  # of random numbers, distinct from those of data and dropout
 
 
 class Layer(NamedTuple):
@@ -25,7 +25,7 @@ class Layer(NamedTuple):
     stride: int
     padding: ops.Padding
     output: tuple[int, ...]  # (h, w, o) or (o,), before any pool
-    stage_output: tuple[int, ...]  # the same behind the pool, where one follows
+    stage_output: tuple[int, ...]  # the same after the pool, where one follows
 
     @property
     def parameters(self) -> int:
@@ -67,7 +67,7 @@ def initial_parameters(config: Model, layer: Layer, seed: int) -> tuple[np.ndarr
         sizes = (layer.kernel, layer.kernel[-1:])
         kernel, bias = (2 * bound * rng.random(s, np.float32) - np.float32(bound) for s in sizes)
         return kernel, bias
-    # A narrower net keeps the size of its signals; conv1 reads the same pixels at any width.
+    # Signals keep their scale in a narrower net; conv1 reads the same pixels at any width.
     spread = 1.0 if layer.name == "conv1" else math.sqrt(config.width)
     std = np.float32(config.weight_std[place] / spread)
     kernel = std * rng.standard_normal(layer.kernel, np.float32)
@@ -75,7 +75,7 @@ def initial_parameters(config: Model, layer: Layer, seed: int) -> tuple[np.ndarr
 
 
 class Affine(nnx.Module):
-    """A convolution or a fully connected layer, or one device's share of its output: zeros."""
+    """A convolution or a fully connected layer, or one device's share of it; parameters are 0."""
 
     def __init__(self, layer: Layer, shards: int):
         outputs = -(-layer.kernel[-1] // shards)
@@ -91,7 +91,7 @@ class Affine(nnx.Module):
         return self._apply(x, kernel, bias, self.groups)
 
     def apart(self, x: Array) -> list[Array]:
-        """The same, a group at a time: its share of the maps, (b, h', w', o / groups)."""
+        """The output group by group: each one's maps, (b, h', w', o / groups)."""
         whole = (x, self.kernel[...], self.bias[...])
         parts = (jnp.split(array, self.groups, axis=-1) for array in whole)
         return [self._apply(*part, groups=1) for part in zip(*parts, strict=True)]

@@ -1,4 +1,4 @@
-"""What neurons make of their input."""
+"""Activation functions."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ from jax import Array, lax
 
 
 def activation(x: Array, name: str) -> Array:
-    """`relu`, max(x, 0) (paper, section 3.1), whose gradient at 0 is 0, or `tanh`; like x."""
+    """`relu`, max(x, 0) (paper, section 3.1), with gradient 0 at 0, or `tanh`; like x."""
     return jnp.tanh(x) if name == "tanh" else _relu(x)
 
 
@@ -21,9 +21,9 @@ def _forward(x: Array) -> tuple[Array, Array]:
 
 
 def _backward(y: Array, dy: Array) -> tuple[Array]:
-    """From the output, which whatever follows keeps anyway: a GPU need not write the input.
+    """From the output, which the next layer keeps anyway: a GPU need not store the input.
 
-    The barrier keeps XLA from asking the input nevertheless.
+    The barrier keeps XLA from using the input nevertheless.
     """
     return (jnp.where(lax.optimization_barrier(y) > 0, dy, 0),)
 

@@ -1,4 +1,4 @@
-"""Biases, and gradients of biases that count every pixel."""
+"""Biases, with gradients summed over all pixels in float32."""
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +8,10 @@ from alexnet_jax.ops.varying import varying_alike
 
 
 def add_bias(x: Array, bias: Array) -> Array:
-    """(..., o) plus a number per map, (o,) float32 cast to x's dtype: x's shape and dtype.
+    """x (..., o) plus one bias per map, (o,) float32 cast to x's dtype: x's shape and dtype.
 
-    The bias's gradient is a sum in float32. It goes over millions of pixels, and a GPU, left to
-    itself, adds bfloat16 numbers in bfloat16.
+    The bias's gradient is summed in float32: it goes over millions of pixels, and by default a GPU
+    adds bfloat16 numbers in bfloat16.
     """
     return _add_bias(*varying_alike(x, bias))
 

@@ -1,4 +1,4 @@
-"""Convolution, with gradients that are fast on a CPU."""
+"""Convolution, in forms that are fast on a CPU, gradients included, and on a GPU."""
 
 import functools
 from collections.abc import Callable
@@ -11,9 +11,9 @@ from jax import Array, lax
 import alexnet_jax.ops.native as native
 from alexnet_jax.ops.varying import varying_alike
 
-# A block has at most so many places and images, but one image at least. Twice or half is about as
-# fast, all images at once take up to six times as long; blocks are equal, so that a prime number
-# of images is taken one by one.
+# A block has at most so many pixels and images, but at least one image. Twice or half is about as
+# fast, all images at once take up to six times as long. Blocks are equal in size, so that a larger
+# prime number of images is taken one by one.
 BLOCK_PLACES, BLOCK_IMAGES = 8192, 8
 
 Padding = tuple[tuple[int, int], tuple[int, int]]  # (top, bottom), (left, right), pixels
@@ -24,12 +24,12 @@ def conv(x: Array, kernel: Array, *, stride: int = 1, padding: Padding, groups: 
 
     Args:
       x: (b, h, w, groups * i).
-      kernel: (kh, kw, i, o), cast to x's dtype; output channels in groups' order.
-      stride: pixels, both ways.
+      kernel: (kh, kw, i, o), cast to x's dtype; output channels ordered by group.
+      stride: pixels, in both directions.
       padding: zeros around the map.
       groups: input channels of group g reach output channels of group g only. Without a kernel of
-        our own one convolution a group: on a CPU, XLA's grouped form takes six times as long, and
-        eight to twelve times backward.
+        our own, one convolution per group: on a CPU, XLA's grouped form takes six times as long,
+        and eight to twelve times backward.
 
     Returns:
       (b, h', w', o) of x's dtype. On a CPU it can be differentiated once.
@@ -52,7 +52,7 @@ def conv(x: Array, kernel: Array, *, stride: int = 1, padding: Padding, groups: 
 
 
 def groups_at_once(x: Array) -> bool:
-    """Whether `conv` has a form of its own for groups; else they are as fast one by one."""
+    """Whether `conv` has its own form for groups; otherwise they are as fast one by one."""
     return native.available(x)
 
 
@@ -69,7 +69,7 @@ def _conv(x: Array, kernel: Array, stride: int, padding: Padding, groups: int = 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv_by_tiles(x: Array, kernel: Array, padding: Padding, groups: int) -> Array:
-    """A kernel of 3x3 or 5x5 in steps of 1, by Winograd's algorithm (native/winograd.h)."""
+    """A 3x3 or 5x5 kernel with stride 1, by Winograd's algorithm (native/winograd.h)."""
     (top, _), (left, _) = padding
     y = jax.eval_shape(lambda x, kernel: _conv(x, kernel, 1, padding, groups), x, kernel)
     place: dict[str, int] = {"groups": groups, "top": top, "left": left}
@@ -95,7 +95,7 @@ _conv_by_tiles.defvjp(_tiles_forward, _tiles_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv_by_runs(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    """For few channels: a row of the kernel meets a run of memory (native/strided.h)."""
+    """For few channels: a row of the kernel covers one run of memory (native/strided.h)."""
     (top, _), (left, _) = padding
     y = jax.eval_shape(lambda x, kernel: _conv(x, kernel, stride, padding), x, kernel)
     return native.call("strided", y.shape, x, kernel, stride=stride, top=top, left=left)
@@ -108,7 +108,7 @@ def _runs_forward(x, kernel, stride, padding):
 def _runs_backward(stride, padding, residuals, dy):
     x, kernel = residuals
     (top, _), (left, _) = padding
-    # Of the first layer nobody asks for it, and it is not computed.
+    # Unused in the first layer, where it is then not computed.
     (dx,) = jax.linear_transpose(lambda x: _conv(x, kernel, stride, padding), x)(dy)
     place: dict[str, int] = {"stride": stride, "top": top, "left": left}
     return dx, native.call("strided_weights", kernel.shape, x, dy, **place)
@@ -121,8 +121,8 @@ _conv_by_runs.defvjp(_runs_forward, _runs_backward)
 def _conv_by_blocks(x: Array, kernel: Array, stride: int, padding: Padding) -> Any:
     """`_conv`, its weight gradient summed over blocks of images.
 
-    With XLA's own, a step of the full net without our kernels takes 1.1 times as long on a CPU at
-    batch 32 and 1.4 times at 128.
+    With XLA's own gradient, a step of the full net without our kernels takes 1.1 times as long on a
+    CPU at batch 32 and 1.4 times at 128.
     """
     return _conv(x, kernel, stride, padding)
 
@@ -145,7 +145,7 @@ _conv_by_blocks.defvjp(_conv_forward, _conv_backward)
 
 
 def conv_by_squares(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    """`_conv` over squares of `stride` pixels, in steps of 1.
+    """`_conv` as a convolution with stride 1 over squares of `stride` x `stride` pixels.
 
     For few channels: matrix units read eight or more at once. On an H200 conv1 takes a sixth of
     the time in bfloat16, half in TF32. On a CPU it takes three times as long.
@@ -163,13 +163,13 @@ def conv_by_squares(x: Array, kernel: Array, stride: int, padding: Padding) -> A
 def _space_to_depth(
     x: Array, output: tuple[int, ...], kernel: tuple[int, ...], stride: int, padding: Padding
 ) -> tuple[Array, Callable[[Array], Array]]:
-    """What a convolution in steps of 1, without padding, reads for the same output.
+    """The input with which a convolution with stride 1, without padding, has the same output.
 
-    Squares of `stride` pixels become maps: conv1's 11x11 kernel in steps of 4 over 3 maps is a
-    3x3 kernel over 48, of whose pixels the twelfth row and column count for nothing.
+    Squares of `stride` x `stride` pixels become maps: conv1's 11x11 kernel with stride 4 over 3
+    maps is a 3x3 kernel over 48, whose twelfth row and column of pixels have no effect.
 
     Returns:
-      x's squares, and what takes a kernel over them to the original shape `kernel`.
+      x's squares, and a function that turns a kernel over them into the original shape `kernel`.
     """
     b, h, w, maps = x.shape
     tall, wide = (-(-side // stride) for side in kernel[:2])  # in squares
@@ -190,7 +190,7 @@ def _space_to_depth(
 
 
 def _weight_gradient(x: Array, dy: Array, shape: tuple[int, ...], padding: Padding) -> Array:
-    """Of a kernel of `shape`, float32: a sum over blocks of so few images that caches hold them."""
+    """The gradient of a kernel of `shape`, float32: a sum over blocks of images that fit caches."""
 
     def add(totals: list[Array], images: tuple[Array, Array]) -> tuple[list[Array], None]:
         return _add_block(totals, *images, shape, padding), None
@@ -210,10 +210,10 @@ def _add_block(
 ) -> list[Array]:
     """Adds one block's share to each of the kernel's rows, (kw * i, o).
 
-    All are products of long runs of memory, none of them rearranged. Maps are written one pixel
-    after another, with as many zeros between rows and between images as a window reaches over an
-    edge. Then pixel (i, j) of all windows is one run of pixels, and kw pixels in a row, of every
-    kw-th window, are the rows of a matrix that lies in memory as it is.
+    All are products of long runs of memory, without im2col. Maps are stored as one sequence of
+    pixels, with as many zeros between rows and between images as a window reaches over an edge.
+    Then pixel (i, j) of all windows is one run of pixels, and kw adjacent pixels, of every kw-th
+    window, are the rows of a matrix that exists in memory already.
     """
     tall, wide, maps, outputs = shape
     (top, bottom), (left, right) = padding
@@ -224,7 +224,7 @@ def _add_block(
     turns = -(-count // wide)
 
     def spread(array: Array, first: int, last: int) -> Array:
-        """Pixels in a row, `first` zeros before and `last` behind: (pixels, c)."""
+        """One sequence of pixels, `first` zeros before and `last` after: (pixels, c)."""
         ends = [(0, height - array.shape[1], 0), (0, pitch - array.shape[2], 0)]
         array = lax.pad(array, jnp.zeros((), array.dtype), [(0, 0, 0), *ends, (0, 0, 0)])
         array = array.reshape(count, -1)

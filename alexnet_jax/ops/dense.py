@@ -9,7 +9,7 @@ from alexnet_jax.ops.varying import varying_alike
 
 
 def dense(x: Array, kernel: Array) -> Array:
-    """(b, i) times (i, o), cast to x's dtype: (b, o) of x's dtype.
+    """x (b, i) times the kernel (i, o), cast to x's dtype: (b, o) of x's dtype.
 
     On a CPU it can be differentiated once.
     """
@@ -19,7 +19,7 @@ def dense(x: Array, kernel: Array) -> Array:
 
 @jax.custom_vjp
 def _dense(x: Array, kernel: Array) -> Array:
-    """For few rows: the kernel is read once, and packed on the way (native/dense.h)."""
+    """For few rows: the kernel is read once, and packed while read (native/dense.h)."""
     return native.call("dense", jax.eval_shape(jnp.matmul, x, kernel).shape, x, kernel)
 
 

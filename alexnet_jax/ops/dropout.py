@@ -1,4 +1,4 @@
-"""Dropout, and masks that do not depend on who draws them."""
+"""Dropout, with masks that do not depend on which device draws them."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jax import Array
 def keep_mask(
     key: Array, rows: Array, *, layer: int, towers: Array, shape: tuple[int, ...], rate: float
 ) -> Array:
-    """Dropout's kept units: a function of (key, row, layer, tower, unit) and of nothing else.
+    """Mask of the units that dropout keeps: a function of (key, row, layer, tower, unit) alone.
 
     Args:
       key: a PRNG key of the run's seed and step.
@@ -34,7 +34,7 @@ def keep_mask(
 
 
 def dropout(x: Array, keep: Array | None, rate: float, rule: str) -> Array:
-    """Drop the units that `keep` does not name; `keep` None means evaluation.
+    """Drop the units where `keep` is False; `keep` None means evaluation.
 
     Rule `scale_at_test` (paper, section 4.2) leaves kept units as they are and multiplies by
     1 - rate when evaluating; `inverted` divides kept units by 1 - rate while training.

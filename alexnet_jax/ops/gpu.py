@@ -1,10 +1,10 @@
-"""Response normalisation and the gradient of pools as kernels of a GPU (Pallas, by Triton).
+"""Response normalisation and the gradient of max pooling as GPU kernels (Pallas, via Triton).
 
-A thread has eight maps or more in a row, at one pixel or a few, in its registers, and reads those
-around them too, which threads beside it have read and caches hold. XLA's fusions, with a thread to
-each number, compute a number's neighbours anew for each: on an H200 normalisation takes 3.5 to 4
-times as long as memory does, the gradients of the pools eight times; by these kernels a tenth to a
-fifth longer, and no longer.
+A thread holds eight or more adjacent maps, at one pixel or a few, in registers; the neighbours it
+also needs were read by adjacent threads and come from the cache. XLA's fusions, with a thread per
+number, recompute the neighbours of every number: on an H200 normalisation takes 3.5 to 4 times as
+long as its memory traffic, the pools' gradients eight times. With these kernels normalisation takes
+a tenth to a fifth longer than its memory traffic, the pools' gradients no longer.
 """
 
 import functools
@@ -18,13 +18,13 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-AT_ONCE = 8  # maps that a thread reads by one instruction
-FORWARD, BACKWARD = 8, 16  # maps of a thread at most: backward more is computed of those around
-THREADS = 128  # of a program
+AT_ONCE = 8  # maps that a thread reads with one instruction
+FORWARD, BACKWARD = 8, 16  # maps per thread at most; backward computes more for neighbours
+THREADS = 128  # per program
 
 
 class Rule(NamedTuple):
-    """Of normalisation, as in `ops.local_response_norm`, with a power of 3/4."""
+    """Parameters of normalisation, as in `ops.local_response_norm`, with a power of 3/4."""
 
     size: int
     k: float
@@ -36,7 +36,7 @@ class Rule(NamedTuple):
 def available(
     shape: tuple[int, ...], *, groups: int = 1, size: int = 1, beta: float = 0.75
 ) -> bool:
-    """Whether there are kernels here for maps of a shape (b, h, w, c), and for such a rule."""
+    """Whether the kernels can be used here for maps of shape (b, h, w, c) and this rule."""
     whole = shape[-1] % (groups * AT_ONCE) == 0 and math.prod(shape) < 2**31
     fits = size // 2 * 2 <= AT_ONCE and beta == 0.75
     return _is_gpu() and whole and fits
@@ -47,14 +47,14 @@ def _is_gpu() -> bool:
 
 
 def normalise(x: Array, rule: Rule) -> Array:
-    """(b, h, w, c) -> the same, of x's dtype; sums and powers in float32."""
+    """(b, h, w, c) -> x's shape and dtype; sums and powers in float32."""
     kernel = functools.partial(_normalise, rule=rule)
     places = math.prod(x.shape[:-1])
     return _over_maps(kernel, places, FORWARD, rule.groups, x.shape, x)
 
 
 def normalise_gradient(x: Array, dy: Array, rule: Rule) -> Array:
-    """x's, where dy is that of what `normalise` made of it."""
+    """The gradient of x, given dy, that of `normalise`'s output."""
     kernel = functools.partial(_normalise_gradient, rule=rule)
     places = math.prod(x.shape[:-1])
     return _over_maps(kernel, places, BACKWARD, rule.groups, x.shape, x, dy)
@@ -63,10 +63,11 @@ def normalise_gradient(x: Array, dy: Array, rule: Rule) -> Array:
 def pool_gradient(
     dy: Array, place: Array, window: int, stride: int, sides: tuple[int, int]
 ) -> Array:
-    """The gradient of maps of `sides` pixels, (b, *sides, c), where dy is that of a pool over them.
+    """The gradient of a max pool's input, (b, *sides, c), given dy, that of its output.
 
     Args:
-      dy, place: (b, h', w', c); each gradient, and [i * window + j] of the pixel it goes to.
+      dy: (b, h', w', c).
+      place: (b, h', w', c), i * window + j for the pixel (i, j) of its window that dy goes to.
     """
     kernel = functools.partial(
         _pool_gradient, window=window, stride=stride, sides=sides, pooled=(dy.shape[1], dy.shape[2])
@@ -84,12 +85,12 @@ def _over_maps(
     shape: tuple[int, ...],
     *arrays: Array,
 ) -> Array:
-    """What a kernel makes of arrays: a thread has at most so many maps at one of the places.
+    """Run a kernel whose threads have at most `most` maps each, at one of the places.
 
-    Of a shape (b, h, w, c) and the dtype of the first.
+    The result has shape `shape`, (b, h, w, c), and the first array's dtype.
     """
     first, all_maps = arrays[0], shape[-1]
-    axes = jax.typeof(first).manual_axis_type  # it differs from device to device as they do
+    axes = jax.typeof(first).manual_axis_type  # the result varies across devices as the input does
     maps = next(n for n in range(most, 0, -AT_ONCE) if all_maps // groups % n == 0)
     call = pl.pallas_call(
         lambda *refs: kernel(_Share(places, all_maps, maps, groups), *refs),
@@ -103,10 +104,10 @@ def _over_maps(
 
 
 class _Share:
-    """The maps that a program's threads have: (threads, 1) of each.
+    """The maps that each of a program's threads has; indices are (threads, 1).
 
-    Block b are the maps 8 * b and seven more; -1 and the one behind the last belong to the threads
-    beside it, and are 0 where those have another tower.
+    Block b is maps 8 * b to 8 * b + 7 of a thread; block -1 and the one after the last belong to
+    adjacent threads, and are 0 where those have another tower.
     """
 
     def __init__(self, places: int, all_maps: int, maps: int, groups: int):
@@ -116,14 +117,14 @@ class _Share:
         self.place, part = number // parts, number % parts
         self.first = part * maps
         self.inside = number < places * parts
-        each = parts // groups  # of a tower
+        each = parts // groups  # parts of a tower
         self.alone, self.begins, self.ends = each == 1, part % each > 0, part % each < each - 1
 
     def blocks(self) -> range:
         return range(self.maps // AT_ONCE)
 
     def load(self, ref: Any, block: int, pixel: Array, inside: Array) -> Array:
-        """A block at a pixel, (threads, 8); 0 where that is not `inside`."""
+        """A block at a pixel, (threads, 8); 0 where the pixel is not `inside`."""
         if block < 0:
             inside &= self.begins
         if block * AT_ONCE >= self.maps:
@@ -142,7 +143,7 @@ class _Share:
 
 
 class _Line:
-    """What each thread computes of its maps at a pixel, when it is asked for, and once."""
+    """What each thread computes from its maps at a pixel, each value once, on first use."""
 
     def __init__(self, share: _Share, rule: Rule, x_ref: Any, dy_ref: Any = None):
         self.share, self.rule = share, rule
@@ -153,7 +154,7 @@ class _Line:
         self.part = functools.cache(self._part)
 
     def _columns(self, ref: Any, block: int) -> list[Array]:
-        """A block's eight maps, (threads,) float32."""
+        """A block's eight maps, (threads,) float32 each."""
         found = self.share.load(ref, block, self.share.place, self.share.inside)
         columns = lax.split(found.astype(jnp.float32), (1,) * AT_ONCE, axis=1)
         return [column.reshape(THREADS) for column in columns]
@@ -162,7 +163,7 @@ class _Line:
         """Write `y` or `dx`."""
         for block in self.share.blocks():
             columns = [of(block * AT_ONCE + one) for one in range(AT_ONCE)]
-            while len(columns) > 1:  # pairs, and pairs of pairs, of which the last differ in a bit
+            while len(columns) > 1:  # pair by pair: each stack adds the next lower bit of the index
                 half = len(columns) // 2
                 columns = [jnp.stack(pair, axis=-1) for pair in zip(columns[:half], columns[half:])]
             values = columns[0].reshape(THREADS, AT_ONCE)
@@ -170,20 +171,20 @@ class _Line:
 
     def x(self, one: int) -> Array:
         x = self._x(one // AT_ONCE)[one % AT_ONCE]
-        # No maximum: Triton's is 0 where x is no number.
+        # Not a maximum: Triton's is 0 where x is NaN.
         return jnp.where(x < 0, 0, x) if self.rule.rectify else x
 
     def dy(self, one: int) -> Array:
         return self._dy(one // AT_ONCE)[one % AT_ONCE]
 
     def sum(self, of: Callable[[int], Array], one: int) -> Array:
-        """Over the maps at most size // 2 away."""
+        """The sum of `of` over the maps at most size // 2 away."""
         reach, around = self.rule.size // 2, 0 if self.share.alone else AT_ONCE
         near = range(max(-around, one - reach), min(self.share.maps + around, one + reach + 1))
         return functools.reduce(jnp.add, map(of, near))
 
     def _powers(self, one: int) -> tuple[Array, Array]:
-        """Of k and the sum, -3/4 and -7/4."""
+        """The powers -3/4 and -7/4 of k + alpha * the sum of squares."""
         total = self.rule.k + self.rule.alpha * self.sum(self.square, one)
         root = lax.rsqrt(total)
         power = root * lax.rsqrt(total * root)
@@ -222,14 +223,14 @@ def _pool_gradient(
     sides: tuple[int, int],
     pooled: tuple[int, int],
 ) -> None:
-    """A thread has a square of `stride` pixels: some windows cover it, each pixel some of them."""
+    """A thread has a square of `stride` x `stride` pixels, each gathering from windows over it."""
     rows, columns = (-(-side // stride) for side in sides)
     image, row, column = (
         share.place // (rows * columns),
         share.place // columns % rows,
         share.place % columns,
     )
-    behind = range((window - 1) // stride + 1)  # windows that begin so many squares before
+    behind = range((window - 1) // stride + 1)  # how many squares earlier a window may begin
     (block,) = share.blocks()
     windows = []
     for up in behind:

@@ -1,4 +1,4 @@
-"""Response normalisation, across maps and across places."""
+"""Response normalisation, across maps and across pixels."""
 
 import functools
 
@@ -21,7 +21,7 @@ def local_response_norm(
     Args:
       x: (b, h, w, c).
       alpha: multiplies the plain sum, which is not divided by `size`.
-      groups: the sum stays within each of so many equal groups of maps.
+      groups: number of equal groups of maps; a sum stays within its group.
 
     Returns:
       x's shape and dtype; sums and power in float32.
@@ -35,7 +35,7 @@ def local_response_norm(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
 def _normalised_by_lines(x: Array, size: int, k: float, alpha: float, groups: int) -> Array:
-    """With a power of 3/4, each pixel's maps by themselves (native/normalisation.h)."""
+    """With a power of 3/4, pixel by pixel (native/normalisation.h)."""
     return native.call("normalise", x.shape, x, groups=groups, size=size, k=k, alpha=alpha)
 
 
@@ -76,9 +76,9 @@ def _normalised_forward(x, size, k, alpha, beta, groups):
 def _normalised_backward(size, k, alpha, beta, groups, x, dy):
     """dx[i] = dy[i] s[i]**-beta - 2 alpha beta x[i] * sum_j dy[j] x[j] s[j]**(-beta - 1)
 
-    over the same neighbours j, since whoever is near is so both ways; s is the sum with k. So that
-    a GPU moves few bytes, only x is kept of what forward computed, and what is summed here lies in
-    memory in the dtype of x. The barriers see to both.
+    over the same neighbours j, since being neighbours is symmetric; s is the sum including k. To
+    save a GPU memory traffic, only x is kept from the forward pass, and the terms summed here are
+    stored in x's dtype. The barriers enforce both.
     """
     x = lax.optimization_barrier(x)
     x32, dy32 = x.astype(jnp.float32), dy.astype(jnp.float32)
@@ -98,7 +98,7 @@ def _over_neighbours(x: Array, size: int, groups: int) -> Array:
     On a TPU a number that is not finite makes every map of its pixel NaN.
     """
     maps, reach = x.shape[-1], size // 2
-    if jax.default_backend() == "tpu":  # which moves maps slowly, and multiplies fast
+    if jax.default_backend() == "tpu":  # which moves maps slowly, but multiplies fast
         place, group = np.arange(maps), np.arange(maps) * groups // maps
         near = abs(place[:, None] - place) <= reach
         near &= group[:, None] == group
@@ -133,7 +133,7 @@ def spatial_response_norm(x: Array, *, size: int, k: float, alpha: float, beta: 
 
 
 def _power(sums: Array, beta: float) -> Array:
-    """sums ** -beta; for the .75 of the paper from roots, which are faster than a power."""
+    """sums ** -beta; for the .75 of the paper by roots, which are faster than a power."""
     if beta == 0.75:
         root = lax.rsqrt(sums)
         return root * lax.rsqrt(sums * root)

@@ -1,4 +1,4 @@
-"""Pools over windows that may overlap and overhang."""
+"""Pooling over windows that may overlap, and overhang the edge."""
 
 import functools
 
@@ -12,7 +12,7 @@ import alexnet_jax.ops.gpu as gpu
 def pooled_size(size: int, window: int, stride: int) -> int:
     """Ceil((size - window) / stride) + 1, the original's rule: the last window may overhang.
 
-    But it begins inside the map, also where stride > window.
+    But it begins inside the map, even where stride > window.
     """
     return min(-((window - size) // stride) + 1, -(-size // stride))
 
@@ -22,12 +22,12 @@ def max_pool(x: Array, window: int, stride: int) -> Array:
 
     Args:
       x: (b, h, w, c), any float dtype.
-      window, stride: pixels, both ways. The last windows are cut at the edge.
+      window, stride: pixels, in both directions. The last windows are cut off at the edge.
 
     Returns:
       (b, h', w', c) with h' = pooled_size(h, window, stride). The gradient goes to the first
-      maximum of a window in row-major order. A TPU has XLA's own pooling; elsewhere its gradient,
-      a select-and-scatter, is slow (CPUs) or not deterministic (GPUs).
+      maximum of a window in row-major order. A TPU uses XLA's own pooling; elsewhere its
+      gradient, a select-and-scatter, is slow (CPUs) or not deterministic (GPUs).
     """
     if jax.default_backend() != "tpu":
         return _max_pool(x, window, stride)
@@ -39,14 +39,14 @@ def max_pool(x: Array, window: int, stride: int) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _max_pool(x: Array, window: int, stride: int) -> Array:
-    """From strided slices."""
+    """`max_pool` from strided slices."""
     return max_pool_and_places(x, window, stride)[0]
 
 
 def mean_pool(x: Array, window: int, stride: int) -> Array:
     """Mean over windows of the pixels that lie inside the map; shapes and dtype as `max_pool`.
 
-    Source: cuda-convnet, which divides by the pixels a window has, also where it overhangs.
+    Source: cuda-convnet, which divides by the pixels a window has, even where it overhangs.
     """
     totals = _window_sums(_window_sums(x, window, stride, 1), window, stride, 2)
     ones = jnp.ones((1, *x.shape[1:3], 1), x.dtype)
@@ -54,7 +54,7 @@ def mean_pool(x: Array, window: int, stride: int) -> Array:
 
 
 def _window_sums(x: Array, window: int, stride: int, axis: int) -> Array:
-    """Sums over windows along one axis; nothing lies outside."""
+    """Sums over windows along one axis, padded with zeros."""
     size = x.shape[axis]
     count = pooled_size(size, window, stride)
     reach = (count - 1) * stride
@@ -87,7 +87,7 @@ def _window_slices(x: Array, window: int, stride: int) -> list[Array]:
 
 
 def max_pool_and_places(x: Array, window: int, stride: int) -> tuple[Array, Array]:
-    """`max_pool`, and of each window the place [i * window + j] of its first maximum, if any."""
+    """`max_pool`, and for each window the index i * window + j of its first maximum, if any."""
     slices = _window_slices(x, window, stride)
     y = functools.reduce(jnp.maximum, slices)
     place = jnp.full(y.shape, window * window, jnp.uint8 if window < 16 else jnp.uint32)
@@ -98,24 +98,24 @@ def max_pool_and_places(x: Array, window: int, stride: int) -> tuple[Array, Arra
 
 def _max_pool_forward(x, window, stride):
     y, place = max_pool_and_places(x, window, stride)
-    return y, (place, jnp.empty((*x.shape[1:3], 0)))  # which holds nothing but x's sides
+    return y, (place, jnp.empty((*x.shape[1:3], 0)))  # empty: it only carries x's sides
 
 
 def _max_pool_backward(window, stride, residuals, dy):
     """Every pixel gathers from the windows it lies in.
 
-    Pixels at the same place in their square of `stride` pixels lie at the same places of as many
-    windows, so they are summed together, and the squares put together in the end.
+    Pixels at the same place in their square of `stride` x `stride` pixels have the same places in
+    the same number of windows: they are summed together, and the squares are assembled at the end.
     """
     place, size = residuals
     h, w, _ = size.shape
     if gpu.available((dy.shape[0], h, w, dy.shape[3])):
         return (gpu.pool_gradient(dy, place, window, stride, (h, w)),)
-    reach = (window - 1) // stride  # windows behind the square's own that hold a pixel of it
+    reach = (window - 1) // stride  # how many squares before a pixel's own its windows may begin
     rows, columns = -(-h // stride), -(-w // stride)
 
     def around(array: Array, value: int) -> Array:
-        """With windows before the first, and as many as there are squares, for whom none is."""
+        """Padded with empty windows: `reach` before the first, and one per square that has none."""
         ends = [(reach, count - side, 0) for count, side in zip((rows, columns), array.shape[1:3])]
         return lax.pad(array, jnp.asarray(value, array.dtype), [(0, 0, 0), *ends, (0, 0, 0)])
 

@@ -1,4 +1,4 @@
-"""What follows the first two convolutions of the paper, in one."""
+"""The steps that follow the first two convolutions of the paper, fused."""
 
 import functools
 from typing import NamedTuple
@@ -32,9 +32,9 @@ def relu_lrn_pool(
       window, stride: of `max_pool`.
 
     Returns:
-      (b, h', w', c) of x's dtype. On a GPU of what lies between x and the output only the places
-      of the maxima are kept, and the rectifier takes no pass over memory of its own. A CPU's
-      kernel keeps nothing but x.
+      (b, h', w', c) of x's dtype. Of the intermediate results, a GPU keeps only the places of
+      the maxima, and the rectifier takes no extra pass over memory. A CPU's kernel keeps nothing
+      but x.
     """
     if beta == 0.75 and x.shape[-1] % groups == 0 and native.available(x):
         return _by_images(x, _Rule(groups, size, float(k), float(alpha), window, stride))
@@ -58,7 +58,7 @@ class _Rule(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _by_images(x: Array, rule: _Rule) -> Array:
-    """With a power of 3/4, an image's groups each by themselves."""
+    """With a power of 3/4, one group of one image at a time."""
     rows, columns = (pooled_size(side, rule.window, rule.stride) for side in x.shape[1:3])
     shape = (x.shape[0], rows, columns, x.shape[3])
     return native.call("stage", shape, x, **rule._asdict())

@@ -1,7 +1,7 @@
-"""What custom gradients ask of arrays under `shard_map`.
+"""What custom gradients require of arrays under `shard_map`.
 
-There an array is the same on all devices of a mesh axis, or varies over it, and a custom gradient
-takes operands of one kind.
+There an array is either the same on all devices of a mesh axis or varies over it, and a custom
+gradient takes operands of one kind only.
 """
 
 import jax

@@ -27,7 +27,7 @@ Schedule = Callable[[ArrayLike, ArrayLike], Rates]  # (step, plateau scale) -> r
 Update = Callable[[Array, Params, Any, Params, Rates], tuple[Params, Any, dict]]
 
 # The automatic schedule of the original's net #170: the weights' rate falls to .004 of its start
-# in three equal steps of training, the biases' once, by ten, halfway.
+# in three drops by the same factor, at quarters of training; the biases' once, tenfold, halfway.
 EXPONENTIAL_RATIO = 0.004
 NEVER = 2**31 - 1  # steps, which a state counts in int32
 
@@ -45,14 +45,14 @@ def make_optimizer(optim: Optim) -> optax.GradientTransformationExtraArgs:
 
 
 def make_update(optim: Optim) -> Update:
-    """What a step does with its gradients.
+    """How a step applies its gradients.
 
     Returns:
       (good, params, opt_state, gradients, rates) -> (params, opt_state, squares), all of one
-      device's share. Where `good`, () bool, is false nothing is changed. A kernel or bias whose
-      rate is 0 keeps its values and its velocity, as in the original (weights.cu). Squares are, for
-      each layer, the sums of its kernel's squared updates and of its squares before; zeros where it
-      is not changed.
+      device's share. Where `good`, () bool, is false, nothing is changed. A kernel or bias whose
+      rate is 0 keeps its values and its velocity, as in the original (weights.cu). `squares` are,
+      for each layer, the sums of squares of its kernel's update and of the kernel before; zeros
+      where the kernel is not changed.
 
       On a CPU one pass over memory does it all, in place; elsewhere it is `make_optimizer`'s chain.
     """
@@ -125,7 +125,7 @@ def _in_place(
 
 
 def layer_rates(optim: Optim) -> Mapping[str, float]:
-    """What a layer's rates are multiplied by; 1 where it is not named."""
+    """The factors of the layers' rates; a layer that is not named has 1."""
     own: dict[str, float] = dict(zip(LAYERS, optim.layer_rates, strict=True))
     return {**own, **{name: own[other] for name, other in SHARES_ENTRY.items()}}
 
@@ -157,7 +157,7 @@ def make_schedule(optim: Optim, calendar: Calendar) -> Schedule:
     """Learning rates by step.
 
     Returns:
-      (step, scale) -> rates, float32 scalars. `scale` is `plateau_scale`'s; 1 for the others.
+      (step, scale) -> rates, float32 scalars. `scale` is `plateau_scale`'s; 1 for other schedules.
     """
     num_steps = calendar.num_steps
     before = calendar.origin / calendar.batch_size  # steps
@@ -169,11 +169,11 @@ def make_schedule(optim: Optim, calendar: Calendar) -> Schedule:
         return min(calendar.first_step(epoch), NEVER)
 
     def share(part: float) -> int:
-        """The step at which a part of the whole training is over."""
+        """The step at which a fraction of the whole training is over."""
         return min(math.ceil((num_steps + before) * part - before), NEVER)
 
     def factors(step: Array) -> tuple[Array | float, Array | float]:
-        """What the starting rates of weights and of biases are multiplied by."""
+        """The factors on the starting rates of weights and of biases."""
         if optim.schedule == "epochs":
             drop = optim.drop_factor ** passed([at(epoch) for epoch in optim.drop_epochs], step)
             return drop, drop if optim.biases_drop else 1.0
@@ -218,9 +218,8 @@ class Plateau(NamedTuple):
 def plateau_update(plateau: Plateau, error: float, optim: Optim) -> Plateau:
     """The state after a validation pass with top-1 error `error`, a fraction.
 
-    The rate drops when so many passes as `plateau_patience` in a row have not improved on the
-    best error by at least `plateau_min_delta`: the paper's rule (section 5), which it gives
-    without numbers.
+    The rate drops when `plateau_patience` passes in a row have not improved on the best error by
+    at least `plateau_min_delta`: the paper's rule (section 5), which it gives without numbers.
     """
     if plateau.best - error >= optim.plateau_min_delta:
         return plateau._replace(best=error, passes=0)
@@ -231,5 +230,5 @@ def plateau_update(plateau: Plateau, error: float, optim: Optim) -> Plateau:
 
 
 def plateau_scale(plateau: Plateau, optim: Optim) -> float:
-    """What the learning rates are multiplied by; 1 under every other schedule."""
+    """The factor on the learning rates; 1 under every other schedule."""
     return optim.drop_factor**plateau.drops if optim.schedule == "plateau" else 1.0

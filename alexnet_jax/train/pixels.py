@@ -1,4 +1,4 @@
-"""What happens to pixels on the device: test crops, and the mean."""
+"""Pixel operations on the device: test crops, and subtracting the mean."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from alexnet_jax.data.statistics import Statistics
 
 
 def cut(squares: Array, place: Array, size: int) -> Array:
-    """A row of `augment.test_crops`: (b, stored, stored, 3) -> (b, s, s, 3)."""
+    """Cut a row of `augment.test_crops`: (b, stored, stored, 3) -> (b, s, s, 3)."""
     top, left, mirror = place
     start = (jnp.zeros_like(top), top, left, jnp.zeros_like(top))
     window = lax.dynamic_slice(squares, start, (squares.shape[0], size, size, 3))
@@ -18,7 +18,7 @@ def cut(squares: Array, place: Array, size: int) -> Array:
 def normalise(
     images: Array, offset: Array, mirror: Array, statistics: Statistics, mean: str
 ) -> Array:
-    """Pixels less their mean.
+    """Pixels minus their mean.
 
     Args:
       images: (b, s, s, 3), on the scale 0..255, cropped and mirrored.

@@ -1,4 +1,4 @@
-"""What training changes: step, parameters, velocities."""
+"""The training state: step, parameters, velocities."""
 
 import functools
 from collections.abc import Callable
@@ -31,7 +31,7 @@ Apply = Callable[[Params, Array, Dropout | None], Array]  # params, images, drop
 def make_apply(model: Model, num_classes: int, shards: int, layer: str | None = None) -> Apply:
     """The net, up to a layer, as a pure function of one device's share of the parameters.
 
-    With two shards it is to be called under `shard_map` with mesh axis `model`; the output of a
+    With two shards it must be called under `shard_map` with mesh axis `model`; the output of a
     layer before the last is then this shard's.
     """
     graph = nnx.graphdef(nnx.eval_shape(lambda: make_net(model, num_classes, shards)))
@@ -69,10 +69,10 @@ def initial_state(model: Model, num_classes: int, seed: int) -> TrainState:
 
 
 def put(tree: Any, mesh: Mesh) -> Any:
-    """A state, or parameters, of natural shapes, from the host onto the mesh.
+    """Put a state, or parameters, of natural shapes from the host onto the mesh.
 
-    fc8's classes are split over the towers too. Where their count is odd, two shards hold an even
-    one: the padding starts at zero and stays there, since its logits are cut off.
+    fc8's classes are split over the towers too. If their count is odd, two shards hold one more:
+    the padding starts at zero and stays there, since its logits are cut off.
     """
 
     def padded(leaf: np.ndarray, place: jax.ShapeDtypeStruct) -> Array:
@@ -98,7 +98,7 @@ def placed_shapes(tree: Any, mesh: Mesh) -> Any:
 
 
 def natural_state(state: TrainState, num_classes: int) -> TrainState:
-    """The same arrays on their devices, fc8 without what `put` padded."""
+    """The state's arrays, still on their devices, fc8 without the padding that `put` added."""
 
     def cut(path: Any, leaf: Array) -> Array:
         padded = _is_fc8(path) and leaf.ndim and leaf.shape[-1] != num_classes

@@ -33,7 +33,7 @@ DeviceBatch = dict[str, Array]
 
 
 class SumsOfSquares(NamedTuple):
-    """Of one layer's numbers, float32: () of one shard, or (shards,), which add up to the layer's.
+    """Of one layer, float32: () of one shard, or (shards,), which add up to the layer's.
 
     Where the loss or a gradient is not finite, nothing is updated: update and weight are 0.
     """
@@ -51,7 +51,7 @@ class StepResults:
     """What a training step reports, summed over `data` only.
 
     The host adds up the shards (`mesh.over_model`), so that no collective over `model` is spent on
-    it; and it is one array, so that the host fetches it at once.
+    it; all numbers are in one array, so that the host fetches them in one transfer.
     """
 
     numbers: Any  # (4 + 3 * layers, shards) float32: `sums`, equal in all shards, and `squares`
@@ -59,18 +59,18 @@ class StepResults:
 
     @classmethod
     def of(cls, sums: metrics.Sums, squares: dict[str, SumsOfSquares]) -> "StepResults":
-        """One shard's."""
+        """The results of one shard."""
         numbers = [*sums, *(number for layer in squares.values() for number in layer)]
         return cls(jnp.stack(numbers)[:, None], tuple(squares))
 
     @property
     def sums(self) -> metrics.Sums:
-        """Over the global batch; (shards,)."""
+        """Sums over the global batch, (shards,) each."""
         return metrics.Sums(*self.numbers[: len(metrics.Sums._fields)])
 
     @property
     def squares(self) -> dict[str, SumsOfSquares]:
-        """By layer; (shards,)."""
+        """By layer, (shards,) each."""
         rest = self.numbers[len(metrics.Sums._fields) :]
         return {
             layer: SumsOfSquares(*rest[3 * i : 3 * i + 3]) for i, layer in enumerate(self.layers)
@@ -100,15 +100,15 @@ def make_train_step(
       update, schedule: of train/optim.py.
       seed: of the dropout masks.
       mean: what `pixels.normalise` subtracts.
-      accumulation_steps: a device takes its rows in so many parts, for the same update in less
-        memory.
+      accumulation_steps: number of parts in which a device takes its rows, for the same update in
+        less memory.
 
     Returns:
       (state, batch, statistics, scale) -> (state, results), jitted. The state given is donated;
       `batch` is `stream.train_batches`'s; `scale`, () float32, is the plateau's.
     """
     shards, replicas = mesh.shape["model"], mesh.shape["data"]
-    # One replica has nobody to add to; XLA would copy every gradient to find that out.
+    # With one replica there is nothing to sum, but XLA would still copy every gradient.
     rows_spec, axes = (P("data"), ("data", "model")) if replicas > 1 else (P(), ("model",))
 
     def over_data(tree: Any) -> Any:
@@ -131,7 +131,7 @@ def make_train_step(
         count = batch["label"].shape[0]
         first = lax.axis_index("data") * count if replicas > 1 else 0
         batch = batch | {"row": first + jnp.arange(count)}
-        # Else the gradient of each part would be summed over `data` as soon as it is there.
+        # Otherwise the gradient of each part would be summed over `data` separately.
         params = state.params
         if replicas > 1:
             params = lax.pcast(params, ("data",), to="varying")
@@ -146,8 +146,8 @@ def make_train_step(
             layer: optim.square(leaves["kernel"]) + optim.square(leaves["bias"])
             for layer, leaves in cast(Params, gradients).items()
         }
-        # A bad update is not applied, each tower judging by its own gradients. When this is known,
-        # forward and backward are done with the parameters: they are updated where they are.
+        # A bad update is not applied; each tower judges by its own gradients. By then forward and
+        # backward no longer need the parameters, which are updated in place.
         good = jnp.all(jnp.isfinite(jnp.stack([sums.loss, *norms.values()])))
         rates = schedule(state.step, scale)
         now = (cast(Params, state.params), state.opt_state)
@@ -170,7 +170,7 @@ def make_train_step(
 def _accumulated(
     part: Callable[[DeviceBatch], Any], batch: DeviceBatch, steps: int, axes: tuple[str, ...]
 ) -> Any:
-    """The sum of `part`, which differs along mesh `axes`, over `steps` equal parts of the rows."""
+    """The sum of `part`, which varies over mesh `axes`, over `steps` equal parts of the rows."""
     if steps == 1:
         return part(batch)
     parts = jax.tree.map(lambda rows: rows.reshape(steps, -1, *rows.shape[1:]), batch)
@@ -184,7 +184,7 @@ def _accumulated(
 
 
 def make_eval_step(apply: Apply, mesh: Mesh, *, size: int, num_crops: int, mean: str) -> EvalStep:
-    """Loss and right answers of one batch of stored squares.
+    """Loss and correct answers of one batch of stored squares.
 
     Args:
       size: pixels a side of a crop.
@@ -257,7 +257,7 @@ def _averaged(
 
 
 def _test_images(stored: Array, crop: Array, statistics: Statistics, size: int, mean: str) -> Array:
-    """A row of `augment.test_crops`, cut from every image, less the mean: (b, s, s, 3) float32."""
+    """A row of `augment.test_crops`, cut from every image, minus the mean: (b, s, s, 3) float32."""
     images = pixels.cut(stored, crop, size)
     offset = jnp.broadcast_to(crop[:2], (images.shape[0], 2))
     mirror = jnp.broadcast_to(crop[2] > 0, images.shape[:1])
@@ -265,7 +265,7 @@ def _test_images(stored: Array, crop: Array, statistics: Statistics, size: int, 
 
 
 def _jitted(local: Callable, mesh: Mesh, out_specs: P) -> Any:
-    """`local` (params, batch, statistics) on every device's share."""
+    """`local` (params, batch, statistics), jitted, on every device's share."""
 
     def step(params: Params, batch: DeviceBatch, statistics: Statistics):
         specs = jax.tree.map(parameter_spec, params)

@@ -1,6 +1,6 @@
-"""What workers do to pixels, in C++; the interpreter is free for others meanwhile.
+"""The workers' pixel operations in C++, without holding the interpreter lock.
 
-To be called where `available`; `data.images` does the same without, to the bit.
+Call only if `available`; `data.images` computes the same without them, bit for bit.
 """
 
 import ctypes
@@ -13,7 +13,7 @@ import numpy as np
 from alexnet_jax import compiled
 
 SOURCE = pathlib.Path(__file__).parent / "images.cc"
-# Two roundings made one would be other results than numpy's.
+# Fused multiply-adds would give other results than numpy's.
 FLAGS = ("-ffp-contract=off",)
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 ARGUMENTS = {
@@ -28,13 +28,13 @@ def available() -> bool:
 
 
 def copy(window: np.ndarray, mirror: bool, out: np.ndarray) -> None:
-    """Write a window into `out`, with left and right in each other's place if `mirror`.
+    """Write a window into `out`, flipped left to right if `mirror`.
 
     Args:
-      window, out: (rows, columns, 3) uint8 whose pixels lie side by side; rows need not.
+      window, out: (rows, columns, 3) uint8, each row contiguous; rows may be apart.
 
     Raises:
-      ValueError: they are of two shapes, or no such arrays.
+      ValueError: their shapes differ, or they are not such arrays.
     """
     rows, columns, _ = _checked(window).shape
     if _checked(out).shape != window.shape:
@@ -47,17 +47,17 @@ def resize(
     image: np.ndarray, outputs: tuple[int, int], first: tuple[int, int], mirror: bool,
     out: np.ndarray,
 ) -> None:  # fmt: skip
-    """Write into `out` a window of the image made smaller or larger, as `data.images.crop` does.
+    """Write a window of the resized image into `out`, as `data.images.crop` does.
 
     Args:
-      image: (h, w, 3) uint8 whose pixels lie side by side.
-      outputs: (h', w') of the whole.
+      image: (h, w, 3) uint8, each row contiguous.
+      outputs: (h', w') of the whole resized image.
       first: top and left of the window in it.
-      mirror: whether left and right change places.
+      mirror: whether to flip left and right.
       out: (s, s, 3) uint8, likewise.
 
     Raises:
-      ValueError: the window is not all in the image, or these are no such arrays.
+      ValueError: the window is not inside the resized image, or these are not such arrays.
     """
     side, (height, width, _) = len(_checked(out)), _checked(image).shape
     (tall, wide), (top, left) = outputs, first
@@ -77,7 +77,7 @@ def _checked(array: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _library() -> Any:
-    """None where there can be none."""
+    """The compiled library; None if it cannot be had."""
     library, _ = compiled.load(SOURCE, tuple(ARGUMENTS), FLAGS, "images are cropped more slowly")
     for name, types in ARGUMENTS.items() if library else ():
         function = getattr(library, name)

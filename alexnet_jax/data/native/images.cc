@@ -1,5 +1,5 @@
-// Windows of RGB images copied, mirrored, made smaller or larger. No two roundings are made one (the
-// compiler is told -ffp-contract=off), so that the results are those of numpy, bit for bit.
+// Copies, mirrors, shrinks and enlarges windows of RGB images. No fused multiply-adds (the compiler
+// is told -ffp-contract=off), so that the results are those of numpy, bit for bit.
 
 #include <algorithm>
 #include <cmath>
@@ -14,10 +14,10 @@
 namespace {
 
 constexpr int64_t kChannels = 3;
-constexpr int64_t kBehind = 32;  // numbers behind a line and its pixels that may be read or written
+constexpr int64_t kBehind = 32;  // numbers after a line and its pixels that may be read or written
 
 typedef uint8_t Bytes __attribute__((vector_size(16)));
-typedef float Pixel __attribute__((vector_size(16)));  // and a lane that is never looked at
+typedef float Pixel __attribute__((vector_size(16)));  // and an unused lane
 
 #if defined(__clang__)
 #define SHUFFLED(bytes, ...) __builtin_shufflevector(bytes, bytes, __VA_ARGS__)
@@ -25,10 +25,10 @@ typedef float Pixel __attribute__((vector_size(16)));  // and a lane that is nev
 #define SHUFFLED(bytes, ...) __builtin_shuffle(bytes, Bytes{__VA_ARGS__})
 #endif
 
-// A row of pixels, the last one first.
+// Copies a row of pixels, the last one first.
 void Mirror(const uint8_t* from, uint8_t* to, int64_t count) {
   int64_t done = 0;
-  // Five pixels at once; the sixteenth byte is of the next pixel, which is written over it.
+  // Five pixels at once; the sixteenth byte is of the next pixel, which overwrites it.
   for (const uint8_t* end = from + kChannels * count; done + 6 <= count; done += 5) {
     Bytes five;
     std::memcpy(&five, end - kChannels * done - 16, 16);
@@ -40,7 +40,7 @@ void Mirror(const uint8_t* from, uint8_t* to, int64_t count) {
   }
 }
 
-// Writes a row past the caches: it is long before anybody reads it, and what they hold is needed.
+// Writes a row past the caches: it is not read soon, and what they hold is needed.
 void Stream(const uint8_t* from, uint8_t* to, int64_t size) {
 #if defined(__SSE2__)
   if (reinterpret_cast<uintptr_t>(to) % 16 == 0) {
@@ -53,8 +53,8 @@ void Stream(const uint8_t* from, uint8_t* to, int64_t size) {
   std::memcpy(to, from, size);
 }
 
-// Every such row is there before whatever is told of it. And the upper halves of the registers are
-// clear, which a compiler may forget: what is compiled for SSE, as decoders are, is slower otherwise.
+// Makes such rows visible before anything written later. Also clears the upper halves of registers,
+// which a compiler may forget: code compiled for SSE, such as decoders, is slower otherwise.
 void Finish() {
 #if defined(__SSE2__)
   _mm_sfence();
@@ -64,9 +64,8 @@ void Finish() {
 #endif
 }
 
-// What `count` output pixels from `first` on are made of along one side of the image: input pixels
-// from start[i] on, each with its share. Fewer outputs than inputs are means of areas, more are by
-// the cubic.
+// What `count` output pixels from `first` on are made of along one axis of the image: taps[i] input
+// pixels from start[i] on, each with its share. Shrinking averages areas, enlarging uses the cubic.
 struct Cover {
   std::vector<int64_t> start, taps;
   std::vector<float> shares;  // of pixel i from i * most on
@@ -107,7 +106,7 @@ struct Cover {
   int64_t low() const { return start.front(); }
   int64_t high() const { return start.back() + taps.back(); }
 
-  // Keys's, of -1/2.
+  // Keys's cubic, a = -1/2.
   static double Cubic(double far) {
     if (far < 1) return (1.5 * far - 2.5) * far * far + 1;
     if (far < 2) return (((far - 5) * far + 8) * far - 4) * -0.5;
@@ -115,14 +114,14 @@ struct Cover {
   }
 };
 
-// Added to this, a number is rounded, half to even, and its last byte is the pixel's.
+// Added to a number, this rounds it, half to even, and leaves the pixel in its lowest byte.
 constexpr float kRound = 8388608.0f;
 
 #if defined(__AVX512F__)
 
 constexpr int64_t kLanes = 16;
 
-// `Down` in lanes; the last of them end where the row does.
+// `Down` in vectors of lanes; the last vector ends where the row does.
 template <int64_t kTaps>
 void DownInLanes(const uint8_t* from, int64_t pitch, const float* shares, float* sums,
                  int64_t count) {
@@ -139,8 +138,8 @@ void DownInLanes(const uint8_t* from, int64_t pitch, const float* shares, float*
   }
 }
 
-// `Across` in lanes, where fewer than two pixels become one: some pixels at once, which are made of
-// 32 numbers of the line.
+// `Across` in lanes, for shrinking to more than half: several pixels at once, which are made of 32
+// numbers of the line.
 class AcrossInLanes {
  public:
   static bool Can(const Cover& across) { return across.most == kTaps && !across.cubic; }
@@ -188,14 +187,14 @@ class AcrossInLanes {
 };
 #endif
 
-// Has rows of `count` bytes brought near: they may have left the caches since they were decoded.
+// Prefetches rows of `count` bytes, which may have left the caches since they were decoded.
 void Fetch(const uint8_t* from, int64_t pitch, int64_t rows, int64_t count) {
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t i = 0; i < count; i += 64) __builtin_prefetch(from + row * pitch + i);
   }
 }
 
-// Sums of `taps` rows of `count` bytes.
+// Weighted sums of `taps` rows of `count` bytes.
 void Down(const uint8_t* from, int64_t pitch, const float* shares, int64_t taps, float* sums,
           int64_t count) {
 #if defined(__AVX512F__)
@@ -222,7 +221,7 @@ void Down(const uint8_t* from, int64_t pitch, const float* shares, int64_t taps,
   }
 }
 
-// Pixels of a line of sums.
+// Makes pixels from a line of sums.
 template <int64_t kMost>
 void Across(const Cover& across, const float* line, int64_t side, uint8_t* to) {
   const int64_t most = kMost ? kMost : across.most, low = across.low();
@@ -246,7 +245,7 @@ void Across(const Cover& across, const float* line, int64_t side, uint8_t* to) {
 
 extern "C" {
 
-// A window of `rows` times `columns` pixels; pitches are the bytes from row to row.
+// Copies a window of `rows` x `columns` pixels; pitches are the bytes from row to row.
 int64_t copy(const uint8_t* from, int64_t pitch, uint8_t* to, int64_t to_pitch, int64_t rows,
              int64_t columns, int64_t mirror) {
   std::vector<uint8_t> turned(mirror ? kChannels * columns : 0);
@@ -258,8 +257,8 @@ int64_t copy(const uint8_t* from, int64_t pitch, uint8_t* to, int64_t to_pitch, 
   return 0;
 }
 
-// A window of `side` times `side` pixels at (top, left) of the image of (height, width) made
-// (tall, wide).
+// Writes the window of `side` x `side` pixels at (top, left) of the image of (height, width)
+// resized to (tall, wide).
 int64_t resize(const uint8_t* from, int64_t pitch, int64_t height, int64_t width, int64_t tall,
                int64_t wide, int64_t top, int64_t left, int64_t side, int64_t mirror, uint8_t* to,
                int64_t to_pitch) {

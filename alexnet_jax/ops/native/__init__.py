@@ -1,6 +1,6 @@
 """Kernels in C++, compiled where a C++ compiler is found, and called by XLA on a CPU.
 
-Where there is none, or it fails, what calls these kernels has a form for XLA to fall back on.
+Without one, or if it fails, the callers of these kernels fall back on XLA.
 """
 
 import functools
@@ -32,7 +32,7 @@ def available(*arrays: Array) -> bool:
 
 
 def call(kernel: str, shape: tuple[int, ...], *arrays: Array, **attributes: float) -> Array:
-    """The float32 result of a kernel; its attributes are bools, integers or floats as there."""
+    """The float32 result of a kernel; its attributes are bools, integers or floats as declared."""
     result = _result(shape, arrays[0])
     run = jax.ffi.ffi_call(f"{kernel}_{_suffix()}", result, vmap_method="sequential")
     return run(*arrays, **_typed(attributes))
@@ -41,7 +41,7 @@ def call(kernel: str, shape: tuple[int, ...], *arrays: Array, **attributes: floa
 def update(
     weights: Array, velocity: Array, gradient: Array, rate: Array, moves: Array, **attributes: float
 ) -> tuple[Array, Array, Array]:
-    """`update` of update.h: both in place, and (2,) squares."""
+    """`Update` of update.h: new weights and velocity, both in place, and (2,) sums of squares."""
     results = [_result(shape, weights) for shape in (weights.shape, weights.shape, (2,))]
     name = f"update_{_suffix()}"
     kernel = jax.ffi.ffi_call(name, results, input_output_aliases={0: 0, 1: 1})
@@ -50,7 +50,7 @@ def update(
 
 
 def _result(shape: tuple[int, ...], like: Array) -> jax.ShapeDtypeStruct:
-    """A float32 result that differs from device to device as `like` does."""
+    """A float32 result that varies across devices as `like` does."""
     kind = jax.typeof(like)
     place = kind.sharding.update(spec=P())
     mat = kind.manual_axis_type
@@ -68,11 +68,11 @@ def _typed(attributes: dict[str, float]) -> dict[str, Any]:
 
 @functools.cache
 def _suffix() -> str:
-    """Compiles and registers the kernels; what their names end in, empty where they cannot be.
+    """Compile and register the kernels; return the suffix of their names, empty on failure.
 
-    A program that XLA has kept finds these very kernels under its name for them, or none.
+    A program from XLA's cache has this suffix in its calls, so it finds these very kernels or none.
     """
-    whose = importlib.metadata.version("jaxlib")  # another's headers make another library
+    whose = importlib.metadata.version("jaxlib")  # other headers make another library
     flags = (f"-I{jax.ffi.include_dir()}", f"-DJAXLIB={whose}")
     instead = "XLA's slower forms are used"
     library, suffix = compiled.load(SOURCE, KERNELS, flags, instead)

@@ -1,4 +1,4 @@
-// Products of a fully connected layer, for a few rows and weights that no cache holds.
+// Products of a fully connected layer, for few rows and weights too large for any cache.
 
 #pragma once
 
@@ -23,7 +23,7 @@ void Transpose(const float* from, int64_t from_pitch, int64_t rows, int64_t colu
 constexpr int kPanel = 2;  // vectors of a panel
 constexpr int64_t kPanelWidth = kPanel * kLanes;
 
-// y (b, out) = x (b, in) * weights (in, out). Weights are read once, and packed for a few products.
+// y (b, out) = x (b, in) * weights (in, out). Weights are read once, in packed blocks for all rows.
 ffi::Error Dense(ffi::ThreadPool pool, Input x, Input weights, Output y) {
   constexpr int64_t kColumns = 8 * kPanelWidth, kDeep = 64;
   const int64_t b = x.dimensions()[0], in = x.dimensions()[1], out = weights.dimensions()[1];
@@ -31,7 +31,7 @@ ffi::Error Dense(ffi::ThreadPool pool, Input x, Input weights, Output y) {
   Parallel(pool, Parts(out, kColumns), [&](int64_t part) {
     const int64_t first = part * kColumns, columns = std::min(kColumns, out - first);
     const Memory packed(kDeep * kColumns), sums(b * kColumns);
-    for (int64_t k = 0; k == 0 || k < in; k += kDeep) {  // none: zeros
+    for (int64_t k = 0; k == 0 || k < in; k += kDeep) {  // if empty, zeros
       const int64_t deep = std::min(kDeep, in - k);
       Pack(w + k * out + first, out, deep, columns, kPanelWidth, packed);
       for (int64_t c = 0; c < columns; c += kPanelWidth)
@@ -44,7 +44,7 @@ ffi::Error Dense(ffi::ThreadPool pool, Input x, Input weights, Output y) {
   return ffi::Error::Success();
 }
 
-// dx (b, in) = dy (b, out) * weights (in, out) transposed; made as its own transpose.
+// dx (b, in) = dy (b, out) * weights (in, out) transposed; computed as its transpose.
 ffi::Error DenseInput(ffi::ThreadPool pool, Input dy, Input weights, Output dx) {
   constexpr int64_t kSome = 4 * kRows<kPanel>, kDeep = 512;
   const int64_t b = dy.dimensions()[0], out = dy.dimensions()[1], in = weights.dimensions()[0];
@@ -60,7 +60,7 @@ ffi::Error DenseInput(ffi::ThreadPool pool, Input dy, Input weights, Output dx) 
   Parallel(pool, Parts(in, kSome), [&](int64_t part) {
     const int64_t first = part * kSome, rows = std::min(kSome, in - first);
     const Memory sums(kSome * columns);
-    for (int64_t k = 0; k == 0 || k < out; k += kDeep) {  // none: zeros
+    for (int64_t k = 0; k == 0 || k < out; k += kDeep) {  // if empty, zeros
       const int64_t deep = std::min(kDeep, out - k);
       for (int64_t some = 0; some < rows; some += kRows<kPanel>)
         for (int64_t c = 0; c < columns; c += kPanelWidth)

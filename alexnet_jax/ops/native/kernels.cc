@@ -1,8 +1,8 @@
-// What a training step computes on a CPU, called by XLA.
+// CPU kernels of a training step, called by XLA.
 //
 // Arrays are float32 in row-major order: images (b, h, w, channels), kernels (kh, kw, i, o). Work
-// is cut into parts by the shapes alone, so that results do not depend on how many threads there
-// are, or which does what. Shapes are checked by those who call.
+// is cut into parts by the shapes alone, so that results do not depend on the number of threads,
+// or on which does what. Callers check shapes.
 
 #include "dense.h"
 #include "normalisation.h"

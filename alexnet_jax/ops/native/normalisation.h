@@ -9,7 +9,7 @@
 
 namespace {
 
-// x ** -1/2. From an estimate of 14 bits, one of Newton's steps makes nearly all of float32's.
+// x ** -1/2. One Newton step takes an estimate of 14 bits to nearly float32's precision.
 inline Vec InverseRoot(Vec x) {
 #if defined(__AVX512F__)
   const Vec guess = (Vec)_mm512_rsqrt14_ps((__m512)x);
@@ -21,7 +21,7 @@ inline Vec InverseRoot(Vec x) {
 #endif
 }
 
-// The rule, and what it makes of a line: the maps of one group at one pixel.
+// The rule, applied to a line: the maps of one group at one pixel.
 struct Normalisation {
   int64_t width, size;  // of a line, of its windows
   float k, alpha;
@@ -30,7 +30,7 @@ struct Normalisation {
   int64_t reach() const { return size / 2; }
   int64_t scratch() const { return 2 * Line(); }  // floats, zeros before the first line
 
-  // y[i] = x[i] s[i] ** -3/4 of the sum s[i] = k + alpha * sum over neighbours j of x[j] ** 2
+  // y[i] = x[i] s[i] ** -3/4 with the sum s[i] = k + alpha * sum over neighbours j of x[j] ** 2
   void Forward(const float* x, float* y, float* scratch) const {
     Square(x, scratch);
     for (int64_t c = 0; c < width; c += kLanes)
@@ -38,7 +38,7 @@ struct Normalisation {
   }
 
   // dx[i] = dy[i] s[i] ** -3/4 - 3/2 alpha x[i] * sum over neighbours j of dy[j] x[j] s[j] ** -7/4
-  // which may lie where dy does.
+  // dx may be dy itself.
   void Backward(const float* x, const float* dy, float* dx, float* scratch) const {
     float* shares = scratch + Line();
     Square(x, scratch);
@@ -59,7 +59,7 @@ struct Normalisation {
 
   Vec Value(const float* x, int64_t c) const {
     const Vec value = Load(x + c, width - c);
-    return rectify ? (value < Vec{} ? Vec{} : value) : value;  // what is no number stays none
+    return rectify ? (value < Vec{} ? Vec{} : value) : value;  // NaN stays NaN
   }
 
   void Square(const float* x, float* squares) const {
@@ -83,7 +83,7 @@ struct Normalisation {
   static Vec Power(Vec root) { return root * root * InverseRoot(root); }
 };
 
-// Calls work(first float, scratch) for each of so many lines.
+// Calls work(first float, scratch) for each line.
 template <typename F>
 void ForEachLine(ffi::ThreadPool& pool, const Normalisation& n, int64_t lines, const F& work) {
   constexpr int64_t kLines = 128;  // of a part

@@ -1,4 +1,4 @@
-// Memory that is used again, and work in parts on XLA's threads.
+// Reused memory, and work in parts on XLA's threads.
 
 #pragma once
 
@@ -26,7 +26,7 @@ namespace ffi = xla::ffi;
 using Input = ffi::Buffer<ffi::F32>;
 using Output = ffi::Result<ffi::Buffer<ffi::F32>>;
 
-// Memory that is used again by the next call: fresh memory costs a page fault every 4 KiB.
+// Memory that the next call reuses: fresh memory costs a page fault every 4 KiB.
 class Memory {
  public:
   explicit Memory(int64_t floats) : size_(Padded(4 * floats + 64, 1 << 21)) {
@@ -58,7 +58,7 @@ class Memory {
   struct Spare {
     std::mutex mutex;
     std::vector<std::pair<int64_t, float*>> free;
-    size_t count = 0;  // of all that were ever taken
+    size_t count = 0;  // of all ever allocated
   };
   static Spare& Spares() {
     static Spare* spare = new Spare;  // never destroyed: a step may run while the process ends
@@ -68,8 +68,8 @@ class Memory {
   float* data_;
 };
 
-// XLA takes fresh memory for every step. In pages of 2 MiB the first touch of it is cheaper, and so
-// is every later look.
+// XLA allocates fresh memory for every step. With pages of 2 MiB the first touch is cheaper, and so
+// is every later access.
 float* Fresh(Output& output) {
   float* data = output->typed_data();
 #if defined(MADV_HUGEPAGE)
@@ -82,9 +82,9 @@ float* Fresh(Output& output) {
   return data;
 }
 
-// Calls work(0) to work(count - 1) on XLA's threads and this one, and returns when all is done, or
-// throws what the first part that failed has thrown. A thread of the pool that comes late finds
-// nothing left; nobody waits for it.
+// Calls work(0) to work(count - 1) on XLA's threads and this one, and returns when all are done,
+// or rethrows the exception of the first part that failed. A thread of the pool that comes late
+// finds nothing left; nobody waits for it.
 void Parallel(ffi::ThreadPool& pool, int64_t count, const std::function<void(int64_t)>& work) {
   struct Shared {
     std::function<void(int64_t)> work;

@@ -1,4 +1,4 @@
-// Matrix products of what lies in memory in whatever steps, with sums in registers.
+// Matrix products of operands with any strides in memory, with sums in registers.
 
 #pragma once
 
@@ -11,7 +11,7 @@
 
 namespace {
 
-// Rows and vectors of a product that registers hold, beside what they are made from.
+// Rows of V vectors of a product that fit in registers, beside the operands.
 template <int V>
 constexpr int kRows = (kRegisters - 4) / V;
 
@@ -25,8 +25,8 @@ struct Right {
   int64_t k;  // from one k to the next, also from run to run
 };
 
-// c (R rows of V vectors) = left * right, summed over `runs` runs of `count` each, or added to c:
-// as a sum of its own, since sums of sums round less than one long sum.
+// c (R rows of V vectors) = left * right, summed over `runs` runs of `count` each. With
+// `add` the finished sum is added to c, since sums of sums round less than one long sum.
 template <int R, int V>
 void Product(Left left, Right right, int64_t runs, int64_t count, float* c, int64_t c_row,
              bool add) {
@@ -75,7 +75,7 @@ void Rows(int64_t rows, Left left, Right right, int64_t runs, int64_t count, flo
   }
 }
 
-// Columns are padded to whole panels of V vectors: calls it with the V of the least padding.
+// Columns are padded to whole panels of V vectors: calls `call` with the V that pads least.
 template <typename F>
 void WithPanels(int64_t columns, const F& call) {
   if (Padded(columns, 3 * kLanes) < Padded(columns, 2 * kLanes))
@@ -84,7 +84,7 @@ void WithPanels(int64_t columns, const F& call) {
     call(std::integral_constant<int, 2>());
 }
 
-// `rows` of `count` floats in panels of `width`, row after row, zeros beyond `count`.
+// Copies `rows` of `count` floats into panels of `width`, row after row, zeros beyond `count`.
 void Pack(const float* from, int64_t pitch, int64_t rows, int64_t count, int64_t width, float* to) {
   for (int64_t column = 0; column < count; column += width)
     for (int64_t row = 0; row < rows; ++row, to += width)

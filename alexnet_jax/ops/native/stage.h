@@ -1,4 +1,4 @@
-// Rectifier, normalisation and max pool in one: what lies between them stays in a core's cache.
+// Rectifier, normalisation and max pool fused: the intermediate maps stay in a core's cache.
 
 #pragma once
 
@@ -35,8 +35,8 @@ struct Stage {
     });
   }
 
-  // Calls work(i, j, c, maxima) for each window (i, j) and vector of maps from c on. What is no
-  // number is a maximum. From the last window to the first: XLA sums their gradients so, too.
+  // Calls work(i, j, c, maxima) for each window (i, j) and vector of maps from c on. A NaN is
+  // a maximum. From the last window to the first, the order in which XLA sums their gradients.
   template <typename F>
   void ForEachMaximum(const float* maps, const F& work) const {
     for (int64_t i = oh; i-- > 0;)
@@ -53,7 +53,7 @@ struct Stage {
         }
   }
 
-  // Calls work(pixel) for each of window (i, j) that lies inside, in row-major order.
+  // Calls work(pixel) for each pixel of window (i, j) inside the map, in row-major order.
   template <typename F>
   void ForEachPixel(int64_t i, int64_t j, const F& work) const {
     const int64_t bottom = std::min(i * stride + window, h);
@@ -75,7 +75,7 @@ ffi::Error StageForward(ffi::ThreadPool pool, Input x, Output y, int64_t groups,
   return ffi::Error::Success();
 }
 
-// A window's gradient goes to its first maximum, and nowhere where that is no number.
+// A window's gradient goes to its first maximum, or nowhere if that is NaN.
 ffi::Error StageGradient(ffi::ThreadPool pool, Input x, Input dy, Output dx, int64_t groups,
                          int64_t size, float k, float alpha, int64_t window, int64_t stride) {
   const Stage s(x.dimensions(), dy.dimensions(), groups, size, k, alpha, window, stride);

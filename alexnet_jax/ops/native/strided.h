@@ -1,5 +1,5 @@
-// A convolution of one group in any steps, for few channels: a row of the kernel meets a run of
-// pixels that lie side by side, so that windows need not be copied.
+// A convolution of one group with any stride, for few channels: a row of the kernel covers a
+// contiguous run of pixels, so that windows need not be copied.
 
 #pragma once
 
@@ -14,7 +14,7 @@ namespace {
 // Where the windows of an image lie.
 struct Windows {
   int64_t h, w, in, oh, ow, out, kh, run, stride, top, left;
-  int64_t tall, pitch;  // of an image with its zeros: rows, floats of a row
+  int64_t tall, pitch;  // of a padded image: rows, floats of a row
 
   Windows(ffi::Span<const int64_t> x, ffi::Span<const int64_t> kernel, ffi::Span<const int64_t> y,
           int64_t stride, int64_t top, int64_t left)
@@ -22,7 +22,7 @@ struct Windows {
         run(kernel[1] * in), stride(stride), top(top), left(left),
         tall((oh - 1) * stride + kh), pitch((ow - 1) * stride * in + run) {}
 
-  // Of an image all that windows reach, zeros where they overhang: (tall, pitch).
+  // Copies what windows cover of an image, zeros where they overhang: (tall, pitch).
   void Surround(const float* image, float* to) const {
     std::memset(to, 0, 4 * tall * pitch);
     const int64_t first = std::max<int64_t>(0, -left * in);

@@ -11,7 +11,7 @@ namespace {
 
 // The paper's update, in place, unless `moves` is false:
 //   velocity = momentum * velocity - rate * (gradient + decay * weight),  weight += velocity
-// squares: of the update and of the weights before, summed; zeros where nothing is updated.
+// squares: the sums of squares of the update and of the old weights; zeros if nothing is updated.
 ffi::Error Update(ffi::ThreadPool pool, Input weights, Input velocity, Input gradient, Input rate,
                   ffi::Buffer<ffi::PRED> moves, Output new_weights, Output new_velocity,
                   Output squares, float momentum, float decay) {
@@ -20,7 +20,7 @@ ffi::Error Update(ffi::ThreadPool pool, Input weights, Input velocity, Input gra
   float* sums = squares->typed_data();
   sums[0] = sums[1] = 0;
   float *w = new_weights->typed_data(), *v = new_velocity->typed_data();
-  // XLA may have found it better to copy them.
+  // XLA may have chosen to copy them instead of aliasing them.
   if (w != weights.typed_data()) std::memcpy(w, weights.typed_data(), 4 * count);
   if (v != velocity.typed_data()) std::memcpy(v, velocity.typed_data(), 4 * count);
   if (!moves.typed_data()[0]) return ffi::Error::Success();

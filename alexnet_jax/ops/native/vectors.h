@@ -1,4 +1,4 @@
-// Vectors of floats, as wide as the processor has them.
+// Vectors of floats, of the processor's width.
 
 #pragma once
 

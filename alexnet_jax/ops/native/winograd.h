@@ -1,8 +1,8 @@
-// Kernels of 3x3 and 5x5 in steps of 1 go by Winograd's algorithm in two dimensions (Lavin and
+// 3x3 and 5x5 kernels with stride 1 use Winograd's algorithm in two dimensions (Lavin and
 // Gray, 2015, arXiv:1509.09308). A line of 6 pixels and a kernel line of r give m = 7 - r outputs
 // with 6 products: seen as polynomials, the kernel and the gradient of the outputs are evaluated at
 // six points. So F(4, 3) and F(2, 5) share everything but r. The points are 0, +-sqrt(1/2),
-// +-sqrt(2) and infinity, which round a third as much as 0, +-1, +-2.
+// +-sqrt(2) and infinity, whose rounding errors are a third of those of 0, +-1, +-2.
 
 #pragma once
 
@@ -17,7 +17,7 @@ namespace {
 constexpr int kSide = 6;  // of a tile of pixels
 constexpr int kPlaces = kSide * kSide;
 
-// The points p and -p that are not 0 or infinity, and their squares.
+// The points p of the pairs p and -p, and their squares.
 constexpr float kPoint[2] = {0.70710678118654752f, 1.41421356237309505f}, kSquare[2] = {0.5f, 2};
 
 constexpr float Power(int point, int exponent) {
@@ -60,7 +60,7 @@ struct Collect {
   static constexpr int kIn = kSide, kOut = N;
 };
 
-// Of six pixels, what meets a kernel's values at the six points.
+// Transforms six pixels for their products with a kernel's values at the six points.
 struct Pixels {
   static inline __attribute__((always_inline)) void Line(const Vec* in, Vec* out) {
     constexpr float kSum = kSquare[0] + kSquare[1], kProduct = kSquare[0] * kSquare[1];
@@ -77,7 +77,7 @@ struct Pixels {
   static constexpr int kIn = kSide, kOut = kSide;
 };
 
-// One of them along both sides: (kIn, kIn) -> (kOut, kOut).
+// One of these along both axes: (kIn, kIn) -> (kOut, kOut).
 template <typename T>
 inline __attribute__((always_inline)) void Both(const Vec* in, Vec* out) {
   Vec half[T::kOut * T::kIn];
@@ -94,13 +94,13 @@ inline __attribute__((always_inline)) void Both(const Vec* in, Vec* out) {
   for (int i = 0; i < T::kOut; ++i) T::Line(half + i * T::kIn, out + i * T::kOut);
 }
 
-// What the values of a kernel are multiplied by for the product to be that of the polynomials.
+// Factors on a kernel's values that make the product that of the polynomials.
 constexpr float kScale[kSide] = {1, -2.f / 3, -2.f / 3, 1.f / 6, 1.f / 6, 1};
 
-// A convolution in steps of 1, seen as tiles; a group's channels lie side by side.
+// A convolution with stride 1, seen as tiles; a group's channels are contiguous.
 struct Tiling {
-  int64_t b, h, w, in;   // of what is read, channels of one group
-  int64_t oh, ow, out;   // of what is written
+  int64_t b, h, w, in;   // of the input, channels of one group
+  int64_t oh, ow, out;   // of the output
   int64_t groups, top, left, side;  // side: m, of a tile's output
   int64_t tall, wide;    // tiles of an image
 
@@ -152,12 +152,12 @@ inline void Transform(const float* image, int64_t h, int64_t w, int64_t pitch, i
   }
 }
 
-// At least so many floats, an odd number of vectors: what lies so far apart does not compete for
-// the same lines of a cache.
+// At least so many floats, an odd number of vectors: data that far apart does not compete for the
+// same lines of a cache.
 constexpr int64_t Spaced(int64_t floats) { return (Parts(floats, kLanes) | 1) * kLanes; }
 
 // The values of a kernel, (groups, kPlaces, panels, in, V vectors); columns beyond `out` are zeros.
-// Where `turned`, it is the kernel of the gradient: turned round, its in and out exchanged.
+// If `turned`, it is the kernel of the gradient: rotated by half a turn, in and out exchanged.
 template <int K, int V>
 void KernelValues(ffi::ThreadPool& pool, const float* kernel, const Tiling& t, bool turned,
                   float* values) {
@@ -235,8 +235,8 @@ void TiledOutputs(ffi::ThreadPool& pool, const float* x, const float* kernel, fl
   });
 }
 
-// The kernel's gradient: products of pixels and gradients, summed over tiles. A part is some of the
-// channels read and some of those written, so few that a core's cache holds sums and factors.
+// The kernel's gradient: products of pixels and gradients, summed over tiles. A part covers some of
+// the input and output channels, so few that a core's cache holds sums and factors.
 template <int K, int V>
 void TiledWeights(ffi::ThreadPool& pool, const float* x, const float* dy, float* dkernel,
                   const Tiling& t) {
@@ -252,7 +252,7 @@ void TiledWeights(ffi::ThreadPool& pool, const float* x, const float* dy, float*
     const int64_t in = std::min(kIn, t.in - first_in), out = std::min(kOut, t.out - first_out);
     const Memory pixels(kPlaces * x_place), gradients(kPlaces * dy_place);  // (kTiles, channels)
     const Memory sums(kPlaces * sum_place);                                 // (kIn, kOut) each
-    for (int64_t first = 0; first == 0 || first < t.tiles(); first += kTiles) {  // none: zeros
+    for (int64_t first = 0; first == 0 || first < t.tiles(); first += kTiles) {  // if empty, zeros
       const int64_t tiles = std::min(kTiles, t.tiles() - first);
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const auto at = t.place(first + tile);
@@ -283,7 +283,7 @@ void TiledWeights(ffi::ThreadPool& pool, const float* x, const float* dy, float*
   });
 }
 
-// The two kernels there are, and the panels that suit the columns.
+// Calls `call` with the size of the kernel and the panels that suit the columns.
 template <typename F>
 ffi::Error WithKernel(int64_t side, int64_t columns, const F& call) {
   if (side != 3 && side != 5) return ffi::Error::InvalidArgument("the kernel is not 3x3 or 5x5");
@@ -296,7 +296,7 @@ ffi::Error WithKernel(int64_t side, int64_t columns, const F& call) {
   return ffi::Error::Success();
 }
 
-// `top` and `left` are zeros before what is read; how many follow, the output's size tells.
+// `top` and `left` are the padding before the input; the output's size implies that after it.
 ffi::Error Winograd(ffi::ThreadPool pool, Input x, Input kernel, Output y, int64_t groups,
                     int64_t top, int64_t left, bool turned) {
   const int64_t side = kernel.dimensions()[0];
