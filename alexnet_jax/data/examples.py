@@ -9,6 +9,10 @@ import numpy as np
 from alexnet_jax.errors import UserError
 
 
+class NoSplitError(UserError):
+    """A data set does not have the split asked for; nothing is wrong with it otherwise."""
+
+
 class Example(NamedTuple):
     """One image as it is stored."""
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from alexnet_jax.config import Data, from_dict
 from alexnet_jax.data import imagenet, records, sources
-from alexnet_jax.data.examples import Source
+from alexnet_jax.data.examples import NoSplitError, Source
 from alexnet_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -59,22 +59,14 @@ class SourceInput:
         self.sources: dict[str, Source] = {}
         for split in ("train", "validation", "test"):
             try:
-                self.sources[split] = sources.open_source(data, split)
-            except sources.NoSplitError:
+                self.sources[split] = sources.find_source(data, split)
+            except NoSplitError:
                 if split == "train":
                     raise
                 log.info("no %s split", split)
-        if self._same("validation", "test"):  # the test split stood in
-            del self.sources["validation"]
         self.splits = tuple(self.sources)
         self.labels = self.sources["train"].labels
         self.total = sum(len(source) for source in self.sources.values())
-
-    def _same(self, one: str, other: str) -> bool:
-        found = [self.sources[split] for split in (one, other) if split in self.sources]
-        # Copies share a fingerprint, but not their paths.
-        known = {(source.fingerprint, getattr(source, "paths", ())) for source in found}
-        return len(found) == 2 and len(known) == 1
 
     def describe(self) -> dict[str, Any]:
         return {

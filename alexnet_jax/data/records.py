@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from alexnet_jax.data.examples import Example, taken
+from alexnet_jax.data.examples import Example, NoSplitError, taken
 from alexnet_jax.data.statistics import Statistics, read_statistics
 from alexnet_jax.errors import UserError
 from alexnet_jax.files import digest, read_arrays
@@ -238,24 +238,26 @@ def read_record(file: int, offset: int, length: int) -> np.ndarray:
 
 
 def open_records(directory: pathlib.Path, split: str) -> Records:
-    """One split of a prepared directory; the test split stands in for a missing validation split.
+    """One split of a prepared directory.
 
     Raises:
-      UserError: there is none, or its files differ from the manifest's.
+      NoSplitError: the directory has no such split.
+      UserError: the directory is not a prepared one, or its files differ from the manifest's.
     """
     manifest, text = read_manifest(directory)
     splits = manifest["splits"]
-    chosen = "test" if split == "validation" and split not in splits else split
-    if chosen not in splits:
-        raise UserError(f"records:{directory} has no split {split!r}; it has {', '.join(splits)}")
-    entries = splits[chosen]["shards"]
+    if split not in splits:
+        raise NoSplitError(
+            f"records:{directory} has no split {split!r}; it has {', '.join(splits)}"
+        )
+    entries = splits[split]["shards"]
     _allow_open(len(entries))
     for entry in entries:
         problem = _wrong_size(directory, entry)
         if problem:
             raise UserError(f"records:{directory}: {problem}; prepare it again")
     small = {name: _whole(directory, entry) for name, entry in manifest["files"].items()}
-    fingerprint = hashlib.sha256(f"{chosen} ".encode() + text).hexdigest()
+    fingerprint = hashlib.sha256(f"{split} ".encode() + text).hexdigest()
     name = STATISTICS
     try:
         statistics = read_statistics(small[name], manifest["size"])
@@ -264,9 +266,9 @@ def open_records(directory: pathlib.Path, split: str) -> Records:
         labels = tuple(small[name].read_bytes().decode("utf-8").split("\n")[:-1])
         name = CLASSES
         words = _words(small[name].read_bytes().decode("utf-8"), labels) if name in small else ()
-        name = index_file(chosen)
+        name = index_file(split)
         index = Index(**read_arrays(small[name], Index._fields))
-        _check_index(index, splits[chosen], len(labels))
+        _check_index(index, splits[split], len(labels))
     except ValueError as error:
         raise UserError(f"records:{directory}: {name}: {error}; prepare it again") from error
     shards = _Files(tuple(str(directory / entry["file"]) for entry in entries))

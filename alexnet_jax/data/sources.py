@@ -12,7 +12,7 @@ import numpy as np
 
 from alexnet_jax.config import Data
 from alexnet_jax.data import images, records, shapes
-from alexnet_jax.data.examples import Example, Source, check_labels, taken
+from alexnet_jax.data.examples import Example, NoSplitError, Source, check_labels, taken
 from alexnet_jax.errors import UserError, printable
 
 log = logging.getLogger(__name__)
@@ -22,11 +22,6 @@ FOLDER_NAMES = {
     "validation": ("val", "validation", "valid"),
     "test": ("test",),
 }
-TEST_STANDS_IN = "%s has no validation split: its test split stands in"
-
-
-class NoSplitError(UserError):
-    """A data set does not have the split asked for; nothing is wrong with it otherwise."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +111,21 @@ def read_file(path: str) -> bytes:
 
 
 def open_source(data: Data, split: str) -> Source:
+    """As `find_source`; without a validation split, the test split stands in for it."""
+    try:
+        return find_source(data, split)
+    except NoSplitError as missing:
+        if split != "validation":
+            raise
+        try:
+            source = find_source(data, "test")
+        except NoSplitError:
+            raise NoSplitError(f"{missing}; a test split would stand in") from None
+    log.info("%s has no validation split: its test split stands in", data.source)
+    return source
+
+
+def find_source(data: Data, split: str) -> Source:
     """The examples of one split, `train`, `validation` or `test`.
 
     Raises:
@@ -182,11 +192,9 @@ def _folder(root: pathlib.Path, split: str, data: Data) -> Source:
             raise UserError(f"{root} has a folder {found[0]!r} but none named train; add it")
         return stratified(_class_folders(root, _class_names(root)), split, data)
     labels = _class_names(root / "train")
-    wanted = FOLDER_NAMES[split] + (("test",) if split == "validation" else ())
+    wanted = FOLDER_NAMES[split]
     found = [root / name for name in wanted if (root / name).is_dir()]
-    if split == "validation" and [folder.name for folder in found] == ["test"]:
-        log.info(TEST_STANDS_IN, root)
-    if len(found) > 1 and found[1].name != "test":
+    if len(found) > 1:
         raise UserError(f"{root} has both {found[0].name} and {found[1].name}; keep one of them")
     if not found:
         raise NoSplitError(
@@ -268,9 +276,6 @@ def _tfds(name: str, split: str, data: Data) -> Source:
         )
     alone = set(splits) == {"train"}
     part = "train" if alone else split
-    if split == "validation" and part not in splits and "test" in splits:
-        part = "test"
-        log.info(TEST_STANDS_IN, data.source)
     if part not in splits:
         raise NoSplitError(f"tfds:{name} has no split {split!r}; it has {', '.join(splits)}")
     try:

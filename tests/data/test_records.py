@@ -22,7 +22,7 @@ from PIL import Image
 
 from alexnet_jax import prepare as command
 from alexnet_jax.config import Data, Model
-from alexnet_jax.data import images, inputs, prepare, records, survey
+from alexnet_jax.data import images, inputs, prepare, records, sources, survey
 from alexnet_jax.data.records import Records
 from alexnet_jax.errors import UserError
 
@@ -192,12 +192,14 @@ def test_raw_records_are_pixels_and_jpeg_records_are_files(raw, jpeg):
         assert (image.format, image.size) == ("JPEG", (SIZE, SIZE))
 
 
-def test_validation_is_test_where_there_is_no_other(raw, jpeg):
-    source = records.open_records(jpeg, "validation")
+def test_validation_is_test_where_there_is_no_other(raw, jpeg, caplog):
+    with caplog.at_level("INFO", "alexnet_jax"):
+        source = sources.open_source(Data(source=f"records:{jpeg}"), "validation")
+    assert "its test split stands in" in caplog.text
     assert [read(source, i) for i in range(len(source))] == expected(jpeg, "test")
     assert source.fingerprint == records.open_records(jpeg, "test").fingerprint
     with pytest.raises(UserError, match="no split 'test'; it has train, validation"):
-        records.open_records(raw, "test")
+        sources.open_source(Data(source=f"records:{raw}"), "test")
 
 
 def test_fingerprints_tell_splits_and_contents_apart(raw, jpeg):

@@ -107,7 +107,7 @@ def test_test_is_never_served_by_validation(pictures, tmp_path):
 
 def test_train_alone_does_not_validate_itself(pictures, tmp_path):
     pictures.folder(tmp_path / "train", {"ant": 2})
-    with pytest.raises(UserError, match=r"validation.*looked for val, validation, valid, test"):
+    with pytest.raises(UserError, match=r"looked for val, validation, valid;.*test split would"):
         opened(tmp_path, "validation")
 
 
@@ -255,6 +255,13 @@ def test_a_part_of_nothing_is_refused_only_when_asked_for(one_folder):
     assert len(opened(one_folder, "train", split=(8, 2, 0))) == sum(COUNTS.values()) - 6 - 4 - 2 - 1
     with pytest.raises(UserError, match=r"data\.split=\(8, 2, 0\)"):
         opened(one_folder, "test", split=(8, 2, 0))
+    with pytest.raises(UserError, match=r"data\.split=\(1, 0, 0\) leaves nothing for validation"):
+        opened(one_folder, "validation", split=(1, 0, 0))
+
+
+def test_the_test_part_stands_in_for_a_validation_part_of_nothing(one_folder):
+    found = [names(opened(one_folder, part, split=(8, 0, 2))) for part in ("validation", "test")]
+    assert found[0] == found[1] != []
 
 
 def test_a_fingerprint_follows_the_files(three_splits):
