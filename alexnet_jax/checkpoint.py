@@ -72,11 +72,11 @@ class SaveError(FailedError):
     """A checkpoint could not be written; older ones are intact."""
 
 
-Told = Callable[[Callable[[], str]], str]
+Broadcast = Callable[[Callable[[], str]], str]
 
 
-def alone(say: Callable[[], str]) -> str:
-    """`Job.told` for a single process."""
+def local(say: Callable[[], str]) -> str:
+    """`Job.broadcast` for a single process."""
     return say()
 
 
@@ -115,28 +115,28 @@ class Checkpoints:
     def folder(self, step: int) -> pathlib.Path:
         return self.directory / str(step)
 
-    def newest_whole(self, told: Told = alone) -> int | None:
+    def newest_whole(self, broadcast: Broadcast = local) -> int | None:
         """The newest step whose files are as they were saved; None if there is no checkpoint.
 
         An unsealed one, left by a run killed before sealing, counts if all of it can be read.
 
         Args:
-          told: `Job.told`, if all ranks of a job ask; only rank 0 then computes checksums.
+          broadcast: `Job.broadcast`, if all ranks ask; only rank 0 then computes checksums.
 
         Raises:
           UserError: there are checkpoints, but all of them are damaged.
         """
 
         def listed() -> list[int]:
-            return json.loads(told(lambda: json.dumps(self.steps())))
+            return json.loads(broadcast(lambda: json.dumps(self.steps())))
 
         steps = listed()
         for step in reversed(steps):
-            problem = self._damage_of(step, told)
+            problem = self._damage_of(step, broadcast)
             if not problem:
                 return step
             if listed() != steps:  # a run has just replaced it with a newer one
-                return self.newest_whole(told)
+                return self.newest_whole(broadcast)
             log.warning(
                 "CHECKPOINT %s IS DAMAGED (%s); trying an older one", self.folder(step), problem
             )
@@ -147,11 +147,11 @@ class Checkpoints:
             )
         return None
 
-    def _damage_of(self, step: int, told: Told) -> str:
+    def _damage_of(self, step: int, broadcast: Broadcast) -> str:
         """What is wrong with a checkpoint, in words; "" if it is intact."""
         folder = self.folder(step)
-        if told(lambda: "sealed" if seals.is_sealed(folder) else ""):
-            return told(lambda: seals.damage(folder) or "")
+        if broadcast(lambda: "sealed" if seals.is_sealed(folder) else ""):
+            return broadcast(lambda: seals.damage(folder) or "")
         problem = ""
         try:  # Orbax reads collectively, on all processes
             self.read_meta(step)
@@ -159,15 +159,15 @@ class Checkpoints:
             self._read_all(step, "training")
         except UserError as error:
             problem = f"it was not sealed, and its reading ends in {type(error.__cause__).__name__}"
-        return told(lambda: problem)
+        return broadcast(lambda: problem)
 
-    def chosen_step(self, wanted: int, told: Told = alone) -> int:
+    def chosen_step(self, wanted: int, broadcast: Broadcast = local) -> int:
         """The step `wanted`, or for -1 the newest intact one.
 
         Raises:
           UserError: there is none, or it is damaged.
         """
-        newest = self.newest_whole(told) if wanted == -1 else None
+        newest = self.newest_whole(broadcast) if wanted == -1 else None
         if newest is not None:
             return newest
         steps = self.steps()
@@ -178,7 +178,7 @@ class Checkpoints:
                 f"checkpoint.step={wanted}: {self.directory} holds steps "
                 f"{', '.join(map(str, steps))}; set --config.checkpoint.step to one of them"
             )
-        problem = self._damage_of(wanted, told)
+        problem = self._damage_of(wanted, broadcast)
         if problem:
             raise UserError(
                 f"checkpoint {self.folder(wanted)} is damaged ({problem}); "
@@ -186,20 +186,20 @@ class Checkpoints:
             )
         return wanted
 
-    def read_net(self, wanted: int, told: Told = alone) -> tuple[int, Meta, Params]:
+    def read_net(self, wanted: int, broadcast: Broadcast = local) -> tuple[int, Meta, Params]:
         """`chosen_step`, with its meta and its parameters, as from `read_params`.
 
         Raises:
           UserError: as `chosen_step`.
         """
         steps = self.steps()
-        step = self.chosen_step(wanted, told)
+        step = self.chosen_step(wanted, broadcast)
         try:
             return step, self.read_meta(step), self.read_params(step)
         except UserError:
             if jax.process_count() > 1 or self.steps() == steps:
                 raise
-        return self.read_net(wanted, told)  # a run has just replaced it with a newer one
+        return self.read_net(wanted, broadcast)  # a run has just replaced it with a newer one
 
     def read_meta(self, step: int) -> Meta:
         """Everything but the state of a step."""

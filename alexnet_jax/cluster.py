@@ -28,7 +28,7 @@ SILENCE = 20.0  # seconds without a note after which a rank counts as dead
 JOINING = 300  # seconds for all processes to join
 PATIENCE = 60  # seconds, JAX's own heartbeat timeout, should this module's checks fail
 ENDED = sys.maxsize  # the step reported by a rank that has finished
-NOTES, TOLD = "alexnet_jax/notes", "alexnet_jax/told"
+NOTES, BROADCASTS = "alexnet_jax/notes", "alexnet_jax/broadcasts"
 
 
 def join(coordinator: str, num_processes: int, process_id: int) -> int:
@@ -140,14 +140,14 @@ class Job:
     def __init__(self, step_timeout: float = 0.0, joined: Any = distributed.global_state):
         self.rank, self.count = joined.process_id, joined.num_processes
         self.store: Any = joined.client
-        self.leads = self.rank == 0  # does what only one rank may do
+        self.is_leader = self.rank == 0  # does what only one rank may do
         self.step_timeout = step_timeout
         self.name = this_process()
         self.beat, self.turn, self.place, self.signal = 0, 0, "starting", 0
         self.step = 0
         self.held: int | None = None
         self.last: int | None = None
-        self.status, self.failure, self.questions = 0, "", 0
+        self.status, self.failure, self.broadcasts = 0, "", 0
         self.notes: dict[int, Note] = {}
         self.changed, self.over = threading.Condition(), threading.Event()
         self.threads: list[threading.Thread] = []
@@ -175,7 +175,7 @@ class Job:
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # the work is done, whoever fails
                 jax.distributed.shutdown()
 
-    def at(self, place: str) -> None:
+    def progress(self, place: str) -> None:
         """Report progress; call at every turn of the work, once everything is compiled.
 
         No rank counts as stuck before every rank has called this: compilation may take any time.
@@ -202,13 +202,13 @@ class Job:
                 self.changed.wait(BEAT)
             return self._signal() if self.last is not None and step >= self.last else 0
 
-    def told(self, say: Callable[[], str]) -> str:
+    def broadcast(self, say: Callable[[], str]) -> str:
         """Broadcast rank 0's `say()`; every rank must call this, in the same order."""
         if self.count == 1:
             return say()
-        self.questions += 1
-        key = f"{TOLD}/{self.questions}"
-        if self.leads:
+        self.broadcasts += 1
+        key = f"{BROADCASTS}/{self.broadcasts}"
+        if self.is_leader:
             answer = say()
             self.store.key_value_set(key, answer)
             return answer
@@ -218,17 +218,17 @@ class Job:
             time.sleep(BEAT)
 
     @contextlib.contextmanager
-    def one_first(self) -> Iterator[None]:
+    def leader_first(self) -> Iterator[None]:
         """Run the body on rank 0 first, then on the others, which find the files it left."""
-        if not self.leads:
-            self.told(str)
+        if not self.is_leader:
+            self.broadcast(str)
         yield
-        if self.leads:
-            self.told(str)
+        if self.is_leader:
+            self.broadcast(str)
 
     def check_same(self, what: str, value: str, way_out: str) -> None:
         """Raises UserError if this rank's `value` differs from rank 0's."""
-        first = self.told(lambda: value)
+        first = self.broadcast(lambda: value)
         if first != value:
             raise UserError(
                 f"{what} of rank {self.rank}, {self.name}, is not that of rank 0 ({value!r}, "
@@ -338,7 +338,7 @@ class Job:
         """End this process from a helper thread: the main thread may be stuck."""
         self.status, self.failure = status, message
         print(f"error: {message}", file=sys.stderr, flush=True)
-        if self.leads and self.count > 1:
+        if self.is_leader and self.count > 1:
             time.sleep(2.5 * BEAT)  # the others still read notes from this process
         os._exit(status)
 
@@ -355,7 +355,7 @@ class Job:
             self._exchange()
         time.sleep(2.5 * BEAT)
         first = self.notes.get(0)
-        if first and not self.leads and first.failure == self.failure:
+        if first and not self.is_leader and first.failure == self.failure:
             os._exit(self.status)  # rank 0 prints it
 
     def _await_all(self) -> None:

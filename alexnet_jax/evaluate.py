@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alexnet_jax import metrics
-from alexnet_jax.checkpoint import Told, alone
+from alexnet_jax.checkpoint import Broadcast, local
 from alexnet_jax.config import Config
 from alexnet_jax.data.examples import Source
 from alexnet_jax.errors import UserError, shortened
@@ -42,7 +42,7 @@ def predictions(net: Net, split: str) -> Predictions:
 
 
 def together(
-    config: Config, directories: Sequence[pathlib.Path], told: Told = alone
+    config: Config, directories: Sequence[pathlib.Path], broadcast: Broadcast = local
 ) -> tuple[Predictions, list[int]]:
     """Predictions of one net, or of several together, for split `eval.split`; and the nets' steps.
 
@@ -54,7 +54,7 @@ def together(
     """
     found, steps, sources_of, words = [], [], [], ()
     for directory in directories:
-        net = open_net(config, directory, told)
+        net = open_net(config, directory, broadcast)
         words = words or net.meta.words
         sources_of.append(open_split(net, config.eval.split))
         if sources_of[0].fingerprint != sources_of[-1].fingerprint:
@@ -72,13 +72,13 @@ def evaluate_workdirs(
     config: Config,
     directories: Sequence[pathlib.Path],
     output: pathlib.Path | None = None,
-    told: Told = alone,
+    broadcast: Broadcast = local,
 ) -> tuple[dict[str, Any], str]:
     """Errors on split `eval.split`, and a table of the classes mistaken most often.
 
     Args:
       output: an .npz or .csv file to write probabilities and labels to.
-      told: `Job.told`, if all ranks of a job evaluate.
+      broadcast: `Job.broadcast`, if all ranks of a job evaluate.
 
     Returns:
       split, num_examples, num_crops, loss, top1_error, top5_error, and each checkpoint's step; then
@@ -87,7 +87,7 @@ def evaluate_workdirs(
     Raises:
       UserError: as `together`.
     """
-    found, steps = together(config, directories, told)
+    found, steps = together(config, directories, broadcast)
     if output is not None:
         _write(output, found)
     sums = [

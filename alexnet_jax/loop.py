@@ -123,11 +123,11 @@ def train(
       TrainingError: a loss, a gradient or an update was not finite.
     """
     workdir.make(directory)
-    with workdir.locked(directory) if job.leads else contextlib.nullcontext():
+    with workdir.locked(directory) if job.is_leader else contextlib.nullcontext():
         workdir.check_shared(directory, job)
         run = setup.open_run(config, directory, allow_config_change, job)
         first, last = int(run.state.step), run.calendar.num_steps
-        reports = Report(directory, first, last) if job.leads else Silent()
+        reports = Report(directory, first, last) if job.is_leader else Silent()
         with StopSignal(job), run.checkpoints, reports as report:
             _introduce(run, first, report)
             if first < last:
@@ -150,13 +150,13 @@ def _steps(run: setup.Run, first: int, report: Silent, job: Job) -> int:
     batch = next(batches)
     train_step = _compiled(run.train_step, (state, batch, statistics, scale), report)
     report.start_clock(first)
-    job.at(f"step {first + 1}, and the batch after it")
+    job.progress(f"step {first + 1}, and the batch after it")
     interval = Interval(calendar.batch_size, run.mesh)
     for step in range(first + 1, calendar.num_steps + 1):
         state, results = train_step(state, batch, statistics, scale)
         batch = next(batches, batch)  # sent to the devices while the step runs
         interval.add(step, results)
-        job.at(f"step {step}")
+        job.progress(f"step {step}")
         stopping = job.stops_after(step)  # asked once: a later signal waits for the next step
         passes = calendar.epoch_ends(step, config.eval.every_epochs)
         saves = passes or stopping or calendar.is_due(step, config.checkpoint.every_steps)
@@ -171,7 +171,7 @@ def _steps(run: setup.Run, first: int, report: Silent, job: Job) -> int:
             error, meta = _validated(run, meta, state, statistics, step, rate, report, job)
             scale = np.float32(optim.plateau_scale(meta.plateau, config.optim))
         if saves:
-            job.at(f"the saving of step {step}")
+            job.progress(f"the saving of step {step}")
             natural = natural_state(state, len(meta.labels))
             run.checkpoints.save(step, natural, meta, error if passes else None)
             interval.restart()  # so that the next images_per_second excludes the save
@@ -180,7 +180,7 @@ def _steps(run: setup.Run, first: int, report: Silent, job: Job) -> int:
             name = signal.Signals(stopping).name
             report.say(f"{name}: saved step {step}; the same command goes on from there")
             return stopping
-        job.at(f"step {step + 1}, and the batch after it")
+        job.progress(f"step {step + 1}, and the batch after it")
     return job.signal  # a signal may have come while the last step was validated and saved
 
 
@@ -204,7 +204,7 @@ def _validated(
         run.config.data,
         validate.batch_size(run.config, run.mesh),
         run.mesh,
-        job.at,
+        job.progress,
     )
     values = metrics.errors(sums)
     if not math.isfinite(values["loss"]):

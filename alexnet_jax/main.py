@@ -111,7 +111,7 @@ def run(options: flags.FlagValues, paths: list[str]) -> int:
                 f"--mode={options.mode} by {count} processes: only {' and '.join(BY_SEVERAL)} are "
                 "done together; start one"
             )
-        if not job.leads:
+        if not job.is_leader:
             logging.getLogger("alexnet_jax").setLevel(logging.ERROR)  # rank 0 says the same
         mesh.start_cpu_devices(-(-config.mesh.cpu_devices // count))
         return run_mode(options, paths, config, job)
@@ -129,10 +129,10 @@ def run_mode(
     directories = [pathlib.Path(part) for part in options.workdir.split(",")]
     if options.mode == "eval":
         output = None
-        if options.output and job.leads:
+        if options.output and job.is_leader:
             output = command.file_to_write("output", options.output, ".npz", ".csv")
-        found, classes = evaluate.evaluate_workdirs(config, directories, output, job.told)
-        if job.leads:
+        found, classes = evaluate.evaluate_workdirs(config, directories, output, job.broadcast)
+        if job.is_leader:
             print(classes)
             print(json.dumps(found))
         return 0

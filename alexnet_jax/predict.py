@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from alexnet_jax.checkpoint import Checkpoints, Meta, Told, alone
+from alexnet_jax.checkpoint import Broadcast, Checkpoints, Meta, local
 from alexnet_jax.config import Config
 from alexnet_jax.data import images, sources, stream, survey
 from alexnet_jax.data.examples import Source
@@ -40,14 +40,14 @@ class Net(NamedTuple):
     mesh: Mesh
 
 
-def open_net(config: Config, directory: pathlib.Path, told: Told = alone) -> Net:
+def open_net(config: Config, directory: pathlib.Path, broadcast: Broadcast = local) -> Net:
     """The checkpoint of `directory` that `checkpoint.step` names.
 
     The net, its classes and the preprocessing are the checkpoint's, whatever `config` says. If
     the config's mesh does not fit the available devices, all of them share the batch.
 
     Args:
-      told: `Job.told`, if all ranks of a job open it.
+      broadcast: `Job.broadcast`, if all ranks of a job open it.
 
     Raises:
       UserError: there is no such run or step.
@@ -55,7 +55,7 @@ def open_net(config: Config, directory: pathlib.Path, told: Told = alone) -> Net
     if not (directory / CHECKPOINTS).is_dir():
         raise UserError(f"--workdir={directory} holds no checkpoints; train there first")
     checkpoints = Checkpoints(directory / CHECKPOINTS)
-    step, meta, params = checkpoints.read_net(config.checkpoint.step, told)
+    step, meta, params = checkpoints.read_net(config.checkpoint.step, broadcast)
     trained = meta.config.data
     data = dataclasses.replace(
         config.data,

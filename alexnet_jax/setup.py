@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from alexnet_jax import validate, workdir
-from alexnet_jax.checkpoint import Checkpoints, Meta, Saver, Told
+from alexnet_jax.checkpoint import Broadcast, Checkpoints, Meta, Saver
 from alexnet_jax.cluster import Job
 from alexnet_jax.config import SHARES_ENTRY, Config
 from alexnet_jax.data import sources, survey
@@ -56,7 +56,7 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
     """Open the data, restore or initialise the state, build the steps; alike on every rank."""
     layers(config.model, num_classes=1)  # refuses an input that is too small before all else
     mesh = training_mesh(config)
-    with job.one_first():  # the others find in caches what it compiles, draws and scans
+    with job.leader_first():  # the others find in caches what it compiles, draws and scans
         compiled = native.available()
         source = sources.open_source(config.data, "train")
         validation = sources.open_source(config.data, config.eval.split)
@@ -74,17 +74,17 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
         log.warning("%s has one class: there is nothing to tell apart", config.data.source)
     check_parameters(config)
     checkpoints = Saver(directory / workdir.CHECKPOINTS)
-    latest = checkpoints.newest_whole(job.told)
+    latest = checkpoints.newest_whole(job.broadcast)
     saved = None if latest is None else checkpoints.read_meta(latest)
     if saved is not None:
         changed = workdir.check_resume(saved.config, config, allow_config_change)
         validate.check_same_classes(saved.labels, source.labels, config.data.source)
-    with job.one_first():
+    with job.leader_first():
         source, statistics = survey.surveyed(source, config.data, config.model)
         validation, _ = survey.surveyed(validation, config.data, config.model)
     if latest is None or saved is None:
         meta = Meta(config, source.labels, statistics)
-        state = _first_state(config, source.labels, job.told)
+        state = _first_state(config, source.labels, job.broadcast)
     else:
         if not allow_config_change:
             _check_images(saved, source, config.data.source)
@@ -97,8 +97,8 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
         meta, num_examples=len(source), pool=source.pool, words=source.words or meta.words
     )
     calendar = make_calendar(config.train, len(source), meta.origin)
-    with job.one_first():
-        if job.leads:
+    with job.leader_first():
+        if job.is_leader:
             checkpoints.clean()
             checkpoints.set_aside_after(latest)
             workdir.write(directory, config, source.labels)
@@ -120,14 +120,14 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
     )
 
 
-def _first_state(config: Config, labels: tuple[str, ...], told: Told) -> TrainState:
+def _first_state(config: Config, labels: tuple[str, ...], broadcast: Broadcast) -> TrainState:
     """The state of a new run, with the weights of `train.init_from` if that names a workdir."""
     state = initial_state(config.model, len(labels), config.seed)
     if not config.train.init_from:
         return state
     last = layers(config.model, len(labels))[-1].name
     rates = optim.layer_rates(config.optim)
-    params = _taken_over(config.train.init_from, state.params, last, labels, rates, told)
+    params = _taken_over(config.train.init_from, state.params, last, labels, rates, broadcast)
     return state._replace(params=params)
 
 
@@ -168,7 +168,7 @@ def _taken_over(
     last: str,
     labels: tuple[str, ...],
     rates: Mapping[str, float],
-    told: Told,
+    broadcast: Broadcast,
 ) -> Params:
     """The parameters of the newest checkpoint in workdir `init_from`, to replace `params`.
 
@@ -181,7 +181,7 @@ def _taken_over(
     origin = pathlib.Path(init_from).expanduser()
     if not (origin / workdir.CHECKPOINTS).is_dir():
         raise UserError(f"train.init_from={init_from!r} holds no checkpoints; train there")
-    _, meta, given = Checkpoints(origin / workdir.CHECKPOINTS).read_net(-1, told)
+    _, meta, given = Checkpoints(origin / workdir.CHECKPOINTS).read_net(-1, broadcast)
     found, new = {}, []
     for layer in sorted(params.keys() | given.keys()):
         here, there = (

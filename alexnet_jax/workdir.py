@@ -97,7 +97,7 @@ def holder_of(workdir: pathlib.Path) -> str:
 
 def check_shared(workdir: pathlib.Path, job: Job) -> None:
     """Raises UserError if the workdir of this rank is not the one that rank 0 has locked."""
-    holder = job.told(lambda: holder_of(workdir))
+    holder = job.broadcast(lambda: holder_of(workdir))
     for _ in range(20):  # network file systems may be seconds behind
         if holder_of(workdir) == holder:
             return

@@ -286,7 +286,7 @@ STUCK = """
 import sys, time
 from alexnet_jax import cluster
 with cluster.Job(step_timeout=float(sys.argv[1])) as job:
-    job.at("step 7")
+    job.progress("step 7")
     print("at it", flush=True)
     time.sleep(float(sys.argv[2]))
 """
@@ -304,7 +304,7 @@ STOPPED = """
 import os, signal, time
 from alexnet_jax import cluster
 with cluster.Job(step_timeout=5.0) as job:
-    job.at("step 7")
+    job.progress("step 7")
     for _ in range(3):
         os.kill(os.getpid(), signal.SIGSTOP)
         time.sleep(0.6)
@@ -416,7 +416,7 @@ def test_what_the_first_rank_says_reaches_all_in_order(job_of):
 
     def listen(rank: int) -> None:
         for number in range(20):
-            heard[rank].append(jobs[rank].told(lambda: f"{rank} says {number}"))  # noqa: B023
+            heard[rank].append(jobs[rank].broadcast(lambda: f"{rank} says {number}"))  # noqa: B023
 
     threads = [threading.Thread(target=listen, args=(rank,)) for rank in range(3)]
     for thread in threads:
@@ -460,11 +460,11 @@ def test_the_rank_that_is_behind_is_named_and_nobody_while_one_moves(job_of):
     with contextlib.closing(types.SimpleNamespace(close=over.set)):
         assert verdict(first, 1.0) is None  # nobody has done a first step, which may take long
         for job in (first, second, third):
-            job.at("step 4")
+            job.progress("step 4")
         for turn in range(10):
-            first.at(f"step {5 + turn}")
+            first.progress(f"step {5 + turn}")
             assert verdict(first, 0.1) is None
-        third.at("step 5")
+        third.progress("step 5")
         found = verdict(first, 5)
     alive.join()
     assert found is not None
@@ -475,7 +475,7 @@ def test_the_rank_that_is_behind_is_named_and_nobody_while_one_moves(job_of):
 def test_a_rank_that_says_nothing_is_named_and_the_others_not(job_of):
     first, second, third = job_of(3)
     for job in (second, third):
-        job.at("step 8")
+        job.progress("step 8")
         job._exchange()
     assert verdict(first, 0.3) is None
     over = threading.Event()
