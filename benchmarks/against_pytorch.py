@@ -1,13 +1,13 @@
-"""The same nets in PyTorch, with the same weights, images and dropout masks: how far apart?
+"""Compare with the same nets in PyTorch, given the same weights, images and dropout masks.
 
     pip install torch; python benchmarks/against_pytorch.py
 
-Two lines for every preset, one for this package in float32 and one for the numpy oracle of the
-tests in float64, both against PyTorch in float64: the largest relative difference
-max|a - b| / max|b| over the tensors of a kind. The nets below are written from the published
-descriptions, with PyTorch's own layers, gradients and optimiser; they share no constant with what
-they are compared to. In float32 a unit may fall on the other side of a ReLU or lose to another
-maximum of its pool, which alone moves gradients of so small a batch by some hundredths.
+Prints two lines per preset, one for this package in float32 and one for the tests' numpy oracle in
+float64, both against PyTorch in float64: the largest relative difference max|a - b| / max|b| over
+the tensors of a kind. The nets below are written from the published descriptions, with PyTorch's
+own layers, gradients and optimiser; they share no constants with what they are compared to. In
+float32 a unit may fall on the other side of a ReLU or lose to another maximum in its pooling
+window, which alone moves gradients of such a small batch by some hundredths.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MOMENTUM, WEIGHT_DECAY = 0.9, 0.0005
 
 @dataclass(frozen=True)
 class Case:
-    """What both sides are given; arrays in the package's layouts (NHWC, HWIO, (in, out))."""
+    """Inputs for both sides; arrays in the package's layouts (NHWC, HWIO, (in, out))."""
 
     preset: str
     params: Params
@@ -57,7 +57,7 @@ class Case:
 
 @dataclass
 class Outcome:
-    """What both sides answer; gradients are those of the first update."""
+    """Results of either side; gradients are those of the first update."""
 
     test_logits: Array
     logits: Array
@@ -70,7 +70,7 @@ class Outcome:
 
 
 def _lrn(k: float, alpha: float, towers: int) -> Stage:
-    """Response normalisation within every tower; PyTorch divides alpha by the window's size, 5."""
+    """Response normalisation within each tower; PyTorch divides alpha by the window's size, 5."""
 
     def stage(x: torch.Tensor) -> torch.Tensor:
         return torch.cat(
@@ -120,7 +120,7 @@ def _conv(
 
 
 def _dropout(x: torch.Tensor, preset: str, mask: torch.Tensor | None) -> torch.Tensor:
-    """Training where there is a mask, testing where there is none."""
+    """Training mode with a mask, test mode without."""
     if preset in INVERTED:
         return x if mask is None else x * mask * 2
     return x * 0.5 if mask is None else x * mask
@@ -129,7 +129,7 @@ def _dropout(x: torch.Tensor, preset: str, mask: torch.Tensor | None) -> torch.T
 def torch_logits(
     leaves: Leaves, images: torch.Tensor, preset: str, masks: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
-    """The logits of images (b, h, w, 3); without masks those of testing."""
+    """Logits of images (b, h, w, 3); without masks, in test mode."""
     towers = 1 if preset == "owt" else 2
     first, second, fifth = STAGES[preset]
     x = F.pad(images.permute(0, 3, 1, 2), CONV1_EDGES.get(preset, (0, 0, 0, 0)))
@@ -155,7 +155,7 @@ def torch_logits(
 
 
 def with_torch(case: Case, dtype: torch.dtype) -> Outcome:
-    """PyTorch's answer, its optimiser being torch.optim.SGD."""
+    """PyTorch's results, with torch.optim.SGD as the optimiser."""
     leaves: Leaves = {
         layer: {
             name: torch.tensor(value, dtype=dtype, requires_grad=True)
@@ -188,7 +188,7 @@ def with_torch(case: Case, dtype: torch.dtype) -> Outcome:
 
 
 def _arrays(leaves: Leaves, of: Callable[[torch.Tensor], torch.Tensor]) -> Params:
-    """Copies, since the optimiser works in place."""
+    """Copies, because the optimiser works in place."""
     return {
         layer: {name: of(leaf).numpy().copy() for name, leaf in values.items()}
         for layer, values in leaves.items()
@@ -199,7 +199,7 @@ def _arrays(leaves: Leaves, of: Callable[[torch.Tensor], torch.Tensor]) -> Param
 
 
 def with_oracle(case: Case) -> Outcome:
-    """The answer of the tests' oracle, in float64."""
+    """Results of the tests' oracle, in float64."""
     params = case.params
     test_logits, _ = oracle.forward(params, case.images, case.preset, train=False)
     logits, _ = oracle.forward(params, case.images, case.preset, train=True, masks=case.masks)
@@ -224,7 +224,7 @@ def with_oracle(case: Case) -> Outcome:
 
 
 def package_masks(preset: str, batch: int, params: Params) -> dict[str, Array]:
-    """The masks that `with_package` will draw, in the shapes of what they multiply here."""
+    """Masks that `with_package` will draw, in the shapes of what they multiply here."""
     key, rows = jax.random.key(0), jnp.arange(batch)
     if preset == "owt":  # one tower; at the inputs of fc6 and fc7
         places = {"fc6": (0, (6, 6, 256), 1), "fc7": (1, (4096,), 1)}
@@ -238,7 +238,7 @@ def package_masks(preset: str, batch: int, params: Params) -> dict[str, Array]:
 
 
 def with_package(case: Case) -> Outcome:
-    """This package's answer, float32, on one device."""
+    """This package's results, float32, on one device."""
     user = configs.blank()
     user.model.preset = case.preset
     config = configs.resolve(user)
@@ -273,7 +273,7 @@ def with_package(case: Case) -> Outcome:
 
 
 def make_case(preset: str, batch: int, seed: int, learning_rate: float) -> Case:
-    """Random weights that keep the input's magnitude, images like photographs less their mean."""
+    """Random weights that preserve magnitude, and images like photographs less their mean."""
     rng = np.random.default_rng(seed)
     size = INPUT_SIZE.get(preset, 224)
     params = oracle.random_params(rng, preset)
@@ -288,7 +288,7 @@ def difference(a: Array | float, b: Array | float) -> float:
 
 
 def worst(a: Params, b: Params, less: Params | None = None) -> tuple[float, str]:
-    """The largest difference over all tensors and where; `less` is subtracted from both first."""
+    """Largest difference over all tensors, and where; `less` is first subtracted from both."""
     found = []
     for layer, values in b.items():
         for name, value in values.items():
@@ -313,7 +313,7 @@ def report(case: Case, a: Outcome, b: Outcome) -> str:
 
 
 def main() -> None:
-    """Compare the presets that are asked for."""
+    """Compare the requested presets."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     presets = ["paper", "source2012", "caffe_alexnet", "owt"]
     parser.add_argument("--presets", nargs="+", default=presets, choices=list(STAGES))

@@ -2,12 +2,12 @@
 
   python benchmarks/check_ops.py [--batch 2] [--json FILE]
 
-On this device, in float32, as TF32 (which a CPU does not have) and in bfloat16, at the net's own
-sizes, of the numbers that the type holds: |found - oracle| / |oracle|, the larger of output and
-gradients, and the most it may be. Where a rounding decides which number is a window's largest
-(stages, in bfloat16), the parts alone are compared. Crops and dropout's masks must be numpy's and
-the CPU's exactly. Where PyTorch is installed, also the whole net, gradients and three updates
-against PyTorch in float64. Ends with status 1 where something is further away.
+On this device, in float32, TF32 (which a CPU does not have) and bfloat16, at the net's own sizes
+and for inputs representable in the type: |found - oracle| / |oracle|, the larger of output and
+gradients, and its limit. Where rounding decides which number is a window's maximum (stages, in
+bfloat16), only the parts are compared. Crops and dropout masks must equal numpy's and the CPU's
+exactly. If PyTorch is installed, the whole net, its gradients and three updates are also compared
+with PyTorch in float64. Ends with status 1 if a limit is exceeded.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def main() -> int:
 
 
 def checked(row: Row) -> dict[str, float]:
-    """The largest relative error of the output and the gradients, by dtype."""
+    """Largest relative error of the output and the gradients, by dtype."""
     rng = np.random.default_rng(0)
     given = [rng.standard_normal(shape, np.float32) for shape in arguments(row)]
     found = {}
@@ -95,7 +95,7 @@ def checked(row: Row) -> dict[str, float]:
 
 
 def reference(row: Row, *given: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The output and the gradients to what is given, of which the last is dy."""
+    """The output and the gradients of the arguments, the last of which is dy."""
     *x, dy = given
     if row.name.startswith("conv"):
         options = row.ours.keywords
@@ -120,7 +120,7 @@ def error(found: jax.Array, wanted: np.ndarray) -> float:
 
 
 def no_number() -> float:
-    """0, or 1 where a stage or its gradient loses it."""
+    """0, or 1 if a stage or its gradient drops a NaN."""
     x = np.ones((1, 55, 55, 96), np.float32)
     x[0, 30, 30, 50] = np.nan
     stage = functools.partial(ops.relu_lrn_pool, **LRN, groups=2, **POOL)
@@ -136,7 +136,7 @@ def cross_entropy() -> float:
 
 
 def bias_gradient() -> float:
-    """Of many pixels in bfloat16, which are to be added in float32."""
+    """Error of a sum over many bfloat16 pixels, which should be added in float32."""
     dy = np.random.default_rng(0).standard_normal((64, 55, 55, 96), np.float32)
     dy = jnp.asarray(dy, jnp.bfloat16)
     _, gradient = jax.jit(jax.vjp(ops.add_bias, dy, jnp.zeros(96))[1])(dy)
@@ -144,7 +144,7 @@ def bias_gradient() -> float:
 
 
 def crops() -> float:
-    """0, or 1 where a pixel is another."""
+    """0, or 1 if any pixel differs."""
     rng = np.random.default_rng(0)
     squares = rng.integers(0, 256, (7, 256, 256, 3), np.uint8)
     index, offset = rng.integers(0, 7, 16), rng.integers(0, 33, (16, 2))
@@ -159,7 +159,7 @@ def crops() -> float:
 
 
 def masks() -> float:
-    """0, or 1 where a unit is kept here and not on the CPU, or the other way."""
+    """0, or 1 if a unit is kept here but not on the CPU, or the reverse."""
 
     def drawn(device: jax.Device) -> np.ndarray:
         with jax.default_device(device):
@@ -173,7 +173,7 @@ def masks() -> float:
 
 
 def net(batch: int) -> tuple[float, float]:
-    """The largest difference of logits and loss; of a tensor of gradients and parameters."""
+    """Largest difference of logits and loss; of any tensor of gradients and parameters."""
     import against_pytorch as other
 
     case = other.make_case("paper", batch, seed=42, learning_rate=1e-4)

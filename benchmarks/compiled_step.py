@@ -1,13 +1,13 @@
-"""What the training step is on a GPU or TPU that is not there: the program XLA makes for it, read.
+"""Read the program that XLA compiles of the training step for a GPU or TPU that is not present.
 
   JAX_PLATFORMS=cpu python benchmarks/compiled_step.py [--target h200] [--batch 1024]
     [--dtype bfloat16] [--devices 1] [--form here] [--most 20]
 
-Needs no such device, but what compiles for it: `.[cuda13]` for an H200, by its description, or
-`.[tpu]` for `v5e` and `v6e`. Every kernel counts with the bytes of its arguments and results, each
-once and whole, also where it takes a slice. That says nothing of time, nor of what cuDNN needs
-inside. For a TPU, XLA notes how many cycles it expects of each kernel but a pool's gradient: an
-estimate and no measurement.
+Needs no such device, only its compiler: `.[cuda13]` for an H200, by its description, or `.[tpu]`
+for `v5e` and `v6e`. Every kernel counts with the bytes of its arguments and results, each once and
+in full, even where only a slice is read. This says nothing about time, nor about what cuDNN needs
+internally. For a TPU, XLA notes the cycles it expects for each kernel except a pool's gradient: an
+estimate, not a measurement.
 
 The forms: `here`, the package's; `groups`, with the two towers as one convolution in groups;
 `fusions`, what a GPU is given where there are no kernels for normalisation and pools: slices for
@@ -22,8 +22,8 @@ import os
 import re
 from typing import Any, NamedTuple
 
-os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # which asks a driver
-os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # which asks Google's cloud
+os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # it would ask a driver
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # it would ask Google's cloud
 
 import jax
 import numpy as np
@@ -64,17 +64,17 @@ TARGETS = ("h200", "v5e", "v6e")
 WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 ARRAY = re.compile(rf"\b({'|'.join(WIDTHS)})\[([\d,]*)\]")
 INSTRUCTION = re.compile(r"\s*(?:ROOT )?(%[\w.\-]+) = (.+?) ([\w\-]+)\((.*?)\)(?:,|$)")
-# Move nothing, or what their beginning was counted with.
+# Move nothing, or were counted at their start.
 FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "copy-done", "slice-done")
-COPIES = ("copy-start", "slice-start")  # (what is read from, what is written, a state)
-LITTLE = 10**6  # bytes; kinds of kernels that move no more have no row
+COPIES = ("copy-start", "slice-start")  # (source, destination, state)
+LITTLE = 10**6  # bytes; kinds of kernels that move no more than this get no row
 
 
 class Kernel(NamedTuple):
-    """An instruction of the program that is something to do."""
+    """An instruction of the program that does work."""
 
     moved: int  # bytes
-    cycles: int  # as XLA expects; 0 where it says nothing
+    cycles: int  # XLA's estimate; 0 if there is none
     kind: str
     result: str
     source: str
@@ -112,7 +112,7 @@ def main() -> None:
 
 
 def mesh_of(target: str, devices: int) -> Mesh:
-    """Devices that are not there, along `model`."""
+    """Mesh of absent devices, along `model`."""
     if target == "h200":
         place: dict[str, Any] = {"target_config": H200, "topology": f"1x1x{devices}"}
         found = topologies.get_topology_desc("", platform="cuda", **place).devices
@@ -123,10 +123,10 @@ def mesh_of(target: str, devices: int) -> Mesh:
 
 
 def compiled(mesh: Mesh, batch: int, dtype: str, form: str) -> jax.stages.Compiled:
-    """A training step for the devices of a mesh."""
+    """A training step compiled for the devices of a mesh."""
     on_tpu = mesh.devices.flat[0].platform == "tpu" and form != "fusions"
     native.available = lambda *arrays: False
-    jax.default_backend = lambda: "tpu" if on_tpu else "gpu"  # for those who choose a form by it
+    jax.default_backend = lambda: "tpu" if on_tpu else "gpu"  # for code that chooses a form by it
     if form == "groups":
         ops.conv, ops.groups_at_once = in_groups, lambda x: True
     if form == "fusions":
@@ -145,7 +145,7 @@ def in_groups(x, kernel, *, stride=1, padding, groups=1):
 
 
 def read(hlo: str) -> list[Kernel]:
-    """The instructions of a compiled module's entry that move something."""
+    """Instructions in a compiled module's entry that move data."""
     sizes: dict[str, int] = {}
     found = []
     for line in hlo[hlo.index("\nENTRY ") :].splitlines():
@@ -173,7 +173,7 @@ def read(hlo: str) -> list[Kernel]:
 
 @functools.cache
 def size_of(result: str) -> int:
-    """Bytes of an array, or of all in a tuple."""
+    """Bytes of an array, or of all arrays in a tuple."""
     arrays = ARRAY.findall(result)
     return sum(
         WIDTHS[kind] * math.prod(int(side) for side in sides.split(",") if side)

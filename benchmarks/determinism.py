@@ -4,10 +4,9 @@
       [--json FILE] [--config.SECTION.FIELD=VALUE ...]
 
 The full paper net trains on the built-in shapes, prepared raw, by `python -m alexnet_jax.main` with
-train.deterministic: twice undisturbed, each compiled anew, and once told to stop by SIGTERM after a
-quarter and started again. Printed are the SHA-256 of all weights and velocities after the last
-step, and of the losses, errors and norms of all steps and of the validation. Ends with status 1
-where they are not all the same.
+train.deterministic: twice undisturbed, each compiled anew, and once stopped by SIGTERM after a
+quarter and restarted. Prints the SHA-256 of all weights and velocities after the last step, and of
+the losses, errors and norms of all steps and of the validation. Ends with status 1 if they differ.
 """
 
 import argparse
@@ -74,7 +73,7 @@ def main() -> int:
 
 
 def run(folder: pathlib.Path, flags: list[str], stop_after: int) -> None:
-    """A training to its end; told to stop after a step and started again, unless that is 0."""
+    """Train to the end; stop after the given step and restart, unless it is 0."""
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     command = end_to_end.full_net(f"--workdir={folder / 'run'}", *flags)
@@ -91,13 +90,13 @@ def run(folder: pathlib.Path, flags: list[str], stop_after: int) -> None:
 
 
 def last_step(workdir: pathlib.Path) -> int:
-    """The last one that is written down; 0 for none."""
+    """The last step in the log; 0 for none."""
     records = report.training_records(workdir)
     return records[-1]["step"] if records else 0
 
 
 def hashes(workdir: pathlib.Path, step: int) -> dict[str, str]:
-    """SHA-256 of the weights, of the velocities, and of all that was written down but times."""
+    """SHA-256 of the weights, of the velocities, and of everything logged except times."""
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints")
     found = checkpoints.read_state(step, checkpoints.read_meta(step))
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

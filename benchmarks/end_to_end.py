@@ -1,10 +1,10 @@
-"""The stream and the step together, from prepared raw records: --mode=bench, on device and on disk.
+"""Stream and step together, from prepared raw records: --mode=bench, on device and on disk.
 
   python benchmarks/end_to_end.py --work=FOLDER [--batch 128 1024] [--dtype bfloat16]
       [--limit 480] [--json FILE] [--config.SECTION.FIELD=VALUE ...]
 
-The built-in shapes are prepared raw at 256x256 in FOLDER, unless they are there, and the full paper
-net (of 10 classes) is measured on them: staying on the device, and read by workers.
+The built-in shapes are prepared raw at 256x256 in FOLDER, unless already there, and the full paper
+net (with 10 classes) is measured on them: kept on the device, and read by workers.
 """
 
 import argparse
@@ -68,14 +68,14 @@ def prepared(work: pathlib.Path, size: int) -> pathlib.Path:
 
 
 def full_net(*flags: str) -> list[str]:
-    """The package's command for the full paper net on one device, of the data's classes."""
+    """The command for the full paper net on one device, with the data's classes."""
     config = f"--config={ROOT}/configs/alexnet.py"
     own = ("--config.mesh.model=1", "--config.mesh.data=1", "--config.model.num_classes=0")
     return [sys.executable, "-m", "alexnet_jax.main", config, *own, *flags]
 
 
 def bench(*flags: str) -> dict:
-    """What --mode=bench finds; `failed` and its status where it does not."""
+    """Result of --mode=bench; `failed` and its status if it failed."""
     done = subprocess.run(full_net("--mode=bench", *flags), stdout=subprocess.PIPE, text=True)
     print(done.stdout, file=sys.stderr)
     if done.returncode:

@@ -1,11 +1,11 @@
-"""Which form of a convolution is fastest here: what XLA is asked for can be said in several ways.
+"""Which form of a convolution is fastest here: XLA can be asked for it in several ways.
 
   python benchmarks/forms.py [--batch 1024] [--dtype bfloat16] [--rounds 5] [--json FILE]
 
-Of each convolution of the paper net: the towers as two convolutions (the package's form on a GPU),
-as one in groups, or as a batch of two; conv1 over pixels or over squares of 4x4 of them (space to
-depth, the package's); maps last or first in memory. Forward and backward, with the gradients that
-XLA finds; milliseconds, medians of rounds in which every form of a row runs in turn.
+For each convolution of the paper net: the towers as two convolutions (the package's form on a GPU),
+as one grouped convolution, or as a batch of two; conv1 over pixels or over squares of 4x4 pixels
+(space to depth, the package's); maps last or first in memory. Forward and backward, with XLA's
+gradients; milliseconds, medians of rounds in which every form of a row runs in turn.
 """
 
 import argparse
@@ -57,8 +57,8 @@ def main() -> None:
 
 
 def convolutions(row: rows_of.Row) -> dict[str, tuple[Callable, tuple[int, ...]]]:
-    """Name -> a form of the row's operation and the shape of the x it takes."""
-    how = row.ours.keywords  # what `rows` gave the convolution
+    """Name -> a form of the row's operation and the shape of its x."""
+    how = row.ours.keywords  # as set in `rows`
     stride, padding, groups = how["stride"], how["padding"], how["groups"]
     b, h, w, maps = row.x
     forms = {}

@@ -1,16 +1,15 @@
-"""All there is to measure on a GPU, in parts, each a process of its own with a time limit.
+"""All measurements for a GPU, in parts, each in its own process with a time limit.
 
   benchmarks/gpu.sh OUT [PART ...] [--tiny] [--limit=SECONDS] [--work=FOLDER]
   benchmarks/gpu.sh OUT train --caltech101=folder:PATH --cifar10=records:PATH
 
-Without a PART, those that make up some eight minutes. `train` are the real runs, to convergence,
-and the same recipes in PyTorch. What is timed runs alone; the others, side by side behind it. A
-part that fails or takes too long is told of, keeps what it has found, and the next one begins.
-OUT/results.json and OUT/results.md hold what all parts found that were ever run with this OUT;
-OUT/parts what each printed, its log and its trace. --limit is shared by the parts named, in
+Without a PART, those that take some eight minutes together. `train` is the real runs, to
+convergence, and the same recipes in PyTorch. Timed parts run alone; the others follow, side by
+side. A part that fails or takes too long is reported and keeps its results so far, and the next one
+begins. OUT/results.json and OUT/results.md hold the results of all parts ever run with this OUT;
+OUT/parts holds each part's output, log and trace. --limit is divided among the named parts in
 proportion, and what one leaves goes to the others. Records, runs and checkpoints, some gigabytes,
-are written to --work, OUT/work by default. --tiny only shows that all
-of it works.
+are written to --work, OUT/work by default. --tiny only shows that everything works.
 """
 
 import argparse
@@ -26,7 +25,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 HERE = pathlib.Path(__file__).resolve().parent
-# The first ones matter most: time may be short.
+# The most important first: time may run out.
 FAST_FORMS = ["compile+channels_last", "compile+channels_last+shifts"]
 SOME_FORMS = [*FAST_FORMS, "channels_last", "eager"]
 ALL_FORMS = [*FAST_FORMS, "graphs", "compile", "channels_last", "eager"]
@@ -52,13 +51,13 @@ print(json.dumps(found))
 
 
 class Part(NamedTuple):
-    """A command of this folder."""
+    """A command in this folder."""
 
     about: str
     seconds: float  # its share of the time
-    command: list[str]  # {limit}: its seconds, less some to come to an end in; none: not possible
-    usual: bool = True  # is run where no part is named
-    timed: bool = True  # is run alone
+    command: list[str]  # {limit}: its seconds, less some for ending; none: not possible
+    usual: bool = True  # runs when no part is named
+    timed: bool = True  # runs alone
 
 
 def main() -> int:
@@ -115,9 +114,9 @@ def turn_seconds(parts: dict[str, Part], turn: list[str]) -> float:
 
 
 def measuring(out: pathlib.Path, work: pathlib.Path, tiny: bool) -> dict[str, Part]:
-    """What takes some eight minutes together, and more of the kind.
+    """The parts that take some eight minutes together, and further ones.
 
-    The limits reckon half a minute for a contender to be imported, compiled and warm.
+    The limits allow half a minute for a contender to be imported, compiled and warmed up.
     """
     step = ["train_step.py", "--what=train", "--limit={limit}"]
     small = ["--config.model.width=0.0625", "--config.model.input_size=64"]
@@ -185,7 +184,7 @@ def training(out: pathlib.Path, work: pathlib.Path, options: Any) -> dict[str, P
         again = ["torch_train.py", f"--workdir={run}", *form]
         told = f"the full net on {name}"
         parts[name] = Part(told, seconds, ours if source else [], usual=False)
-        # It tells the level, and not the time; the runs it repeats are timed, and so come first.
+        # This measures the level, not time; the runs it repeats are timed, and so come first.
         parts[f"{name}-pytorch"] = Part(
             f"{told}, in PyTorch", seconds, again, usual=False, timed=False
         )
@@ -195,7 +194,7 @@ def training(out: pathlib.Path, work: pathlib.Path, options: Any) -> dict[str, P
 def run(
     parts: dict[str, Part], folder: pathlib.Path, limit: float
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Of each part, side by side, as it ends: the outcome in words, seconds, and what it found."""
+    """Run parts side by side; yield each as it ends: outcome in words, seconds, results."""
     started, running = time.perf_counter(), {}
     try:
         for name, part in parts.items():
@@ -226,7 +225,7 @@ def run(
 
 
 def start(name: str, part: Part, folder: pathlib.Path, limit: float) -> subprocess.Popen:
-    """A part's process, leader of a group of its own."""
+    """A part's process, leader of its own process group."""
     answer = folder / f"{name}.json"
     answer.unlink(missing_ok=True)
     enough = str(round(0.85 * limit))
@@ -243,13 +242,13 @@ def start(name: str, part: Part, folder: pathlib.Path, limit: float) -> subproce
 
 
 def end(process: subprocess.Popen) -> None:
-    """The process and all it started: asked first, and given 20 s, so that a training saves."""
-    with contextlib.suppress(ProcessLookupError):  # nobody of the group is left
+    """End the process and all it started: first by request, with 20 s for training to save."""
+    with contextlib.suppress(ProcessLookupError):  # nothing is left of the group
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
             until = time.perf_counter() + 20
             while time.perf_counter() < until:
-                process.poll()  # it stays in the group until its status is asked for
+                process.poll()  # it stays in the group until its status is read
                 os.killpg(process.pid, 0)
                 time.sleep(0.05)
         os.killpg(process.pid, signal.SIGKILL)
@@ -257,7 +256,7 @@ def end(process: subprocess.Popen) -> None:
 
 
 def machine() -> dict[str, str]:
-    """What this is measured on."""
+    """The machine of these measurements."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     found = {}
     for command in ([sys.executable, "-c", MACHINE], query):

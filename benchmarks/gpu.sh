@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# All there is to measure on a GPU, on a machine that may have no network.
+# All measurements for a GPU, on a machine that may have no network.
 #
 #   benchmarks/gpu.sh OUT [PART ...] [--tiny] [--limit=SECONDS] [--work=FOLDER]
 #   benchmarks/gpu.sh OUT train --caltech101=folder:PATH --cifar10=records:PATH
 #
-# Leaves OUT/results.json and OUT/results.md, which are all that matters; OUT/parts holds the pieces
-# they are made of. benchmarks/gpu.py says what the parts are. JAX with CUDA, Flax, Optax and Orbax
-# must be there, and PyTorch where it is to be compared. Of the rest, what is missing is installed
-# from WHEELS (default: wheels/ in the repository) into a virtual environment at VENV, which sees
-# everything that PYTHON (default: python3) sees. Where a network is, for one with Python 3.12:
+# Writes OUT/results.json and OUT/results.md, the results; OUT/parts holds the pieces they are made
+# of. benchmarks/gpu.py lists the parts. JAX with CUDA, Flax, Optax and Orbax must be installed, and
+# PyTorch for comparisons. Other missing packages are installed from WHEELS (default: wheels/ in the
+# repository) into a virtual environment at VENV, which sees everything that PYTHON (default:
+# python3) sees. To fetch the wheels, where there is a network, for a machine with Python 3.12:
 #
 #   pip download --no-deps --only-binary=:all: --python-version=3.12 --implementation=cp \
 #     --platform=manylinux_2_28_x86_64 --platform=manylinux_2_17_x86_64 -d wheels \
@@ -30,7 +30,7 @@ for need in tomllib.load(open(sys.argv[1], "rb"))["project"]["dependencies"]: pr
 }
 
 if ! whole "$python"; then
-  # --system-site-packages would pass over the packages of PYTHON where that is itself a venv's.
+  # --system-site-packages alone would miss PYTHON's packages if PYTHON is itself a venv's.
   "$python" -m venv --without-pip --system-site-packages "$venv"
   "$python" -c 'import site, sys
 for folder in site.getsitepackages(): print(f"import site; site.addsitedir({folder!r})")' \
@@ -44,7 +44,7 @@ for folder in site.getsitepackages(): print(f"import site; site.addsitedir({fold
   fi
   install=("$python" -m pip install --quiet --no-index --only-binary=:all: --disable-pip-version-check)
   "${install[@]}" --find-links="$wheels" "${needed[@]}" ||
-    "${install[@]}" --no-deps "$wheels"/*.whl # whatever pip misses may not be used
+    "${install[@]}" --no-deps "$wheels"/*.whl # what pip finds missing may be unused
   whole "$python" || { "$python" -c 'import alexnet_jax.main, alexnet_jax.prepare'; exit 2; }
 fi
 exec "$python" "$root/benchmarks/gpu.py" "$@"

@@ -3,10 +3,10 @@
   python benchmarks/input.py --images=FOLDER [--rounds=5] [--seconds=4] [--json=FILE]
 
 FOLDER holds image files, at any depth; they are copied until there are 1,000, and prepared as
-records of each kind, in a temporary folder. Every contender makes the same thing: batches of 128
-crops of 224 from squares of 256 in uint8, mirrored at random, with a label and a colour shift for
-each image; with as many workers as there are cores. In a round each runs once, in turn; medians of
-the rounds are printed. PyTorch is left out where it is not installed.
+records of each kind, in a temporary folder. Every contender produces the same: batches of 128 uint8
+crops of 224 from squares of 256, mirrored at random, with a label and a colour shift for each
+image, using as many workers as there are cores. In a round each runs once, in turn; medians of the
+rounds are printed. PyTorch is skipped if it is not installed.
 """
 
 import argparse
@@ -38,7 +38,7 @@ except ImportError:
     torch = None
 
 BATCH, SIZE, STORED, FILES = 128, 224, 256, 1000
-FIRST = 16  # batches, for which memory is used for the first time
+FIRST = 16  # batches, which touch memory for the first time
 KINDS = {"jpeg q90": ["--quality=90"], "jpeg q95": ["--quality=95"], "raw": ["--format=raw"]}
 
 
@@ -71,7 +71,7 @@ def main() -> None:
 def make_contenders(
     given: pathlib.Path, scratch: pathlib.Path
 ) -> dict[tuple[str, str], Callable[[float], float]]:
-    """(images, contender) -> what runs for some seconds and returns images/s."""
+    """(images, contender) -> a function that runs for some seconds and returns images/s."""
     found = sorted(path for path in given.rglob("*") if path.is_file())
     folder = scratch / "images" / "train" / "all"
     folder.mkdir(parents=True)
@@ -101,7 +101,7 @@ def make_contenders(
 
 
 def rate(batches: Iterator, seconds: float) -> float:
-    """Images a second, begun when the FIRST batches are there."""
+    """Images per second, counted after the FIRST batches."""
     for _ in range(FIRST):
         next(batches)
     started, count = time.perf_counter(), 0
@@ -120,7 +120,7 @@ def square(data: bytes) -> np.ndarray:
 
 
 def bare(files: list, work: Callable) -> Callable[[float], float]:
-    """The work alone on files in memory, in as many threads as there are cores."""
+    """The bare work on files in memory, in as many threads as there are cores."""
 
     def loop(seconds: float) -> float:
         started, count = time.perf_counter(), 0
@@ -162,12 +162,12 @@ def ours(source: Source, scratch: pathlib.Path, worker: str) -> Callable[[float]
 
 
 def pil(data: bytes) -> Image.Image:
-    """As torchvision's transforms do: decode, shorter side to 256 by the bilinear filter."""
+    """As in torchvision's transforms: decode, bilinear resize of the shorter side to 256."""
     return resized(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 def simple(data: bytes) -> Image.Image:
-    """As `pil` with a faster decoder."""
+    """Like `pil`, with a faster decoder."""
     return resized(Image.fromarray(simplejpeg.decode_jpeg(data, "RGB")))
 
 

@@ -2,10 +2,10 @@
 
   python benchmarks/memory.py [--batch 32 128] [--dtype float32] [--forms eager ...] [--json FILE]
 
-Every figure is a process of its own that makes a few steps: on a CPU its peak resident memory, all
-of the libraries included; on a GPU the peak of what the framework allocated there for a step, less
-what trying out kernels takes: PyTorch's peak is of its last step alone, and this package's, which
-is counted from the start, of a process that finds its programs compiled.
+Every figure comes from its own process, which runs a few steps: on a CPU its peak resident memory,
+libraries included; on a GPU the peak of the framework's allocations for a step, without those for
+trying out kernels: PyTorch's peak is that of its last step alone, and this package's, counted from
+the start, that of a process that finds its programs compiled.
 """
 
 import argparse
@@ -53,8 +53,8 @@ def on_gpu() -> bool:
 
 
 def measured(name: str, batch: int, dtype: str, times: int) -> float | None:
-    """Bytes, in a process of its own; None where that failed. Of several, which begin one after
-    another, the last one's, for which all is compiled."""
+    """Bytes, measured in a separate process; None if it failed. Of several run in turn, the last
+    one's, for which all is compiled."""
     arguments = [f"--worker={name}", f"--batch={batch}", f"--dtype={dtype}"]
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     with tempfile.TemporaryDirectory() as cache:

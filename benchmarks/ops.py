@@ -2,16 +2,15 @@
 
   python benchmarks/ops.py [--batch 32] [--dtype float32] [--rounds 5] [--step] [--json FILE]
 
-The floor of a row is the larger of its multiply-adds at the rate of a large matrix product and of
-its bytes at the rate of a large array's, both measured in the same run, the best of eight (what
-caches hold moves faster: there it is an estimate and no bound); forward reads x and the kernel
-and writes y, backward reads x, the kernel and dy and writes the gradients; the update reads
-weights, velocities and gradients in float32 and writes the first two. Medians of rounds in which
-every row runs in turn, milliseconds; behind the sum, what stages 1 and 2 (rectifier, normalisation
-and pool) consist of; PyTorch, where it is installed, without torch.compile, in its
-own layout, on a GPU in channels_last. --step sets the sum of all rows beside a whole training step.
-On a GPU short calls are timed many at once, each with the time it takes to be sent there, which is
-printed too.
+The floor of a row is the larger of the time for its multiply-adds at the rate of a large matrix
+product and for its bytes at the rate of a large array, both measured in the same run, the best of
+eight (data in caches moves faster: there it is an estimate, not a bound). Forward reads x and the
+kernel and writes y; backward reads x, the kernel and dy and writes the gradients; the update reads
+weights, velocities and gradients in float32 and writes the first two. Medians, in milliseconds, of
+rounds in which every row runs in turn; after the sum, the parts of stages 1 and 2 (ReLU,
+normalisation and max pooling). PyTorch, if installed, runs without torch.compile, in its own
+layout, on a GPU in channels_last. --step compares the sum of all rows with a whole training step.
+On a GPU many short calls are timed at once; the time to send a call there is included, and printed.
 """
 
 import argparse
@@ -136,7 +135,7 @@ def rows(batch: int) -> list[Row]:
 
 
 def parts(batch: int) -> list[Row]:
-    """What the stages behind conv1 and conv2 consist of, less the rectifier."""
+    """Parts of the stages after conv1 and conv2, without the ReLU."""
     norm = functools.partial(ops.local_response_norm, **LRN, groups=2)
     found = []
     for name, x in (("1", (batch, 55, 55, 96)), ("2", (batch, 27, 27, 256))):
@@ -158,7 +157,7 @@ def floor(row: Row, backward: bool, dtype: str, flops: float, bandwidth: float) 
     moved = x + kernel + out
     passes = 1
     if backward:
-        first = row.name == "conv1"  # nobody asks for the gradient of the image
+        first = row.name == "conv1"  # the image's gradient is not needed
         moved += kernel + (0 if first else x)
         passes = 1 if first else 2
     return max(passes * row.flops / flops, moved / bandwidth)
@@ -169,12 +168,12 @@ def arguments(row: Row) -> list[tuple[int, ...]]:
 
 
 def wanted(row: Row) -> tuple[int, ...]:
-    """The arguments whose gradients training asks for."""
+    """The arguments whose gradients training needs."""
     return (1,) if row.name == "conv1" else tuple(range(len(arguments(row))))
 
 
 def measured(row: Row, backward: bool, dtype: str, rounds: int) -> dict[str, float]:
-    """Seconds a call takes, medians."""
+    """Median seconds per call."""
     calls = {
         name: jax_call(form, arguments(row), wanted(row), backward, dtype)
         for name, form in (("ours", row.ours), ("plain", row.plain))
@@ -206,7 +205,7 @@ def jax_call(form, shapes, wanted, backward, dtype) -> timing.Work:
     if not backward:
         forward = jax.jit(form)
         return jax_work(lambda: forward(*given))
-    y, back = jax.jit(lambda *given: jax.vjp(form, *given))(*given)  # what forward keeps
+    y, back = jax.jit(lambda *given: jax.vjp(form, *given))(*given)  # as the forward pass keeps it
     gradients = jax.jit(lambda back, dy: [back(dy)[place] for place in wanted])
     dy = jnp.ones_like(y)
     return jax_work(lambda: gradients(back, dy))
@@ -242,7 +241,7 @@ def torch_call(form, shapes, wanted, backward, dtype) -> timing.Work:
 def update(bandwidth: float, rounds: int) -> dict[str, float]:
     """The update of all weights: its floor, and seconds in this package and in PyTorch.
 
-    This package's also sums squares, as in a training step; PyTorch's does not.
+    Like a training step, this package's also sums squares; PyTorch's does not.
     """
     config = configs.resolve(configs.blank())
     now = state.initial_state(config.model, 1000, 0)
@@ -253,7 +252,7 @@ def update(bandwidth: float, rounds: int) -> dict[str, float]:
     count = sum(leaf.size for leaf in jax.tree.leaves(now.params))
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(weights, good, gradients, rates):  # none a constant: XLA then drops no guard
+    def step(weights, good, gradients, rates):  # none is a constant, so XLA keeps the guard
         params, opt_state, squares = change(good, *weights, gradients, rates)
         return (params, opt_state), squares
 
@@ -285,7 +284,7 @@ def plain_conv(x, kernel, *, stride, padding, groups=1, order=("NHWC", "HWIO", "
 
 
 def plain_norm(x):
-    """Shifted sums and a power, each tower by itself."""
+    """Shifted sums and a power, within each tower."""
     parts = jnp.split(x, 2, axis=-1)
     sums = [
         lax.reduce_window(
@@ -298,7 +297,7 @@ def plain_norm(x):
 
 
 def plain_pool(x):
-    lowest = np.asarray(-np.inf, x.dtype)[()]  # a constant: XLA then knows how to differentiate
+    lowest = np.asarray(-np.inf, x.dtype)[()]  # a constant, so that XLA can differentiate
     return lax.reduce_window(x, lowest, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "VALID")
 
 

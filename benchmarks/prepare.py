@@ -1,11 +1,11 @@
-"""Prepare a pair of tars nested as ImageNet's, undisturbed and killed again and again.
+"""Prepare a pair of tars nested like ImageNet's, once undisturbed and once killed repeatedly.
 
   python benchmarks/prepare.py --images=FOLDER [--kills=20] [--format=raw] [--seed=0]
 
 FOLDER holds JPEG files, at any depth. They are packed, over and over, into a training tar of 1,000
 class tars and a flat validation tar with a devkit, odd files among them. The command runs once to
-its end, with the memory of all its processes watched, and once more killed by SIGKILL at random
-moments until it has been killed so many times. The two outputs have to be the same bytes.
+its end, while the memory of all its processes is watched, and once more, killed by SIGKILL at
+random moments, the given number of times. The two outputs must be identical, byte for byte.
 """
 
 import argparse
@@ -107,7 +107,7 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def odd(number: int, data: bytes) -> bytes:
-    """In turns a CMYK JPEG, a PNG, a greyscale JPEG, a rotated JPEG; mostly the file itself."""
+    """In turn a CMYK JPEG, a PNG, a greyscale JPEG, a rotated JPEG; mostly the file itself."""
     if number % 500:
         return data
     image, out = Image.open(io.BytesIO(data)).convert("RGB"), io.BytesIO()
@@ -123,7 +123,7 @@ def odd(number: int, data: bytes) -> bytes:
 
 
 def undisturbed(command: list[str]) -> tuple[float, int]:
-    """Seconds and the largest sum of resident bytes of the command and its children."""
+    """Seconds, and peak total resident bytes of the command and its children."""
     started, peak = time.perf_counter(), 0
     process = subprocess.Popen(command)
     ended = threading.Event()
@@ -144,7 +144,7 @@ def undisturbed(command: list[str]) -> tuple[float, int]:
 
 
 def family(number: int) -> list[int]:
-    """A process and all that it started."""
+    """A process and all its descendants."""
     try:
         children = pathlib.Path(f"/proc/{number}/task/{number}/children").read_text().split()
     except OSError:
@@ -161,7 +161,7 @@ def resident(number: int) -> int:
 
 
 def disturbed(command: list[str], options: argparse.Namespace, seconds: float) -> int:
-    """Kill the command so many times, then let it end; how often it was killed."""
+    """Kill the command that many times, then let it end; how often it was killed."""
     rng, kills = random.Random(options.seed), 0
     while True:
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -169,7 +169,7 @@ def disturbed(command: list[str], options: argparse.Namespace, seconds: float) -
             assert process.wait() == 0
             return kills
         try:
-            # Of late moments few, or it would be done before it was killed often enough.
+            # Few late moments, or it would finish before it was killed often enough.
             process.wait(rng.uniform(0.3, 2 + 2 * seconds / options.kills))
             return kills
         except subprocess.TimeoutExpired:

@@ -3,10 +3,10 @@
   python benchmarks/real_run.py --recipe=caltech101 --source=folder:PATH --workdir=RUN
       [--figures=FOLDER] [--json FILE] [--config.SECTION.FIELD=VALUE ...]
 
-Trains (or goes on: a run that was ended by a time limit loses nothing), evaluates ten crops, draws
-RUN/figures, and copies them to FOLDER. SIGTERM is for what runs just then: the training saves, and
-the levels so far are told; the status is 143. `torch_train.py --workdir=RUN` then trains PyTorch
-likewise.
+Trains (or continues: a run ended by a time limit loses nothing), evaluates ten crops, draws
+RUN/figures, and copies them to FOLDER. SIGTERM reaches whatever is running: training saves, and the
+results so far are reported; the status is 143. `torch_train.py --workdir=RUN` then trains PyTorch
+the same way.
 """
 
 import argparse
@@ -31,7 +31,7 @@ SHARED = {
     "mesh.cpu_devices": 1,
     "data.on_device": True,
 }
-# What is changed of configs/NAME.py; both have a cosine, so that the end is known beforehand.
+# Changes to configs/NAME.py; both use a cosine schedule, so that the end is known beforehand.
 RECIPES = {
     "caltech101": {"train.num_epochs": 200, "eval.every_epochs": 5},
     "cifar10": {"train.num_epochs": 40, "eval.every_epochs": 2},
@@ -50,7 +50,7 @@ def main() -> int:
     command = [sys.executable, "-m", "alexnet_jax.main"]
     command += [f"--config={ROOT}/configs/{options.recipe}.py", f"--workdir={options.workdir}"]
     command += [*(f"--config.{name}={value}" for name, value in settings.items()), *more]
-    signal.signal(signal.SIGTERM, lambda *_: None)  # the command that runs gets it too, and ends
+    signal.signal(signal.SIGTERM, lambda *_: None)  # the running command gets it too, and ends
     started = time.perf_counter()
     done = subprocess.run(command, stdout=sys.stderr)
     found = {"seconds": time.perf_counter() - started, **levels(options.workdir)}
@@ -75,12 +75,12 @@ def main() -> int:
 
 
 def status(done: subprocess.CompletedProcess) -> int:
-    """As a shell has it: of one that a signal ended, 128 and its number."""
+    """As a shell reports it: 128 plus the signal's number for a process ended by one."""
     return done.returncode if done.returncode >= 0 else 128 - done.returncode
 
 
 def levels(workdir: pathlib.Path) -> dict:
-    """What the run's log says so far: the last records, the lowest error, the median pace."""
+    """The run's log so far: last records, lowest error, median pace."""
     training, validation = report.training_records(workdir), report.evaluation_records(workdir)
     found = {}
     if training:

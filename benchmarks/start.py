@@ -1,9 +1,9 @@
-"""From the command to the end of the first step of the full net: the first start and the next.
+"""Time from the command to the end of the full net's first step: first start and second.
 
 python benchmarks/start.py [--repeats=3] [--config.SECTION.FIELD=VALUE ...]
 
-Each repeat begins with an empty folder of compiled programs; images are drawn and looked through
-beforehand. Prints a table of medians, seconds since the command was typed.
+Each repeat begins with an empty folder of compiled programs; images are drawn and surveyed
+beforehand. Prints a table of medians, in seconds since the command was typed.
 """
 
 import argparse
@@ -23,7 +23,7 @@ MARKS = {"ready": "preset ", "step compiled": "compiled the", "first step": "ste
 
 
 def start(cache: str, flags: list[str]) -> dict[str, float]:
-    """Seconds to each mark; the run is ended at the last."""
+    """Seconds to each mark; the run is ended at the last one."""
     with tempfile.TemporaryDirectory() as workdir:
         command = [sys.executable, "-m", "alexnet_jax.main", f"--config={ROOT}/configs/alexnet.py"]
         command += [f"--workdir={workdir}", f"--config.data.cache_dir={cache}"]

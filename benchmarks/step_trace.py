@@ -1,11 +1,11 @@
-"""What the device does in ten training steps: a trace of JAX's profiler, and where the time goes.
+"""A trace of ten training steps by JAX's profiler, and where the device's time goes.
 
   python benchmarks/step_trace.py --output=FOLDER [--batch 128] [--dtype bfloat16] [--top 25]
       [--json FILE]
 
-FOLDER gets `trace.json.gz`, for https://ui.perfetto.dev, and `steps.xplane.pb`, for XProf. Printed
-are the kernels that take most, mean over the steps. On a CPU, whose operations overlap and contain
-each other, it only shows that this works.
+FOLDER gets `trace.json.gz`, for https://ui.perfetto.dev, and `steps.xplane.pb`, for XProf. Prints
+the kernels that take the most time, averaged over the steps. On a CPU, whose operations overlap and
+nest, it only shows that this works.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def totals(trace: pathlib.Path) -> dict[str, tuple[float, float]]:
-    """Kernel -> seconds and calls a step, the longest first."""
+    """Kernel -> seconds and calls per step, longest first."""
     planes = list(jax.profiler.ProfileData.from_file(str(trace)).planes)
     devices = [plane for plane in planes if plane.name.startswith("/device:GPU")]
     spent, calls = collections.Counter(), collections.Counter()

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the clock, and how numbers are multiplied."""
+"""Shared by the benchmarks: timing, and the precision of products."""
 
 import statistics
 import time
@@ -6,19 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 DTYPES = ("float32", "tf32", "bfloat16")
-LEAST = 0.03  # seconds timed as one: what a device's queue hides is no share of it
+LEAST = 0.03  # seconds timed as one, enough that what a device's queue hides does not matter
 
 
 def array_type(dtype: str) -> str:
-    """Of what is multiplied so."""
+    """The array type of products in `dtype`."""
     return "bfloat16" if dtype == "bfloat16" else "float32"
 
 
 def set_precision(dtype: str) -> str:
-    """Have JAX multiply as `dtype` says; the arrays' type.
+    """Make JAX multiply in `dtype`; returns the arrays' type.
 
-    On a GPU float32 is multiplied as TF32, which is JAX's default there, or in full. A CPU has no
-    TF32.
+    A GPU multiplies float32 as TF32, JAX's default there, or in full precision. A CPU has no TF32.
     """
     import jax
 
@@ -30,9 +29,9 @@ def set_precision(dtype: str) -> str:
 class Work:
     """Something to time: a call that may return before its work is done, and what waits for it.
 
-    Where one is short, several calls are sent ahead and timed as one, as in training, which does
-    not wait for a step either. `alone` waits for each, as on a CPU, where one call would otherwise
-    run beside the next. `rest` gives back what the others may need.
+    If calls are short, several are sent ahead and timed as one, as in training, which does not wait
+    for each step either. `alone` waits for each call, as on a CPU, where one would otherwise run
+    beside the next. `rest` releases what the others may need.
     """
 
     def __init__(
@@ -45,7 +44,7 @@ class Work:
         self.call, self.wait, self.alone, self.rest, self.count = call, wait, alone, rest, 1
 
     def warm(self) -> None:
-        """Compile, and find out how many calls are timed as one."""
+        """Compile, and determine how many calls are timed as one."""
         times: list[float] = []
         while len(times) < 3 or (len(times) < 10 and sum(times[2:]) < 0.5):
             times.append(self.seconds())
@@ -53,7 +52,7 @@ class Work:
         self.rest()
 
     def seconds(self) -> float:
-        """That a call takes, mean over so many."""
+        """Mean seconds per call, over `count` calls."""
         started = time.perf_counter()
         for _ in range(self.count):
             found = self.call()
@@ -63,7 +62,7 @@ class Work:
         return (time.perf_counter() - started) / self.count
 
     def median(self, seconds: float) -> float:
-        """The median over at least three such means and so many seconds."""
+        """Median of at least three such means, taken for at least `seconds`."""
         times, started = [], time.perf_counter()
         while len(times) < 3 or time.perf_counter() - started < seconds:
             times.append(self.seconds())

@@ -1,7 +1,7 @@
-"""The paper's net and its update written for speed in PyTorch: what the benchmarks run against.
+"""The paper's net and its update in PyTorch, written for speed: what the benchmarks compare with.
 
 The same mathematics as preset `paper`: two towers, normalisation within each, dropout without
-rescaling, biases at twice the rate and without decay. Only for measuring; `against_pytorch.py`
+rescaling, biases at twice the rate and without decay. Only for timing; `against_pytorch.py`
 compares values.
 """
 
@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (so PyTorch calls it)
 from torch import Tensor, nn
 
-LEARNING_RATE = 0.0  # the same work, and the net stays as it is
+LEARNING_RATE = 0.0  # the same work, but the net does not change
 
 
 def configure(dtype: str = "tf32") -> str:
-    """PyTorch's fast settings, and the device it will use; on a GPU `float32` forbids TF32."""
+    """Set PyTorch's fast options; the device it will use. On a GPU `float32` forbids TF32."""
     exact = dtype == "float32" and torch.cuda.is_available()
     torch.set_float32_matmul_precision("highest" if exact else "high")
     torch.backends.cudnn.allow_tf32 = not exact
@@ -27,7 +27,7 @@ def configure(dtype: str = "tf32") -> str:
 
 
 def work(call: Any, device: str) -> timing.Work:
-    """A call to time."""
+    """A call to be timed."""
     if device == "cpu":
         return timing.Work(call, lambda _: None)
     return timing.Work(call, lambda _: torch.cuda.synchronize(), rest=torch.cuda.empty_cache)
@@ -91,22 +91,22 @@ class Paper(nn.Module):
 
 
 def band(maps: int) -> Tensor:
-    """(2 * maps, maps, 1, 1): ones where maps of a tower are at most 2 apart."""
+    """(2 * maps, maps, 1, 1): ones where maps of one tower are at most 2 apart."""
     near = (torch.arange(maps)[:, None] - torch.arange(maps)).abs() <= 2
     return near.float().repeat(2, 1)[:, :, None, None]
 
 
 def response_norm(x: Tensor, band: Tensor) -> Tensor:
-    """Within each tower, in the layout x has.
+    """Within each tower, in the layout of x.
 
-    `F.local_response_norm` needs the towers in a layout of their own, and was slower in every form.
+    `F.local_response_norm` needs a different layout of the towers, and was slower in every form.
     """
     total = 2 + 1e-4 * F.conv2d(x * x, band.to(x.dtype), groups=2)
     return x * (total.rsqrt() * total.sqrt().rsqrt()).to(x.dtype)
 
 
 def response_norm_by_shifts(x: Tensor) -> Tensor:
-    """The same by sums of shifted squares, in float32, which `torch.compile` can fuse."""
+    """The same as sums of shifted squares, in float32, which `torch.compile` can fuse."""
     maps = x.shape[1] // 2
     squares = F.pad(x.float().square().unflatten(1, (2, maps)), (0, 0, 0, 0, 2, 2))
     total = 2 + 1e-4 * sum(squares.narrow(2, shift, maps) for shift in range(5))
@@ -119,18 +119,18 @@ def memory_format(form: str) -> torch.memory_format:
 
 
 def compiled(call: Any, form: str) -> Any:
-    """A function or a net as the form says: as it is, or compiled."""
+    """A function or a net, compiled if the form says so."""
     if form == "graphs":
         return torch.compile(call, mode="reduce-overhead")
     return torch.compile(call) if "compile" in form else call
 
 
 def make_step(batch: int, form: str, dtype: str, training: bool) -> tuple[timing.Work, str]:
-    """A training step or an evaluation of one batch, over and over, and the device's name.
+    """A repeatable training step or evaluation of one batch, and the device's name.
 
     Args:
-      form: of `train_step.FORMS`.
-      dtype: of `timing.DTYPES`; parameters are always float32, and `bfloat16` is autocast.
+      form: one of `train_step.FORMS`.
+      dtype: one of `timing.DTYPES`; parameters are always float32, and `bfloat16` is autocast.
     """
     torch.manual_seed(0)
     device = configure(dtype)

@@ -1,12 +1,12 @@
-"""The recipe of a finished run of this package once more in PyTorch: does it reach the same level?
+"""Repeat a finished run's recipe in PyTorch: does it reach the same level?
 
   python benchmarks/torch_train.py --workdir=RUN [--form compile+channels_last] [--json FILE]
 
-Reads RUN's config.json and trains the net of `torch_nets.py` by the same rule, rates and number of
-steps, from the same initial weights, on the very same batches of this package's stream, and
-measures it on the same centre crops as often. Its dropout masks are its own, and so is all its
-arithmetic; bfloat16 is autocast. Writes RUN/pytorch.jsonl. A row and a record are there as soon as
-a validation is over, so that a time limit loses nothing.
+Reads RUN's config.json and trains the net of `torch_nets.py` with the same update rule, rates and
+number of steps, from the same initial weights, on the same batches of this package's stream, and
+evaluates it on the same centre crops as often. Dropout masks and all arithmetic are PyTorch's own;
+bfloat16 is autocast. Writes RUN/pytorch.jsonl. A row and a record are written after each
+validation, so that a time limit loses nothing.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--form", choices=train_step.FORMS, default="compile+channels_last")
     parser.add_argument("--json", type=pathlib.Path)
     options = parser.parse_args()
-    jax.config.update("jax_platforms", "cpu")  # it only draws the weights and tells the rates
+    jax.config.update("jax_platforms", "cpu")  # it only draws the weights and computes the rates
     config = configs.from_dict(json.loads((options.workdir / "config.json").read_text()))
     found = {"this package": report.evaluation_records(options.workdir), "PyTorch": []}
     print("| | epoch | loss | top-1 error | top-5 error | lowest top-1 |")
@@ -53,14 +53,14 @@ def main() -> None:
 
 
 def row(name: str, records: list[dict[str, float]]) -> str:
-    """The last of the records, and the lowest error of all."""
+    """The last record, and the lowest error of all."""
     last, least = records[-1], min(record["top1_error"] for record in records)
     errors = f"{last['top1_error']:.2%} | {last['top5_error']:.2%} | {least:.2%}"
     return f"| {name} | {last['epoch']:.1f} | {last['loss']:.4f} | {errors} |"
 
 
 def trained(config: Config, form: str, path: pathlib.Path) -> Iterator[dict[str, float]]:
-    """Train; what each validation finds."""
+    """Train; the results of each validation."""
     assert (config.model.preset, config.data.mean) == ("paper", "central")
     assert config.optim.schedule != "plateau", "its rates are no function of the step"
     source = sources.open_source(config.data, "train")
@@ -94,7 +94,7 @@ def trained(config: Config, form: str, path: pathlib.Path) -> Iterator[dict[str,
 
 
 class Run:
-    """The net, its velocities, and what is done with a batch of the stream."""
+    """The net, its velocities, and the operations on a batch of the stream."""
 
     def __init__(self, config: Config, classes: int, mean: np.ndarray, form: str):
         torch.manual_seed(config.seed)
@@ -170,7 +170,7 @@ class Run:
 
 
 def weight(name: str, kernel: np.ndarray, maps: int) -> torch.Tensor:
-    """A kernel in PyTorch's layout; fc6 reads `maps` maps there one after another."""
+    """A kernel in PyTorch's layout, in which fc6 reads `maps` maps one after another."""
     if name == "fc6":
         side = math.isqrt(len(kernel) // maps)
         kernel = kernel.reshape(side, side, maps, -1)

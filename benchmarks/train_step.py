@@ -1,19 +1,19 @@
-"""A training step, or an evaluation, of the full paper net: this package and PyTorch in one run.
+"""A training step or an evaluation of the full paper net: this package and PyTorch in one run.
 
   python benchmarks/train_step.py [--batch 32 128] [--dtype float32] [--what train evaluate]
       [--forms eager ...] [--xla=--xla_FLAG=VALUE ...] [--rounds 7] [--seconds 4] [--json FILE]
 
-Every contender is a process of its own, with one batch of uint8 images and colour shifts, taken
-again and again with the same normalisation, dropout and update at a rate of 0; in a round each runs
-in turn while the others wait. Evaluating, this package also cuts its crops and counts top-5 errors.
-Printed are medians of the rounds, their spread, and the median ratio to the fastest
-`torch.compile` of the same round. PyTorch is left out where it is not installed. Each --xla adds
-this package with one more of XLA's flags. A contender that fails is named, and the others go on.
+Every contender runs in its own process, on one batch of uint8 images and colour shifts, which is
+used repeatedly, with the same normalisation, dropout and update at a rate of 0; in a round each
+runs in turn while the others wait. In evaluation, this package also crops and counts top-5 errors.
+Prints medians of the rounds, their spread, and the median ratio to the fastest `torch.compile` of
+the same round. PyTorch is skipped if it is not installed. Each --xla adds this package with another
+of XLA's flags. A contender that fails is named, and the others continue.
 
-On a GPU both take the first one of CUDA_VISIBLE_DEVICES; dtype `float32` multiplies in full,
-`tf32` as TF32, and in `bfloat16` PyTorch uses autocast. In the form with `+shifts` PyTorch's
-normalisation is no convolution but shifted sums. The form `graphs` is channels_last compiled with
-mode="reduce-overhead".
+On a GPU both use the first of CUDA_VISIBLE_DEVICES; dtype `float32` multiplies in full precision,
+`tf32` as TF32, and in `bfloat16` PyTorch uses autocast. In forms with `+shifts`, PyTorch's
+normalisation is computed by shifted sums, not a convolution. The form `graphs` is channels_last
+compiled with mode="reduce-overhead".
 """
 
 import argparse
@@ -79,18 +79,18 @@ def main() -> None:
 
 
 def contenders(forms: Sequence[str]) -> list[str]:
-    """This package, and PyTorch's `forms` where it is installed."""
+    """This package, and PyTorch's `forms` if it is installed."""
     return [OURS, *(forms if importlib.util.find_spec("torch") else [])]
 
 
 def fastest(rates: dict[str, list[float]], count: int) -> list[str]:
-    """PyTorch's forms of the highest medians."""
+    """PyTorch's forms with the highest medians."""
     medians = {name: statistics.median(rates[name]) for name in rates if name in FORMS}
     return sorted(medians, key=medians.__getitem__, reverse=True)[:count]
 
 
 class Contender:
-    """A process that answers each line it is sent with one of its own."""
+    """A process that answers each line it receives with one line."""
 
     def __init__(self, name: str, what: str, batch: int, dtype: str, seconds: float):
         arguments = [f"--worker={name}", f"--what={what}", f"--batch={batch}"]
@@ -99,7 +99,7 @@ class Contender:
         more = name.removeprefix(OURS).removeprefix(", ") if name.startswith(OURS) else ""
         if more:
             environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {more}".strip()
-            environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # what it chose without the flag
+            environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # holds choices without the flag
         self.process = subprocess.Popen(
             [sys.executable, __file__, *arguments],
             stdin=subprocess.PIPE,
@@ -109,7 +109,7 @@ class Contender:
         )
 
     def ask(self) -> str:
-        """Its answer.
+        """The process's answer.
 
         Raises:
           RuntimeError: it has ended.
@@ -122,7 +122,7 @@ class Contender:
         return line
 
     def end(self) -> None:
-        """It has nothing to do any more, and ends."""
+        """Close its input, so that it ends."""
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         try:
@@ -138,8 +138,8 @@ def measured(
     """`rates`, images a second of each contender, one entry a round; `devices`; `failed`, why;
     `warm_after`, the seconds until it was compiled and warm, or had failed.
 
-    None begins that would not be warm within the limit if it took as long as the slowest so far,
-    or `longest`, the slowest of earlier calls.
+    A contender is not started if it would not be warm within the limit when taking as long as the
+    slowest so far, or as `longest`, the slowest of earlier calls.
     """
     devices, failed, warm_after = {}, {}, {}
     there = {name: Contender(name, what, batch, options.dtype, options.seconds) for name in names}
@@ -154,7 +154,7 @@ def measured(
         failed[name] = reason
         there.pop(name).end()
 
-    for name in names:  # compiled and warm before the next one begins
+    for name in names:  # compiled and warm before the next begins
         started = time.perf_counter()
         if started + max([longest, *warm_after.values()]) > options.limit:
             leave(name, "left out: no time")
@@ -162,7 +162,7 @@ def measured(
         devices[name] = ask(name)
         warm_after[name] = time.perf_counter() - started
     rates = {name: [] for name in there}
-    for turn in range(options.rounds):  # the first one however late it is
+    for turn in range(options.rounds):  # the first, however late it is
         for name in list(there):
             if turn and time.perf_counter() > options.limit:
                 break
@@ -180,9 +180,9 @@ def measured(
 
 
 def work(name: str, what: str, batch: int, dtype: str, seconds: float) -> None:
-    """A contender: the device it is ready on, then at each line the seconds a step takes."""
+    """A contender: prints its device when ready, then for each line the seconds per step."""
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever else is printed is not an answer
+    os.dup2(2, 1)  # keep other output out of the answers
     ours = name.startswith(OURS)
     importlib.import_module("alexnet_jax.setup" if ours else "torch_nets")  # while others do
     if not sys.stdin.readline():
@@ -195,7 +195,7 @@ def work(name: str, what: str, batch: int, dtype: str, seconds: float) -> None:
 
 
 def make(name: str, batch: int, dtype: str, what: str) -> tuple[timing.Work, str]:
-    """A step over and over, and the device it is made on."""
+    """A repeatable step, and the device it runs on."""
     if name.startswith(OURS):
         return ours(batch, dtype, what)
     import torch_nets
@@ -248,7 +248,7 @@ def ours(batch: int, dtype: str, what: str) -> tuple[timing.Work, str]:
 
 
 def table(found: dict) -> str:
-    """What `measured` found, for people."""
+    """The results of `measured` as a readable table."""
     rates = found["rates"]
     compiled = [name for name in rates if name in FORMS[2:]]
     others = compiled or [name for name in rates if name == OURS]

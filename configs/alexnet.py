@@ -2,9 +2,9 @@
 
     python -m alexnet_jax.main --config=configs/alexnet.py --workdir=runs/alexnet
 
-Needs two devices or a multiple; on one, add --config.mesh.model=1. Not measured: ImageNet has to be
-fetched by hand, and takes a GPU. The paper: 40.7 % top-1 and 18.2 % top-5 validation error with ten
-crops (--mode=eval --config.eval.num_crops=10), after 90 epochs.
+Needs an even number of devices; on one, add --config.mesh.model=1. Not measured: ImageNet has to be
+downloaded by hand, and training needs a GPU. The paper reports 40.7 % top-1 and 18.2 % top-5
+validation error with ten crops (--mode=eval --config.eval.num_crops=10), after 90 epochs.
 """
 
 from alexnet_jax.config import blank

@@ -4,8 +4,7 @@
         --config.data.source=folder:PATH
 
 Reached 23.5 % top-1 validation error on 12 of the classes (812 training images) after 90 epochs, in
-less than three minutes on two CPU cores. On all 102 classes, which is what TFDS holds, it was
-not measured.
+less than three minutes on two CPU cores. Not measured on all 102 classes, which TFDS provides.
 """
 
 from alexnet_jax.config import blank

@@ -1,4 +1,4 @@
-"""CIFAR-10, its 32 pixels enlarged to 73 and cut to 64.
+"""CIFAR-10, enlarged from 32 to 73 pixels and cropped to 64.
 
     python -m alexnet_jax.main --config=configs/cifar10.py --workdir=runs/cifar10
 

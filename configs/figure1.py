@@ -1,11 +1,11 @@
-"""The paper's figure 1: a four-layer net on CIFAR-10 as it is, not regularised.
+"""The paper's figure 1: a four-layer net on unmodified CIFAR-10, without regularisation.
 
     python -m alexnet_jax.study --study=figure1 --config=configs/figure1.py --workdir=DIR
 
 trains it with ReLU and with tanh, each at the best of five learning rates after six epochs. ReLU
 reached 25 % training error after 6.81 epochs (rate .003), tanh after 44.97 (rate .01), 6.6
-times as many; an epoch takes 38 seconds on one CPU core. ReLU needs no more than `--variants=relu
---config.train.num_epochs=10`. One net alone, at the preset's rate of .001:
+times as many; an epoch takes 38 seconds on one CPU core. For ReLU alone, `--variants=relu
+--config.train.num_epochs=10` is enough. A single net, at the preset's rate of .001:
 
     python -m alexnet_jax.main --config=configs/figure1.py --workdir=runs/figure1
 """

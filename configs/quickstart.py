@@ -1,4 +1,4 @@
-"""A narrow two-tower net on the built-in shapes, as two virtual CPU devices.
+"""A narrow two-tower net on the built-in shapes, on two virtual CPU devices.
 
     python -m alexnet_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 

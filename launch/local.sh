@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# One job of N processes on this machine, which talk over loopback.
+# One job of N processes on this machine, which communicate over loopback.
 #
 #   launch/local.sh N --config=configs/NAME.py --workdir=DIR [more flags]
 #
 # Each process takes one GPU, or on a machine without GPUs one CPU device (JAX_NUM_CPU_DEVICES sets
-# another number). Rank 0 prints as if it were alone; what the others say on stderr has their rank
-# before it. Ctrl-C and SIGTERM reach each process once: all save at the same step, and the same
-# command goes on from there; a second one ends them at once. The exit status is the program's.
+# another number). Rank 0 prints as if it were alone; the others' stderr is prefixed with their rank.
+# Ctrl-C and SIGTERM reach each process once: all save at the same step, and the same command
+# continues from there; a second signal ends them at once. The exit status is the program's.
 # PYTHON names another interpreter than `python`.
 set -uo pipefail
 
@@ -29,7 +29,7 @@ export JAX_NUM_CPU_DEVICES=${JAX_NUM_CPU_DEVICES:-1}
 python=${PYTHON:-python}
 free_port='import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])'
 address=127.0.0.1:$("$python" -c "$free_port") || mistake "PYTHON=$python does not run"
-export JAX_COORDINATOR_BIND_ADDRESS=$address # else rank 0 listens on every network
+export JAX_COORDINATOR_BIND_ADDRESS=$address # otherwise rank 0 listens on all networks
 
 start() { # start RANK FLAGS...: does not return
   if ((${#gpus[@]})); then export CUDA_VISIBLE_DEVICES=${gpus[$1]}; fi
@@ -37,7 +37,7 @@ start() { # start RANK FLAGS...: does not return
     --coordinator="$address" --num_processes="$size" --process_id="$1" "${@:2}" </dev/null
 }
 
-prefix() { # prefix RANK: stdin to stderr, to its end whatever the signals
+prefix() { # prefix RANK: stdin to stderr, until it ends, whatever the signals
   trap '' INT TERM HUP
   exec sed -u "s/^/[$1] /" >&2
 }
@@ -55,11 +55,11 @@ for ((rank = 1; rank < size; rank++)); do
   ranks+=($!)
   exec {log}>&-
 done
-set +m # with it, `wait` would not sleep while a rank is halted
+set +m # with it, `wait` would not sleep while a rank is stopped
 trap 'kill -INT "${ranks[@]}" 2>/dev/null' INT
 trap 'kill -TERM "${ranks[@]}" 2>/dev/null' TERM HUP
 
-# A rank that is halted cannot end by itself, as the others do.
+# Unlike the others, a stopped rank cannot end by itself.
 alive() { for rank in "${ranks[@]}"; do kill -0 "$rank" 2>&- && echo; done | wc -l; }
 since=$SECONDS
 while left=$(alive || true) && ((left)); do

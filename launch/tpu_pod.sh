@@ -4,11 +4,11 @@
 #   launch/tpu_pod.sh create    # the pod; it costs money until `delete`
 #   launch/tpu_pod.sh install   # the last commit, JAX for TPUs and the shared disk, on every host
 #   launch/tpu_pod.sh run --config=configs/NAME.py --workdir=/shared/NAME [more flags]
-#   launch/tpu_pod.sh stop      # all hosts save at the same step and end; the same `run` goes on
+#   launch/tpu_pod.sh stop      # all hosts save at the same step and end; the same `run` continues
 #   launch/tpu_pod.sh delete
 #
-# `run` prints what the hosts say, and wants a terminal that stays. After a host was lost: `delete`,
-# `create`, `install`, and the same `run`. Its calls of gcloud are tested; it has not run on a pod.
+# `run` prints the hosts' output and needs its terminal to stay open. After losing a host: `delete`,
+# `create`, `install`, and the same `run`. Its gcloud calls are tested; it has not run on a pod.
 set -euo pipefail
 
 # To fill in. The share is a Filestore in the zone's network, for data and workdirs.
