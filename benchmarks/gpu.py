@@ -14,6 +14,7 @@ are written to --work, OUT/work by default. --tiny only shows that everything wo
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -182,6 +183,8 @@ def training(out: pathlib.Path, work: pathlib.Path, options: Any) -> dict[str, P
         ours = ["real_run.py", f"--recipe={name}", f"--source={source}", f"--workdir={run}"]
         ours += [f"--figures={out}/parts/{name}", *small]
         again = ["torch_train.py", f"--workdir={run}", *form]
+        if importlib.util.find_spec("matplotlib"):
+            again.append(f"--figure={out}/parts/{name}/curves.png")
         told = f"the full net on {name}"
         parts[name] = Part(told, seconds, ours if source else [], usual=False)
         # This measures the level, not time; the runs it repeats are timed, and so come first.

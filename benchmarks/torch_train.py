@@ -1,6 +1,7 @@
 """Repeat a finished run's recipe in PyTorch: does it reach the same level?
 
   python benchmarks/torch_train.py --workdir=RUN [--form compile+channels_last] [--json FILE]
+      [--figure FILE.png]
 
 Reads RUN's config.json and trains the net of `torch_nets.py` with the same update rule, rates and
 number of steps, from the same initial weights, on the same batches of this package's stream, and
@@ -24,7 +25,7 @@ import torch_nets
 import train_step
 
 from alexnet_jax import config as configs
-from alexnet_jax import files, report
+from alexnet_jax import figures, files, report
 from alexnet_jax.config import Config
 from alexnet_jax.data import sources, stream, survey
 from alexnet_jax.models.nets import layers
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
     parser.add_argument("--form", choices=train_step.FORMS, default="compile+channels_last")
     parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--figure", type=pathlib.Path, help="both validation curves")
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # it only draws the weights and computes the rates
     config = configs.from_dict(json.loads((options.workdir / "config.json").read_text()))
@@ -50,6 +52,11 @@ def main() -> None:
         print(row("PyTorch", found["PyTorch"]), flush=True)
         if options.json:
             files.write_text(options.json, json.dumps(found, indent=1))  # or it keeps the last
+    if options.figure:
+        figures.save(figures.curves(
+            {}, {name: [(record["epoch"], record["top1_error"]) for record in records]
+                 for name, records in found.items()}, ylabel="top-1 error",
+        ), options.figure)  # fmt: skip
 
 
 def row(name: str, records: list[dict[str, float]]) -> str:
