@@ -465,7 +465,7 @@ def changes(old: Config, new: Config) -> tuple[dict[str, tuple], dict[str, tuple
 
 
 def stored_size(data: Data, model: Model) -> int:
-    """Pixels a side of the stored square: 256 for inputs of 224 and 227, else proportional."""
+    """Pixels a side of the stored square: as set, or 256 for 224 and 227, else proportional."""
     if data.stored_size:
         return data.stored_size
     return 256 if model.input_size == 227 else round(256 * model.input_size / 224)

@@ -29,7 +29,8 @@ def make_mesh(mesh: configs.Mesh, model: configs.Model) -> jax.sharding.Mesh:
     """A mesh with axes `data` x `model`; the two devices of one `data` place are neighbours.
 
     Raises:
-      UserError: the net does not split, or there are fewer devices than the mesh takes.
+      UserError: the net does not split; or the mesh takes more devices than there are, leaves a
+        process without any, or splits the batch unevenly over processes.
     """
     if mesh.model == 2 and not model.splits:
         reason = "has one tower" if model.towers != 2 else "normalises across the towers"

@@ -243,7 +243,7 @@ def check_parameters(config: Config) -> None:
 
 
 def with_classes(config: Config, labels: tuple[str, ...]) -> Config:
-    """The config with the data's number of classes."""
+    """The config with the data's number of classes; raises UserError if it names another."""
     named = config.model.num_classes
     if named not in (0, len(labels)):
         raise UserError(

@@ -4,8 +4,8 @@
       [--seeds=1,2,3] [--variants=A,B] [--config.SECTION.FIELD=VALUE ...]
 
 Trains every variant with every seed, one run after another, in DIR/VARIANT/SEED; if stopped, the
-same command resumes. DIR/table.md, table.csv, runs.csv and errors.png cover all finished runs in
-DIR, including those of other commands: a study may be spread over several.
+same command resumes. DIR/table.md, table.csv, runs.csv, errors.png and errors.svg cover all
+finished runs in DIR, including those of other commands: a study may be spread over several.
 Exit status: as for `python -m alexnet_jax.main`.
 """
 

@@ -32,7 +32,11 @@ class Done(NamedTuple):
 
 
 def read_runs(directory: pathlib.Path, study: Study) -> list[Done]:
-    """The finished runs of a study, by variant and seed."""
+    """The finished runs of a study, by variant and seed.
+
+    Raises:
+      UserError: they are of data sets of different sizes.
+    """
     found = []
     for name in study.variants:
         for path in (directory / name).glob(f"*/{RESULT}"):

@@ -20,7 +20,7 @@ from alexnet_jax import ops
 from alexnet_jax.config import Model
 from alexnet_jax.models.layers import Affine, Dropout, Layer, connected, scaled
 
-SPATIAL_LRN = {"size": 5, "k": 1.0, "alpha": 4e-5, "beta": 0.75}  # layers-145.cfg, rnorm2's second
+SPATIAL_LRN = {"size": 5, "k": 1.0, "alpha": 4e-5, "beta": 0.75}  # layers-145.cfg, after rnorm2
 POOLED: tuple[str, ...] = ("conv1", "conv2", "conv5")
 RELU_LRN_POOL = ("activation", "lrn", "pool")  # the paper's order
 

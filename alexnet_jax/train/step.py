@@ -35,7 +35,8 @@ DeviceBatch = dict[str, Array]
 class SumsOfSquares(NamedTuple):
     """Of one layer, float32: () of one shard, or (shards,), which add up to the layer's.
 
-    Where the loss or a gradient is not finite, nothing is updated: update and weight are 0.
+    Update and weight are 0 where nothing is updated: the layer is frozen, or the loss or a gradient
+    is not finite.
     """
 
     gradient: Array  # of the mean loss, kernel and bias
