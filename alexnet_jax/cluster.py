@@ -176,9 +176,9 @@ class Job:
                 jax.distributed.shutdown()
 
     def progress(self, place: str) -> None:
-        """Report progress; call at every turn of the work, once everything is compiled.
+        """Report progress; call at every turn of the work, once the training step is compiled.
 
-        No rank counts as stuck before every rank has called this: compilation may take any time.
+        No rank counts as stuck before every rank has called this: compiling it may take any time.
         """
         with self.changed:
             self.turn, self.place = self.turn + 1, place

@@ -117,9 +117,9 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
     """
     names = configs.field_names()
     for argument in itertools.takewhile("--".__ne__, argv):
-        name = argument.partition("=")[0].removeprefix("--config.")
-        if argument.startswith("--config.") and name not in names:
-            raise UserError(configs.no_field(name))
+        field = re.match(r"--?config\.([^=]+)", argument)
+        if field and field[1] not in names:
+            raise UserError(configs.no_field(field[1]))
     try:
         rest = values(argv)
         whole = values.config is not None and "model" in values.config  # loads it, if not yet done

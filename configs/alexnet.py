@@ -2,8 +2,8 @@
 
     python -m alexnet_jax.main --config=configs/alexnet.py --workdir=runs/alexnet
 
-Needs an even number of devices; on one, add --config.mesh.model=1. Not measured: ImageNet has to be
-downloaded by hand, and training needs a GPU. The paper reports 40.7 % top-1 and 18.2 % top-5
+Needs two devices, or pairs of them; on one, add --config.mesh.model=1. Not measured: ImageNet has
+to be downloaded by hand, and training needs a GPU. The paper reports 40.7 % top-1 and 18.2 % top-5
 validation error with ten crops (--mode=eval --config.eval.num_crops=10), after 90 epochs.
 """
 

@@ -88,7 +88,7 @@ def test_the_quickstart_starts_its_two_devices_itself(images, tmp_path):
 
 def test_a_first_step_that_hangs_ends_the_run(run, tmp_path, monkeypatch):
     def hangs(*given):
-        ended.wait(10)
+        ended.wait(60)
         raise FailedError("the step is released")
 
     def end(job, status, message):
@@ -406,6 +406,7 @@ def test_other_classes_are_refused(trained, run, images, tmp_path, capsys):
         (["--config.model.widht=1"], ["'model.widht'", "nearest is model.width"]),
         (["--config.modle.width=1"], ["'modle.width'", "nearest is model.width"]),
         (["--config.sed=1"], ["'sed'", "nearest is seed"]),
+        (["-config.model.prest=half"], ["'model.prest'", "nearest is model.preset"]),
         (["--config.optim.lr=1"], ["'optim.lr'", "nearest is optim.learning_rate"]),
         (["--config.train.bs", "3"], ["'train.bs'", "nearest is train.batch_size"]),
         (["--config.model.num_epochs=3"], ["nearest is train.num_epochs"]),

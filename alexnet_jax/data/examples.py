@@ -13,6 +13,10 @@ class NoSplitError(UserError):
     """A data set does not have the split asked for; nothing is wrong with it otherwise."""
 
 
+class NoLabelsError(NoSplitError):
+    """A data set has the split, but without labels."""
+
+
 class Example(NamedTuple):
     """One image as it is stored."""
 

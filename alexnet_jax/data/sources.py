@@ -12,7 +12,14 @@ import numpy as np
 
 from alexnet_jax.config import Data
 from alexnet_jax.data import images, records, shapes
-from alexnet_jax.data.examples import Example, NoSplitError, Source, check_labels, taken
+from alexnet_jax.data.examples import (
+    Example,
+    NoLabelsError,
+    NoSplitError,
+    Source,
+    check_labels,
+    taken,
+)
 from alexnet_jax.errors import UserError, printable
 
 log = logging.getLogger(__name__)
@@ -115,10 +122,12 @@ def open_source(data: Data, split: str) -> Source:
     try:
         return find_source(data, split)
     except NoSplitError as missing:
-        if split != "validation":
+        if split != "validation" or isinstance(missing, NoLabelsError):
             raise
         try:
             source = find_source(data, "test")
+        except NoLabelsError:
+            raise
         except NoSplitError:
             raise NoSplitError(f"{missing}; a test split would stand in") from None
     log.info("%s has no validation split: its test split stands in", data.source)
@@ -293,7 +302,7 @@ def _tfds(name: str, split: str, data: Data) -> Source:
     every = np.arange(len(examples))
     source = Tfds(f"tfds:{builder.info.full_name} {part}", labels, key, examples, every)
     if len(source) and source.read(0).label < 0:
-        raise NoSplitError(f"tfds:{name}: split {part!r} comes without labels; use another")
+        raise NoLabelsError(f"tfds:{name}: split {part!r} comes without labels; use another")
     return stratified(source, split, data) if alone else source
 
 

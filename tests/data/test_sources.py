@@ -469,6 +469,16 @@ def test_a_tfds_split_without_labels_is_refused(prepared):
         tfds_source(prepared, "insects_hidden", "test")
 
 
+@pytest.mark.parametrize("hidden", ["validation", "test"])
+def test_no_split_stands_in_for_or_is_one_without_labels(jpegs, write_tfds, tmp_path, hidden):
+    """Two of three splits: train, and one without labels, beside a labelled test or none."""
+    splits = {"train": jpegs["train"], hidden: [(data, -1) for data, _ in jpegs["test"]]}
+    splits |= {"test": jpegs["test"]} if hidden == "validation" else {}
+    write_tfds(tmp_path, "insects", CLASSES, splits)
+    with pytest.raises(UserError, match=f"split '{hidden}' comes without labels"):
+        tfds_source(tmp_path, "insects", "validation")
+
+
 def test_a_tfds_data_set_of_something_else_is_refused(tmp_path, jpegs, write_tfds):
     write_tfds(tmp_path, "insects", CLASSES, {"train": jpegs["train"]})
     import tensorflow_datasets as tfds
