@@ -23,7 +23,7 @@ from alexnet_jax.errors import UserError
 
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
 SHARES_ENTRY = {"conv6": "conv5", "fc4": "fc8"}  # layers using another's entry in per-layer tuples
-CIFAR_HEEDS = frozenset({
+CIFAR_FIELDS = frozenset({
     "preset", "net", "width", "input_size", "num_classes", "dtype", "towers", "activation", "init",
     "weight_std", "bias",
 })  # fmt: skip
@@ -82,7 +82,7 @@ class Model:
     """The net. Per-layer tuples follow `LAYERS`; conv6 (preset `conv6`) takes conv5's entries."""
 
     preset: str = "paper"  # a name in PRESETS
-    # The paper's net, or figure 1's four layers, which use only the fields in CIFAR_HEEDS, and of
+    # The paper's net, or figure 1's four layers, which use only the fields in CIFAR_FIELDS, and of
     # `weight_std` and `bias` only the entries of conv1..conv3 and fc8.
     net: str = _setting("alexnet", _one_of("alexnet", "cifar"))
     # Multiplies the channels of every layer but fc8; stds of conv2..fc8 scale by 1/sqrt(width).
@@ -369,7 +369,11 @@ def resolve(user: Any) -> Config:
     config = from_dict(values, PRESETS[preset])
     for field in dataclasses.fields(Model):
         value = getattr(config.model, field.name)
-        if config.model.net == "cifar" and field.name not in CIFAR_HEEDS and value != field.default:
+        if (
+            config.model.net == "cifar"
+            and field.name not in CIFAR_FIELDS
+            and value != field.default
+        ):
             raise UserError(
                 f"model.{field.name}={value!r}: the net of figure 1 has nothing of that; leave it "
                 f"at {field.default!r}, or set another --config.model.preset"

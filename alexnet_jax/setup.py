@@ -19,13 +19,13 @@ from alexnet_jax.data.examples import Source
 from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.errors import UserError
 from alexnet_jax.mesh import training_mesh
+from alexnet_jax.models.layers import Params
 from alexnet_jax.models.nets import layers
 from alexnet_jax.ops import native
 from alexnet_jax.train import optim
 from alexnet_jax.train.calendar import Calendar, make_calendar
 from alexnet_jax.train.state import (
     Apply,
-    Params,
     TrainState,
     initial_state,
     make_apply,

@@ -13,7 +13,7 @@ class NoSplitError(UserError):
     """A data set does not have the split asked for; nothing is wrong with it otherwise."""
 
 
-class NoLabelsError(NoSplitError):
+class NoLabelsError(UserError):
     """A data set has the split, but without labels."""
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from alexnet_jax.config import Data, from_dict
 from alexnet_jax.data import imagenet, records, sources
-from alexnet_jax.data.examples import NoSplitError, Source
+from alexnet_jax.data.examples import NoLabelsError, NoSplitError, Source
 from alexnet_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class SourceInput:
         for split in ("train", "validation", "test"):
             try:
                 self.sources[split] = sources.find_source(data, split)
-            except NoSplitError:
+            except (NoSplitError, NoLabelsError):
                 if split == "train":
                     raise
                 log.info("no %s split", split)

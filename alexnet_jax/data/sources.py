@@ -122,12 +122,10 @@ def open_source(data: Data, split: str) -> Source:
     try:
         return find_source(data, split)
     except NoSplitError as missing:
-        if split != "validation" or isinstance(missing, NoLabelsError):
+        if split != "validation":
             raise
         try:
             source = find_source(data, "test")
-        except NoLabelsError:
-            raise
         except NoSplitError:
             raise NoSplitError(f"{missing}; a test split would stand in") from None
     log.info("%s has no validation split: its test split stands in", data.source)
@@ -139,6 +137,7 @@ def find_source(data: Data, split: str) -> Source:
 
     Raises:
       NoSplitError: the data set has no such split.
+      NoLabelsError: the split has no labels.
       UserError: there is no such data set or class.
     """
     if data.source == "shapes":
