@@ -30,7 +30,7 @@ struct Right {
 template <int R, int V>
 void Product(Left left, Right right, int64_t runs, int64_t count, float* c, int64_t c_row,
              bool add) {
-  Vec sum[R][V]{};
+  Vec sum[R][V]{};  // in registers only if all loops over it are unrolled (clang 22)
   const float* b = right.data;
   for (int64_t run = 0; run < runs; ++run) {
     const float* a = left.data + run * left.run;
@@ -47,7 +47,9 @@ void Product(Left left, Right right, int64_t runs, int64_t count, float* c, int6
       }
     }
   }
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
       float* to = c + r * c_row + v * kLanes;
       Store(to, add ? Load(to) + sum[r][v] : sum[r][v]);
