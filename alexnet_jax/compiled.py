@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import ctypes
 import hashlib
+import importlib.util
 import logging
 import os
 import pathlib
@@ -16,6 +17,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -56,19 +58,34 @@ def load(
 def _load(
     source: pathlib.Path, symbols: Sequence[str], flags: Sequence[str], instead: str
 ) -> tuple[ctypes.CDLL | None, str]:
-    told = os.environ.get("CXX") or "c++"
+    command = os.environ.get("CXX") or "c++"
     try:
-        compiler = shlex.split(told)
-        found = shutil.which(compiler[0]) if compiler else None
-        if found is None:
-            log.info("no C++ compiler %r (CXX names another): %s", told, instead)
+        compiler = _compiler(command)
+        if not compiler:
+            way_out = "CXX names another, 'pip install ziglang' brings one"
+            log.info("no C++ compiler %r (%s): %s", command, way_out, instead)
             return None, ""
-        return library([found, *compiler[1:]], source, symbols, flags)
+        return library(compiler, source, symbols, flags)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip()
         reason = said.splitlines()[0] if said else str(error)
-        log.info("%s failed (%s; CXX names another): %s", told, reason, instead)
+        log.info("%s failed (%s; CXX names another): %s", command, reason, instead)
         return None, ""
+
+
+def _compiler(command: str) -> list[str]:
+    """The words of a compiler's command, or of that of package ziglang; empty if there is none.
+
+    Raises:
+      ValueError: the command's quotes are not closed.
+    """
+    words = shlex.split(command)
+    found = shutil.which(words[0]) if words else None
+    if found:
+        return [found, *words[1:]]
+    if not os.environ.get("CXX") and importlib.util.find_spec("ziglang"):
+        return [sys.executable, "-P", "-m", "ziglang", "c++"]
+    return []
 
 
 def library(

@@ -132,6 +132,36 @@ def test_an_error_in_the_source_is_said_and_is_no_failure(source, folder, caplog
         compiled.library(COMPILER, source, ["number"], [])
 
 
+@needs_compiler
+@pytest.mark.parametrize("cxx", [None, "no-such-compiler"])
+def test_the_compiler_of_package_ziglang_serves_where_there_is_no_other(
+    cxx, source, folder, tmp_path, monkeypatch
+):
+    """Here a package of that name runs the machine's own. What CXX names is not replaced."""
+    asked, where = tmp_path / "asked", os.environ["PATH"]
+    (tmp_path / "packages/ziglang").mkdir(parents=True)
+    (tmp_path / "packages/ziglang/__init__.py").touch()
+    (tmp_path / "packages/ziglang/__main__.py").write_text(
+        f"import os, sys; open({str(asked)!r}, 'a').write(sys.argv[1] + ' ');"
+        f"os.environ['PATH'] = {where!r};"
+        f"os.execvp({COMPILER[0]!r}, [{COMPILER[0]!r}, *sys.argv[2:]])"
+    )
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    if cxx:
+        monkeypatch.setenv("CXX", cxx)
+    found, _ = compiled.load(source, ["number"], [], "fingers are used")
+    if cxx:
+        assert found is None
+        assert not asked.exists()
+    else:
+        assert found is not None
+        assert found.number() == 42
+        assert asked.read_text() == "c++ c++ "  # what it is, and the library
+
+
 @pytest.mark.parametrize("compiler", ["false", "no-such-compiler", "false -with arguments", "'"])
 def test_without_a_compiler_that_works_the_log_says_what_is_done(
     compiler, source, monkeypatch, caplog

@@ -16,7 +16,7 @@ LRN = {"size": 5, "k": 2.0, "alpha": 1e-2, "beta": 0.75}
 def on_a_gpu(monkeypatch):
     """As the operations choose there; the kernels themselves see that there is none."""
     monkeypatch.setattr(native, "available", lambda *arrays: False)
-    monkeypatch.setattr(gpu, "_is_gpu", lambda: True)
+    monkeypatch.setattr(gpu, "is_gpu", lambda: True)
 
 
 def calls(function, *arrays) -> int:

@@ -39,10 +39,10 @@ def available(
     """Whether the kernels can be used here for maps of shape (b, h, w, c) and this rule."""
     whole = shape[-1] % (groups * AT_ONCE) == 0 and math.prod(shape) < 2**31
     fits = size // 2 * 2 <= AT_ONCE and beta == 0.75
-    return _is_gpu() and whole and fits
+    return is_gpu() and whole and fits
 
 
-def _is_gpu() -> bool:
+def is_gpu() -> bool:
     return jax.default_backend() == "gpu"
 
 

@@ -27,7 +27,7 @@ from alexnet_jax.errors import UserError
 from alexnet_jax.mesh import make_mesh, parameter_spec
 from alexnet_jax.models.layers import Affine, Dropout, initial_parameters
 from alexnet_jax.models.nets import layers
-from alexnet_jax.ops import convolution, gpu, native
+from alexnet_jax.ops import gpu, native
 from alexnet_jax.train import optim
 from alexnet_jax.train.state import make_apply, put
 
@@ -376,14 +376,8 @@ def test_logits_loss_gradients_and_three_updates_are_the_oracles(
 
 def test_the_papers_net_as_a_gpu_computes_it_is_the_oracles(configured, difference, monkeypatch):
     """conv1 over squares, towers apart, stages by kernels, which are interpreted here."""
-
-    def one(x, kernel, stride, padding):
-        form = convolution.conv_by_squares if stride > 1 else convolution._conv
-        return form(x, kernel, stride, padding)
-
     monkeypatch.setattr(native, "available", lambda *arrays: False)
-    monkeypatch.setattr(convolution, "_conv_by_blocks", one)
-    monkeypatch.setattr(gpu, "_is_gpu", lambda: True)
+    monkeypatch.setattr(gpu, "is_gpu", lambda: True)
     config = configured("paper", {**SMALL, "model.width": 0.5})
     params, images, _ = case(config.model, oracle.PRESETS["paper"])
     apply = make_apply(config.model, CLASSES, 1)
