@@ -273,9 +273,14 @@ def test_shapes_that_do_not_fit_are_refused_and_empty_ones_give_zeros(kernels):
         given = [jnp.full(shape, jnp.nan) for shape in ((4, inner), (inner, 16))]
         y, _ = with_gradient(ops.dense, *given, dy=jnp.ones((4, 16)))
     np.testing.assert_array_equal(y, np.zeros((4, 16)))
+    given = jnp.ones((0, 40)), jnp.ones((40, 16))
+    _, (_, gradient) = with_gradient(ops.dense, *given, dy=jnp.ones((0, 16)))
+    np.testing.assert_array_equal(gradient, np.zeros((40, 16)))
 
 
-@pytest.mark.parametrize(("batch", "inputs", "outputs"), [(1, 1, 1), (3, 70, 130), (37, 130, 515)])
+@pytest.mark.parametrize(
+    ("batch", "inputs", "outputs"), [(1, 1, 1), (3, 70, 130), (37, 130, 515), (131, 33, 70)]
+)
 def test_a_dense_product_and_its_gradients_are_numpys(batch, inputs, outputs, kernels):
     x, kernel, dy = normal(1, batch, inputs), normal(2, inputs, outputs), normal(3, batch, outputs)
     given = (array.astype(np.float32) for array in (x, kernel))

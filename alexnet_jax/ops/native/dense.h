@@ -74,4 +74,34 @@ ffi::Error DenseInput(ffi::ThreadPool pool, Input dy, Input weights, Output dx) 
   return ffi::Error::Success();
 }
 
+// dw (in, out) = x (b, in) transposed * dy (b, out).
+ffi::Error DenseWeights(ffi::ThreadPool pool, Input x, Input dy, Output dw) {
+  constexpr int64_t kSome = 8 * kRows<kPanel>, kColumns = 8 * kPanelWidth, kDeep = 128;
+  const int64_t b = x.dimensions()[0], in = x.dimensions()[1], out = dy.dimensions()[1];
+  const Memory packed(b * Padded(out, kPanelWidth));
+  Parallel(pool, Parts(out, kPanelWidth), [&](int64_t part) {
+    const int64_t first = part * kPanelWidth, columns = std::min(kPanelWidth, out - first);
+    Pack(dy.typed_data() + first, out, b, columns, kPanelWidth, packed + first * b);
+  });
+  float* to = Fresh(dw);
+  Parallel(pool, Parts(in, kSome), [&](int64_t part) {
+    const int64_t first = part * kSome, rows = std::min(kSome, in - first);
+    const Memory turned(kSome * b), sums(kSome * kColumns);
+    Transpose(x.typed_data() + first, in, b, rows, turned, b);
+    for (int64_t column = 0; column < out; column += kColumns) {
+      const int64_t columns = std::min(kColumns, out - column);
+      for (int64_t k = 0; k == 0 || k < b; k += kDeep) {  // if empty, zeros
+        const int64_t deep = std::min(kDeep, b - k);
+        for (int64_t c = 0; c < columns; c += kPanelWidth)
+          Rows<kPanel>(rows, {turned + k, b, 1, 0},
+                       {packed + (column + c) * b + k * kPanelWidth, kPanelWidth}, 1, deep,
+                       sums + c, kColumns, k > 0);
+      }
+      for (int64_t row = 0; row < rows; ++row)
+        std::memcpy(to + (first + row) * out + column, sums + row * kColumns, 4 * columns);
+    }
+  });
+  return ffi::Error::Success();
+}
+
 }  // namespace

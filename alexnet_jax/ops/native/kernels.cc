@@ -26,6 +26,7 @@ KERNEL(strided, Strided, TWO.RESULT.Attr<int64_t>("stride").PLACE);
 KERNEL(strided_weights, StridedWeights, TWO.RESULT.Attr<int64_t>("stride").PLACE);
 KERNEL(dense, Dense, TWO.RESULT);
 KERNEL(dense_input, DenseInput, TWO.RESULT);
+KERNEL(dense_weights, DenseWeights, TWO.RESULT);
 KERNEL(normalise, Normalise, ONE.RESULT.RULE);
 KERNEL(normalise_gradient, NormaliseGradient, TWO.RESULT.RULE);
 KERNEL(stage, StageForward, ONE.RESULT.RULE.POOL);

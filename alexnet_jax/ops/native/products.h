@@ -88,11 +88,12 @@ void WithPanels(int64_t columns, const F& call) {
 
 // Copies `rows` of `count` floats into panels of `width`, row after row, zeros beyond `count`.
 void Pack(const float* from, int64_t pitch, int64_t rows, int64_t count, int64_t width, float* to) {
-  for (int64_t column = 0; column < count; column += width)
-    for (int64_t row = 0; row < rows; ++row, to += width)
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t column = 0; column < count; column += width)
       for (int64_t c = 0; c < width; c += kLanes) {
         const int64_t left = std::max<int64_t>(0, count - column - c);
-        Store(to + c, left ? Load(from + row * pitch + column + c, left) : Vec{});
+        Store(to + column * rows + row * width + c,
+              left ? Load(from + row * pitch + column + c, left) : Vec{});
       }
 }
 
