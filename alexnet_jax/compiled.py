@@ -58,34 +58,33 @@ def load(
 def _load(
     source: pathlib.Path, symbols: Sequence[str], flags: Sequence[str], instead: str
 ) -> tuple[ctypes.CDLL | None, str]:
-    command = os.environ.get("CXX") or "c++"
     try:
-        compiler = _compiler(command)
-        if not compiler:
-            way_out = "CXX names another, 'pip install ziglang' brings one"
-            log.info("no C++ compiler %r (%s): %s", command, way_out, instead)
-            return None, ""
-        return library(compiler, source, symbols, flags)
+        return library(compiler(), source, symbols, flags)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip()
         reason = said.splitlines()[0] if said else str(error)
-        log.info("%s failed (%s; CXX names another): %s", command, reason, instead)
+        log.info("no C++ (%s; CXX names another compiler): %s", reason, instead)
         return None, ""
 
 
-def _compiler(command: str) -> list[str]:
-    """The words of a compiler's command, or of that of package ziglang; empty if there is none.
+def compiler() -> list[str]:
+    """The command of a C++ compiler, in words: what CXX names; else c++; else package ziglang's.
 
     Raises:
-      ValueError: the command's quotes are not closed.
+      FileNotFoundError: there is none.
+      ValueError: the quotes of CXX are not closed.
     """
-    words = shlex.split(command)
+    told = os.environ.get("CXX")
+    words = shlex.split(told or "c++")
     found = shutil.which(words[0]) if words else None
     if found:
         return [found, *words[1:]]
-    if not os.environ.get("CXX") and importlib.util.find_spec("ziglang"):
+    if told:
+        raise FileNotFoundError(f"there is no {told!r}")
+    package = importlib.util.find_spec("ziglang")
+    if package and package.origin and sys.executable:
         return [sys.executable, "-P", "-m", "ziglang", "c++"]
-    return []
+    raise FileNotFoundError("there is no 'c++'; 'pip install ziglang' brings one")
 
 
 def library(

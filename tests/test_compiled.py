@@ -172,3 +172,4 @@ def test_without_a_compiler_that_works_the_log_says_what_is_done(
     assert compiled.load(source, ["number"], [], "fingers are used") == (None, "")
     assert "fingers are used" in caplog.text
     assert "CXX" in caplog.text
+    assert "ziglang" not in caplog.text  # it does not replace what CXX names

@@ -23,7 +23,7 @@ def conv(x: Array, kernel: Array, *, stride: int = 1, padding: Padding, groups: 
       padding: zeros around the map.
       groups: input channels of group g reach output channels of group g only. Without a kernel of
         our own, one convolution per group: on a CPU, XLA's grouped form takes six times as long,
-        and eight to twelve times backward.
+        and five to twelve times backward.
 
     Returns:
       (b, h', w', o) of x's dtype. On a CPU it can be differentiated once.

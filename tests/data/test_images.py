@@ -5,9 +5,7 @@ import io
 import itertools
 import math
 import mmap
-import os
 import platform
-import shlex
 import struct
 import threading
 import zlib
@@ -463,9 +461,10 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "without wide vectors":
         if platform.machine() != "x86_64":
             pytest.skip("no such processor")
-        compiler = shlex.split(os.environ.get("CXX") or "c++")
         flags = (*native.FLAGS, "-mno-avx512f")
-        narrow, _ = compiled.library(compiler, native.SOURCE, tuple(native.ARGUMENTS), flags)
+        narrow, _ = compiled.library(
+            compiled.compiler(), native.SOURCE, tuple(native.ARGUMENTS), flags
+        )
         for name, types in native.ARGUMENTS.items():
             function = getattr(narrow, name)
             function.argtypes, function.restype = types, ctypes.c_int64
