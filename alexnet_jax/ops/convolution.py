@@ -37,7 +37,7 @@ def conv(x: Array, kernel: Array, *, stride: int = 1, padding: Padding, groups: 
             return _conv_by_runs(*varying_alike(x, kernel), stride, padding)
     one = conv_by_squares if stride > 1 and gpu.is_gpu() else _conv
     parts = zip(jnp.split(x, groups, axis=-1), jnp.split(kernel, groups, axis=-1), strict=True)
-    outputs = [one(*varying_alike(*part), stride, padding) for part in parts]
+    outputs = [one(*part, stride, padding) for part in parts]
     return outputs[0] if groups == 1 else jnp.concatenate(outputs, axis=-1)
 
 
