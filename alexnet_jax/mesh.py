@@ -26,7 +26,7 @@ def start_cpu_devices(count: int, at_least: bool = False) -> None:
 
 
 def make_mesh(mesh: configs.Mesh, model: configs.Model) -> jax.sharding.Mesh:
-    """A mesh with axes `data` x `model`; the two devices of one `data` place are neighbours.
+    """A mesh with axes `data` x `model`; the two devices of a pair over `model` are neighbours.
 
     Raises:
       UserError: the net does not split; or the mesh takes more devices than there are, leaves a

@@ -11,7 +11,7 @@ estimate, not a measurement.
 
 The forms: `here`, the package's; `groups`, with the two towers as one convolution in groups;
 `fusions`, what a GPU is given where there are no kernels for normalisation and pools: slices for
-pools and for sums over neighbouring maps, conv1 over squares; `slices`, slices for pools alone.
+pools and for sums over neighbouring maps, space-to-depth; `slices`, slices for pools alone.
 """
 
 import argparse

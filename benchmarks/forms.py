@@ -3,9 +3,9 @@
   python benchmarks/forms.py [--batch 1024] [--dtype bfloat16] [--rounds 5] [--json FILE]
 
 For each convolution of the paper net: the towers as two convolutions (the package's form on a GPU),
-as one grouped convolution, or as a batch of two; conv1 over pixels or over squares of 4x4 pixels
-(space to depth, the package's); maps last or first in memory. Forward and backward, with XLA's
-gradients; milliseconds, medians of rounds in which every form of a row runs in turn.
+as one grouped convolution, or as a batch of two; conv1 over pixels, or by space-to-depth (the
+package's); maps last or first in memory. Forward and backward, with XLA's gradients; milliseconds,
+medians of rounds in which every form of a row runs in turn.
 """
 
 import argparse
@@ -71,8 +71,9 @@ def convolutions(row: rows_of.Row) -> dict[str, tuple[Callable, tuple[int, ...]]
         for name, form in (("two", in_two), ("in groups", in_groups), ("batch of two", batched)):
             forms[f"{name}, maps {place}"] = functools.partial(form, one, groups, axis), x
     if stride > 1:
-        by_squares = functools.partial(convolution.conv_by_squares, stride=stride, padding=padding)
-        forms["squares"] = by_squares, row.x
+        by_blocks = convolution.conv_space_to_depth
+        by_blocks = functools.partial(by_blocks, stride=stride, padding=padding)
+        forms["space-to-depth"] = by_blocks, row.x
     return forms
 
 

@@ -1,7 +1,10 @@
 """Which layouts of devices and processes a net can be trained on."""
 
 import dataclasses
+import pathlib
+import re
 
+import numpy as np
 import pytest
 
 from alexnet_jax import config as configs
@@ -58,3 +61,15 @@ def test_inspection_tells_of_both_towers_of_an_odd_number_of_classes(configured)
     assert found["layers"][-1]["output"] == [51]
     assert found["logits"]["exchanged_bytes"] == 51 * 4
     assert found["collectives"] == {"model": {"all-gather": 5, "reduce-scatter": 5}}
+
+
+def test_the_readmes_exchange_has_the_gradient_it_states():
+    """As it stands there, but for the number of devices, which is already chosen here."""
+    text = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+    _, lines = re.findall("```python\n(.*?)```", text, re.DOTALL)
+    found = {}
+    exec(lines.replace('jax.config.update("jax_num_cpu_devices", 2)', ""), found)
+    w = np.arange(4, dtype=np.float32)
+    assert (np.asarray(found["gradient"](w)) == 2 * w).all()
+    traced = str(found["jax"].make_jaxpr(found["gradient"])(w))
+    assert traced.count("all_gather[") == traced.count("reduce_scatter[") == 1

@@ -174,7 +174,7 @@ def test_a_convolution_over_squares_is_the_oracles(sides, maps, window, stride, 
     expected = oracle.conv(x, kernel, np.zeros(6), stride, padding)
     dy = normal(3, *expected.shape).astype(np.float32)
     y, (dx, dkernel) = with_gradient(
-        lambda x, kernel: convolution.conv_by_squares(x, kernel, stride, padding), x, kernel, dy=dy
+        lambda *xk: convolution.conv_space_to_depth(*xk, stride, padding), x, kernel, dy=dy
     )
     wanted = oracle.conv_grad(x, kernel, dy, stride, padding)
     np.testing.assert_allclose(y, expected, atol=1e-4)

@@ -62,7 +62,7 @@ def by_oracle(workdir: pathlib.Path, squares: np.ndarray, num_crops: int) -> np.
 def test_the_readmes_lines_for_python_open_a_net(trained, images, difference):
     """As they stand there, but for the run and its data; against the numpy net."""
     given = Config(data=Data(source=f"folder:{images}"))
-    (lines,) = re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines, _ = re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     lines = lines.replace("config.Config()", "given").replace("runs/quickstart", str(trained))
     found = {"given": given}
     exec(lines, found)

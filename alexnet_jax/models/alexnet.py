@@ -134,7 +134,7 @@ class AlexNet(nnx.Module):
         yield "fc6", x
         x = self.connected("fc7", x, dropout)  # (b, 4096/n)
         yield "fc7", x
-        x = self.exchange(x).reshape(x.shape[0], -1)  # (b, 4096)
+        x = self.exchange(x).reshape(x.shape[0], -1)  # (b, 4096); flat without fc6, fc7 too
         x = self.exchange(self.fc8(x))  # (b, 1000)
         yield "fc8", x[:, : self.num_classes]  # without the column that pads an odd count
 
@@ -148,6 +148,7 @@ class AlexNet(nnx.Module):
             return self.stage(x, name, local)
         layer: Affine = getattr(self, name)
         x = self.exchange(x) if both else x
+        # At once where the layer or the LRN after it reads both towers, or a kernel takes groups.
         if layer.groups == 1 or self.config.normalises_across or ops.groups_at_once(x):
             return self.stage(layer(x), name, local)
         # Tower by tower. Where the next layer splits what is joined here, XLA drops both steps, and

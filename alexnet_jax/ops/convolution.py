@@ -35,7 +35,7 @@ def conv(x: Array, kernel: Array, *, stride: int = 1, padding: Padding, groups: 
             return _conv_by_tiles(*varying_alike(x, kernel), padding, groups)
         if groups == 1:
             return _conv_by_runs(*varying_alike(x, kernel), stride, padding)
-    one = conv_by_squares if stride > 1 and gpu.is_gpu() else _conv
+    one = conv_space_to_depth if stride > 1 and gpu.is_gpu() else _conv
     parts = zip(jnp.split(x, groups, axis=-1), jnp.split(kernel, groups, axis=-1), strict=True)
     outputs = [one(*part, stride, padding) for part in parts]
     return outputs[0] if groups == 1 else jnp.concatenate(outputs, axis=-1)
@@ -107,17 +107,17 @@ def _runs_backward(stride, padding, residuals, dy):
 _conv_by_runs.defvjp(_runs_forward, _runs_backward)
 
 
-def conv_by_squares(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    """`_conv` as a convolution with stride 1 over squares of `stride` x `stride` pixels.
+def conv_space_to_depth(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
+    """`_conv` by space-to-depth, as a convolution with stride 1 over blocks of pixels.
 
-    The pixels of a square become maps: conv1's 11x11 kernel with stride 4 over 3 maps is a 3x3
-    kernel over 48, whose twelfth row and column of pixels are zeros. For few maps: matrix units
-    read eight or more at once. On an H200 conv1 takes a sixth of the time in bfloat16, half in
-    TF32. On a CPU it takes three times as long.
+    The `stride` x `stride` pixels of a block become maps: conv1's 11x11 kernel with stride 4 over 3
+    maps is a 3x3 kernel over 48, whose twelfth row and column of pixels are zeros. For few maps:
+    matrix units read eight or more at once. On an H200 conv1 takes a sixth of the time in bfloat16,
+    half in TF32. On a CPU it takes three times as long.
     """
     b, h, w, maps = x.shape
     y = jax.eval_shape(lambda x, kernel: _conv(x, kernel, stride, padding), x, kernel)
-    tall, wide = (-(-side // stride) for side in kernel.shape[:2])  # in squares
+    tall, wide = (-(-side // stride) for side in kernel.shape[:2])  # in blocks
     rows, columns = y.shape[1] + tall - 1, y.shape[2] + wide - 1
     edges = [
         (ends[0], count * stride - side - ends[0], 0)

@@ -61,20 +61,20 @@ def normalise_gradient(x: Array, dy: Array, rule: Rule) -> Array:
 
 
 def pool_gradient(
-    dy: Array, place: Array, window: int, stride: int, sides: tuple[int, int]
+    dy: Array, argmax: Array, window: int, stride: int, sides: tuple[int, int]
 ) -> Array:
     """The gradient of a max pool's input, (b, *sides, c), given dy, that of its output.
 
     Args:
       dy: (b, h', w', c).
-      place: (b, h', w', c), i * window + j for the pixel (i, j) of its window that dy goes to.
+      argmax: (b, h', w', c), i * window + j for the pixel (i, j) of its window that dy goes to.
     """
     kernel = functools.partial(
         _pool_gradient, window=window, stride=stride, sides=sides, pooled=(dy.shape[1], dy.shape[2])
     )
     squares = dy.shape[0] * math.prod(-(-side // stride) for side in sides)
     shape = (dy.shape[0], *sides, dy.shape[3])
-    return _over_maps(kernel, squares, AT_ONCE, 1, shape, dy, place)
+    return _over_maps(kernel, squares, AT_ONCE, 1, shape, dy, argmax)
 
 
 def _over_maps(
@@ -215,7 +215,7 @@ def _normalise_gradient(share: _Share, x_ref: Any, dy_ref: Any, dx_ref: Any, *, 
 def _pool_gradient(
     share: _Share,
     dy_ref: Any,
-    place_ref: Any,
+    argmax_ref: Any,
     dx_ref: Any,
     *,
     window: int,
@@ -238,15 +238,15 @@ def _pool_gradient(
             y, x = row - up, column - left
             inside = share.inside & (y >= 0) & (y < pooled[0]) & (x >= 0) & (x < pooled[1])
             pixel = (image * pooled[0] + y) * pooled[1] + x
-            place = share.load(place_ref, block, pixel, inside).astype(jnp.int32)
+            argmax = share.load(argmax_ref, block, pixel, inside).astype(jnp.int32)
             dy = share.load(dy_ref, block, pixel, inside).astype(jnp.float32)
-            windows.append((up * stride, left * stride, place, dy))
+            windows.append((up * stride, left * stride, argmax, dy))
     for u in range(stride):
         for v in range(stride):
             total = jnp.zeros((THREADS, AT_ONCE), jnp.float32)
-            for up, left, place, dy in windows:
+            for up, left, argmax, dy in windows:
                 if u + up < window and v + left < window:
-                    total += jnp.where(place == (u + up) * window + (v + left), dy, 0)
+                    total += jnp.where(argmax == (u + up) * window + (v + left), dy, 0)
             y, x = row * stride + u, column * stride + v
             inside = share.inside & (y < sides[0]) & (x < sides[1])
             pixel = (image * sides[0] + y) * sides[1] + x

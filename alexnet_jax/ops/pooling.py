@@ -40,7 +40,7 @@ def max_pool(x: Array, window: int, stride: int) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _max_pool(x: Array, window: int, stride: int) -> Array:
     """`max_pool` from strided slices."""
-    return max_pool_and_places(x, window, stride)[0]
+    return max_pool_with_argmax(x, window, stride)[0]
 
 
 def mean_pool(x: Array, window: int, stride: int) -> Array:
@@ -86,19 +86,19 @@ def _window_slices(x: Array, window: int, stride: int) -> list[Array]:
     ]
 
 
-def max_pool_and_places(x: Array, window: int, stride: int) -> tuple[Array, Array]:
-    """`max_pool`, and for each window the index i * window + j of its first maximum, if any."""
+def max_pool_with_argmax(x: Array, window: int, stride: int) -> tuple[Array, Array]:
+    """`max_pool`, and for each window i * window + j of its first maximum, or window ** 2."""
     slices = _window_slices(x, window, stride)
     y = functools.reduce(jnp.maximum, slices)
-    place = jnp.full(y.shape, window * window, jnp.uint8 if window < 16 else jnp.uint32)
+    argmax = jnp.full(y.shape, window * window, jnp.uint8 if window < 16 else jnp.uint32)
     for index, pixels in reversed([*enumerate(slices)]):
-        place = jnp.where(pixels == y, jnp.asarray(index, place.dtype), place)
-    return y, place
+        argmax = jnp.where(pixels == y, jnp.asarray(index, argmax.dtype), argmax)
+    return y, argmax
 
 
 def _max_pool_forward(x, window, stride):
-    y, place = max_pool_and_places(x, window, stride)
-    return y, (place, jnp.empty((*x.shape[1:3], 0)))  # empty: it only carries x's sides
+    y, argmax = max_pool_with_argmax(x, window, stride)
+    return y, (argmax, jnp.empty((*x.shape[1:3], 0)))  # empty: it only carries x's sides
 
 
 def _max_pool_backward(window, stride, residuals, dy):
@@ -107,10 +107,10 @@ def _max_pool_backward(window, stride, residuals, dy):
     Pixels at the same place in their square of `stride` x `stride` pixels have the same places in
     the same number of windows: they are summed together, and the squares are assembled at the end.
     """
-    place, size = residuals
+    argmax, size = residuals
     h, w, _ = size.shape
     if gpu.available((dy.shape[0], h, w, dy.shape[3])):
-        return (gpu.pool_gradient(dy, place, window, stride, (h, w)),)
+        return (gpu.pool_gradient(dy, argmax, window, stride, (h, w)),)
     reach = (window - 1) // stride  # how many squares before a pixel's own its windows may begin
     rows, columns = -(-h // stride), -(-w // stride)
 
@@ -119,7 +119,7 @@ def _max_pool_backward(window, stride, residuals, dy):
         ends = [(reach, count - side, 0) for count, side in zip((rows, columns), array.shape[1:3])]
         return lax.pad(array, jnp.asarray(value, array.dtype), [(0, 0, 0), *ends, (0, 0, 0)])
 
-    place, dy = around(place, window * window), around(dy, 0)
+    argmax, dy = around(argmax, window * window), around(dy, 0)
 
     def gathered(u: int, v: int) -> Array:
         """The gradient of the pixels (u, v) of all squares: (b, rows, columns, c)."""
@@ -128,7 +128,7 @@ def _max_pool_backward(window, stride, residuals, dy):
             for j in range(v, window, stride):
                 top, left = reach - i // stride, reach - j // stride
                 own = (slice(None), slice(top, top + rows), slice(left, left + columns))
-                total += jnp.where(place[own] == i * window + j, dy[own], 0)
+                total += jnp.where(argmax[own] == i * window + j, dy[own], 0)
         return total
 
     squares = [jnp.stack([gathered(u, v) for v in range(stride)], 3) for u in range(stride)]

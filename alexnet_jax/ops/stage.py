@@ -10,7 +10,7 @@ import alexnet_jax.ops.gpu as gpu
 import alexnet_jax.ops.native as native
 from alexnet_jax.ops.activation import activation
 from alexnet_jax.ops.normalisation import local_response_norm
-from alexnet_jax.ops.pooling import max_pool, max_pool_and_places, pooled_size
+from alexnet_jax.ops.pooling import max_pool, max_pool_with_argmax, pooled_size
 
 
 def relu_lrn_pool(
@@ -32,8 +32,8 @@ def relu_lrn_pool(
       window, stride: of `max_pool`.
 
     Returns:
-      (b, h', w', c) of x's dtype. Of the intermediate results, a GPU keeps only the places of
-      the maxima, and the rectifier takes no extra pass over memory. A CPU's kernel keeps nothing
+      (b, h', w', c) of x's dtype. Of the intermediate results, a GPU keeps only where the
+      maxima were, and the rectifier takes no extra pass over memory. A CPU's kernel keeps nothing
       but x.
     """
     if beta == 0.75 and x.shape[-1] % groups == 0 and native.available(x):
@@ -76,13 +76,13 @@ def _in_one(x: Array, rule: gpu.Rule, window: int, stride: int) -> Array:
 
 
 def _forward(x, rule, window, stride):
-    y, place = max_pool_and_places(gpu.normalise(x, rule), window, stride)
-    return y, (x, place)
+    y, argmax = max_pool_with_argmax(gpu.normalise(x, rule), window, stride)
+    return y, (x, argmax)
 
 
 def _backward(rule, window, stride, residuals, dy):
-    x, place = residuals
-    dy = gpu.pool_gradient(dy, place, window, stride, x.shape[1:3])
+    x, argmax = residuals
+    dy = gpu.pool_gradient(dy, argmax, window, stride, x.shape[1:3])
     return (gpu.normalise_gradient(x, dy, rule),)
 
 

@@ -7,9 +7,9 @@ from jax import Array, lax
 from alexnet_jax.data.statistics import Statistics
 
 
-def cut(squares: Array, place: Array, size: int) -> Array:
+def cut(squares: Array, crop: Array, size: int) -> Array:
     """Cut a row of `augment.test_crops`: (b, stored, stored, 3) -> (b, s, s, 3)."""
-    top, left, mirror = place
+    top, left, mirror = crop
     start = (jnp.zeros_like(top), top, left, jnp.zeros_like(top))
     window = lax.dynamic_slice(squares, start, (squares.shape[0], size, size, 3))
     return jnp.where(mirror > 0, window[:, :, ::-1], window)

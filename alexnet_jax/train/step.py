@@ -1,8 +1,10 @@
 """One update and one evaluation of a batch: pure, jitted, split over the mesh.
 
 Each device computes the loss of its own rows. The two devices of a pair over `model` hold the same
-rows and, after the last exchange, the same logits. If both differentiated the whole loss, every
-reduce-scatter would add up the same gradient twice; so each takes half of the loss. Over `model`
+rows and, after the last exchange, the same logits, so both compute the same loss. If each
+differentiated the whole of it, the reduce-scatter of the logits' gradients would add two equal
+terms, and every gradient of the net would be twice too large; so each takes half. The other
+reduce-scatters add different terms, what each device's use of the maps contributes. Over `model`
 nothing travels but the exchanges and, backward, their reduce-scatters; over `data`, gradients and
 sums.
 """
@@ -132,9 +134,10 @@ def make_train_step(
         count = batch["label"].shape[0]
         first = lax.axis_index("data") * count if replicas > 1 else 0
         batch = batch | {"row": first + jnp.arange(count)}
-        # Otherwise the gradient of each part would be summed over `data` separately.
         params = state.params
         if replicas > 1:
+            # Of parameters that are the same on all replicas, `jax.grad` sums the gradient over
+            # `data` itself, once for each accumulated part; of varying ones `over_data` does, once.
             params = lax.pcast(params, ("data",), to="varying")
         gradient = jax.grad(local_loss, has_aux=True)
 
@@ -147,8 +150,9 @@ def make_train_step(
             layer: optim.square(leaves["kernel"]) + optim.square(leaves["bias"])
             for layer, leaves in cast(Params, gradients).items()
         }
-        # A bad update is not applied; each tower judges by its own gradients. By then forward and
-        # backward no longer need the parameters, which are updated in place.
+        # A bad update is not applied. Each tower judges by its own gradients, which saves a
+        # collective: should only one be bad, the other moves, but the loop ends before it saves.
+        # Forward and backward no longer need the parameters, which are updated in place.
         good = jnp.all(jnp.isfinite(jnp.stack([sums.loss, *norms.values()])))
         rates = schedule(state.step, scale)
         now = (cast(Params, state.params), state.opt_state)
