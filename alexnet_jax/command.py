@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import io
 import itertools
 import logging
 import os
@@ -22,6 +23,7 @@ from ml_collections import config_flags
 from alexnet_jax import config as configs
 from alexnet_jax.config import Config
 from alexnet_jax.errors import FailedError, UserError, exit_status
+from alexnet_jax.files import expanded
 
 # How absl's messages about ill-typed values begin -> what the value must be.
 ILL_TYPED = {
@@ -39,6 +41,8 @@ def status(work: Callable[[], int]) -> int:
 
     0: the whole job is done; 1: a failure; 2: a user error; 130 or 143: ended by a signal.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may lack in its encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("alexnet_jax")
@@ -92,7 +96,7 @@ def keep_compiled(cache_dir: str) -> None:
     """
     told = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     if told is None:
-        told = str(pathlib.Path(cache_dir).expanduser() / "compiled")
+        told = str(expanded(cache_dir) / "compiled")
         jax.config.update("jax_compilation_cache_dir", told)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = told
     least = jax.config.jax_persistent_cache_min_compile_time_secs  # pyright: ignore[reportAttributeAccessIssue]
@@ -140,7 +144,7 @@ def file_to_write(flag: str, text: str, *suffixes: str) -> pathlib.Path:
     Raises:
       UserError: it ends in none of `suffixes`, or cannot be written.
     """
-    path = pathlib.Path(text)
+    path = expanded(text)
     if path.suffix not in suffixes:
         raise UserError(f"--{flag}={text}: must end in {' or '.join(suffixes)}")
     try:

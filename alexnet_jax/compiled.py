@@ -105,13 +105,16 @@ def library(
     told = "\0".join((*compiler, *FLAGS, *flags))
     text = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
     suffix = hashlib.sha256(text + machine + told.encode()).hexdigest()[:16]
-    folder, name = _kept(), f"{source.stem}-{suffix}"
-    for path in folder.glob(f"{name}-*.so"):
+    name = f"{source.stem}-{suffix}"
+    for path in [path for folder in _told() for path in folder.glob(f"{name}-*.so")]:
         with contextlib.suppress(OSError):
             if path.stem.rpartition("-")[2] == files.digest(path)[:16]:
                 return _loaded(path, symbols), suffix
             path.unlink()  # damaged
-    with tempfile.TemporaryDirectory() as scratch:
+    folder = _kept()
+    with tempfile.TemporaryDirectory(
+        dir=None if _loads(tempfile.gettempdir()) else folder
+    ) as scratch:
         made = pathlib.Path(scratch) / f"{name}.so"
         run(*FLAGS, *flags, str(source), "-o", str(made))
         loaded = _loaded(made, symbols)
@@ -129,15 +132,24 @@ def _loaded(path: pathlib.Path, symbols: Sequence[str]) -> ctypes.CDLL:
     return found
 
 
+def _told() -> list[pathlib.Path]:
+    """The folders where libraries may be kept, JAX's first."""
+    told = (os.environ.get("JAX_COMPILATION_CACHE_DIR"), os.environ.get(KEPT))
+    return [pathlib.Path(folder) for folder in told if folder and "://" not in folder]
+
+
+def _loads(folder: str | pathlib.Path) -> bool:
+    """Whether programs can be loaded from a folder's file system, as far as it says."""
+    return not os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0)
+
+
 def _kept() -> pathlib.Path:
-    """The folder where libraries are kept."""
-    for told in (os.environ.get("JAX_COMPILATION_CACHE_DIR"), os.environ.get(KEPT)):
-        if told and "://" not in told:
-            folder = pathlib.Path(told)
-            with contextlib.suppress(OSError):
-                folder.mkdir(parents=True, exist_ok=True)
-                if os.access(folder, os.W_OK):
-                    return folder
+    """The folder to keep libraries in."""
+    for folder in _told():
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK) and _loads(folder):
+                return folder
     folder = tempfile.mkdtemp(prefix="alexnet_jax-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ[KEPT] = folder

@@ -1,6 +1,7 @@
-"""Atomic file writes, synced to disk where needed."""
+"""Paths as users write them; atomic file writes, synced to disk where needed."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import pathlib
@@ -10,7 +11,19 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from alexnet_jax.errors import reason
+from alexnet_jax.errors import UserError, reason
+
+
+def expanded(text: str) -> pathlib.Path:
+    """The path that a user wrote, with ~ as the home folder.
+
+    Raises:
+      UserError: it begins with ~ but there is no such home folder.
+    """
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise UserError(f"{text}: there is no such home folder; set HOME, or write the whole path")
+    return pathlib.Path(path)
 
 
 @contextlib.contextmanager
@@ -72,9 +85,12 @@ def digest(path: pathlib.Path) -> str:
 
 
 def synced(path: pathlib.Path) -> None:
-    """fsync a file, or the entries of a folder."""
+    """fsync a file, or the entries of a folder, where the file system can."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)

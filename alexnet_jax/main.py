@@ -12,7 +12,6 @@ one line; 130 Ctrl-C and 143 SIGTERM, after saving.
 
 import json
 import logging
-import pathlib
 import sys
 
 from absl import flags
@@ -31,6 +30,7 @@ from alexnet_jax import (
 )
 from alexnet_jax import config as configs
 from alexnet_jax.errors import UserError
+from alexnet_jax.files import expanded
 
 MODES = ("train", "eval", "predict", "features", "figures", "inspect", "bench")
 WITHOUT_WORKDIR = ("inspect", "bench")
@@ -126,7 +126,7 @@ def run_mode(
         print(bench.table(found))
         print(json.dumps(found))
         return 0
-    directories = [pathlib.Path(part) for part in options.workdir.split(",")]
+    directories = [expanded(part) for part in options.workdir.split(",")]
     if options.mode == "eval":
         output = None
         if options.output and job.is_leader:

@@ -22,7 +22,8 @@ from tqdm import tqdm
 from alexnet_jax import command
 from alexnet_jax.config import Data
 from alexnet_jax.data import inputs, prepare, records, workers
-from alexnet_jax.errors import UserError, reason
+from alexnet_jax.errors import UserError, printable, reason
+from alexnet_jax.files import expanded
 
 SHARD_SIZE = 4096  # images: a few hundred files for ImageNet, each quick to redo
 
@@ -117,9 +118,15 @@ def run(values: flags.FlagValues) -> int:
 
 def _path(text: str) -> pathlib.Path:
     """A folder to write or verify, as an absolute path."""
-    path = pathlib.Path(text).expanduser().resolve()
+    path = expanded(text).resolve()
     if not path.name:
         raise UserError(f"{text} is the root of the file system; name a folder in it")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{printable(str(path))} is not in UTF-8, which ArrayRecord needs; choose another name"
+        ) from error
     return path
 
 

@@ -18,6 +18,7 @@ from alexnet_jax.data import sources, survey
 from alexnet_jax.data.examples import Source
 from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.errors import UserError
+from alexnet_jax.files import expanded
 from alexnet_jax.mesh import training_mesh
 from alexnet_jax.models.layers import Params
 from alexnet_jax.models.nets import layers
@@ -178,7 +179,7 @@ def _taken_over(
     Raises:
       UserError: there is no checkpoint, its net differs, or a new layer has a rate of 0.
     """
-    origin = pathlib.Path(init_from).expanduser()
+    origin = expanded(init_from)
     if not (origin / workdir.CHECKPOINTS).is_dir():
         raise UserError(f"train.init_from={init_from!r} holds no checkpoints; train there")
     _, meta, given = Checkpoints(origin / workdir.CHECKPOINTS).read_net(-1, broadcast)

@@ -27,7 +27,7 @@ from alexnet_jax.cluster import Job
 from alexnet_jax.config import Config
 from alexnet_jax.data import sources
 from alexnet_jax.errors import UserError
-from alexnet_jax.files import write_text
+from alexnet_jax.files import expanded, write_text
 from alexnet_jax.models.nets import layers
 from alexnet_jax.studies import STUDIES, Settings, Study
 
@@ -84,7 +84,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
 
 def run(values: flags.FlagValues) -> int:
     """Run the study that the flags ask for."""
-    study, directory = STUDIES[values.study], pathlib.Path(values.workdir)
+    study, directory = STUDIES[values.study], expanded(values.workdir)
     names = values.variants or list(study.variants)
     config = configs.resolve(values.config)
     seeds = [int(seed) for seed in values.seeds] or [config.seed]

@@ -1,13 +1,17 @@
 """How C++ is compiled, kept and done without."""
 
 import concurrent.futures
+import ctypes
 import logging
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+import types
+from collections.abc import Sequence
 
 import pytest
 
@@ -102,6 +106,44 @@ def test_without_a_folder_to_keep_it_in_a_library_lives_as_long_as_its_process(
     assert number == "42"
     assert pathlib.Path(folder).parent == tmp_path
     assert not pathlib.Path(folder).exists()
+
+
+@needs_compiler
+def test_a_folder_that_may_only_be_read_is_searched_too(folder, source, tmp_path, monkeypatch):
+    compiled.library(COMPILER, source, ["number"], [])
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may write anywhere
+    monkeypatch.setattr(compiled, "_kept", lambda: pytest.fail("it is compiled again"))
+    assert compiled.library(COMPILER, source, ["number"], [])[0].number() == 42
+
+
+@needs_compiler
+@pytest.mark.skipif(not hasattr(os, "ST_NOEXEC"), reason="the system does not tell")
+@pytest.mark.parametrize("barred", ["TMPDIR", "JAX_COMPILATION_CACHE_DIR"])
+def test_nothing_is_loaded_from_where_programs_may_not_run(
+    barred, folder, source, tmp_path, monkeypatch
+):
+    """Such as a /tmp that is mounted noexec."""
+    folder.mkdir()
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # forgets what TMPDIR was
+    monkeypatch.delenv(compiled.KEPT, raising=False)
+    where, load = pathlib.Path(os.environ[barred]), compiled._loaded
+
+    def loaded(path: pathlib.Path, symbols: Sequence[str]) -> ctypes.CDLL:
+        if path.is_relative_to(where):
+            raise OSError("failed to map segment from shared object")
+        return load(path, symbols)
+
+    def statvfs(path: str | pathlib.Path) -> types.SimpleNamespace:
+        inside = pathlib.Path(path).is_relative_to(where)
+        return types.SimpleNamespace(f_flag=os.ST_NOEXEC if inside else 0)
+
+    monkeypatch.setattr(compiled, "_loaded", loaded)
+    monkeypatch.setattr(os, "statvfs", statvfs)
+    assert compiled.library(COMPILER, source, ["number"], [])[0].number() == 42
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", lambda **_: pytest.fail("made again"))
+    assert compiled.library(COMPILER, source, ["number"], [])[0].number() == 42
 
 
 def test_many_who_ask_at_once_have_it_made_once(source, monkeypatch):

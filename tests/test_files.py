@@ -1,12 +1,39 @@
 """Files are written whole or not at all, and a folder's seal tells what has changed in it."""
 
 import concurrent.futures
+import errno
+import os
 import pathlib
 
 import numpy as np
 import pytest
 
 from alexnet_jax import files, seals
+from alexnet_jax.errors import UserError
+
+
+def test_a_tilde_is_the_home_folder_and_never_a_folder_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert files.expanded("~/a") == tmp_path / "a"
+    assert files.expanded("a~b") == pathlib.Path("a~b")
+    with pytest.raises(UserError, match="~nobody-here/a: there is no such home folder; set HOME"):
+        files.expanded("~nobody-here/a")
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_only_a_folder_may_be_on_a_file_system_that_does_not_sync_it(number, tmp_path, monkeypatch):
+    def refuse(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=os.strerror(number)):
+        files.synced(tmp_path / "file")
+    if number == errno.EIO:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            files.synced(tmp_path)
+    else:
+        files.synced(tmp_path)
 
 
 @pytest.mark.parametrize("sync", [False, True])

@@ -1,4 +1,4 @@
-"""The interface of all sources of images and labels."""
+"""What all sources of images and labels have in common."""
 
 import hashlib
 from collections.abc import Sequence
@@ -25,8 +25,21 @@ class Example(NamedTuple):
     name: str  # for messages
 
 
-class Source(Protocol):
-    """One split of a data set, read by index from any thread."""
+class Portion(Protocol):
+    """Some examples, read by index in any thread or process."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever the examples may have changed."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Example: ...
+
+
+class Source(Portion, Protocol):
+    """One split of a data set."""
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -44,21 +57,12 @@ class Source(Protocol):
         ...
 
     @property
-    def fingerprint(self) -> str:
-        """Changes whenever the examples may have changed."""
-        ...
-
-    @property
     def pool(self) -> str:
         """Changes whenever the examples that this split was drawn from, or the way of drawing, do.
 
         Empty where the data came with its splits.
         """
         ...
-
-    def __len__(self) -> int: ...
-
-    def read(self, index: int) -> Example: ...
 
     def name(self, index: int) -> str:
         """The example's name, found without reading the example where possible."""

@@ -17,6 +17,7 @@ import scipy.io
 
 from alexnet_jax.data.tars import AGAIN, Members, basename, files, opened, reading
 from alexnet_jax.errors import UserError, reason
+from alexnet_jax.files import expanded
 
 BLOCK_BYTES = 2**22  # read at a time
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
@@ -79,10 +80,10 @@ def find(where: str) -> Tars | None:
     Raises:
       UserError: a tar is missing; a listed file is missing, of a kind listed twice or of none.
     """
-    folder = os.path.expanduser(where)
+    folder = expanded(where)
     if where and os.path.isdir(folder):
         names = {split: official.name for split, official in OFFICIAL.items()} | {"devkit": DEVKIT}
-        paths = {kind: pathlib.Path(folder, name) for kind, name in names.items()}
+        paths = {kind: folder / name for kind, name in names.items()}
         found = {kind: path for kind, path in paths.items() if path.is_file()}
         if not OFFICIAL.keys() & found.keys():
             return None
@@ -101,7 +102,7 @@ def _listed(where: str) -> dict[str, pathlib.Path]:
     found: dict[str, pathlib.Path] = {}
     words = {"train": "train", "val": "validation", "devkit": "devkit"}
     for entry in filter(None, map(str.strip, where.split(","))):
-        path = pathlib.Path(os.path.expanduser(entry))
+        path = expanded(entry)
         if not os.path.isfile(path):
             raise UserError(
                 f"{entry!r}: no such file; give the ImageNet tars as image-net.org gives them to "
@@ -320,7 +321,7 @@ class Scan:
     def _members(self, portion: list[_Image], fingerprint: str) -> Members:
         names = tuple(image.name for image in portion)
         offsets, sizes, targets = np.array([image[1:] for image in portion], np.int64).T.copy()
-        return Members(self._path, self._labels, names, offsets, sizes, targets, fingerprint)
+        return Members(self._path, names, offsets, sizes, targets, fingerprint)
 
     def _train(self) -> Iterator[_Image]:
         label_of = {label: target for target, label in enumerate(self._labels)}

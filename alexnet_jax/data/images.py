@@ -4,6 +4,7 @@ import io
 import re
 import struct
 import threading
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ HARMLESS = ("extraneous bytes before marker 0xd9", "Could not determine subsampl
 REVISION = "unknown JFIF revision"  # harmless, but libjpeg reports only its first warning
 WARM = 2**22  # bytes; reusing memory gains nothing where caches cannot hold it
 _own = threading.local()
+# Such images are refused here, in one line.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 _SCAN, _EXIF, _XMP = b"\xff\xda\0", b"Exif\0\0", b"http:/"
 
 
@@ -64,7 +67,7 @@ def decode(data: bytes | np.ndarray, name: str, fleeting: bool = False) -> np.nd
         with _opened(data) as image:
             _check_size(*image.size, name)
             if image.mode.startswith(("I", "F")):
-                raise ImageError(f"{name}: has {image.mode} pixels; only 8 bits a channel are read")
+                raise ImageError(f"{name}: has {image.mode} pixels; convert them to 8 bits")
             if image.format == "PNG":  # decoding does not verify every checksum
                 _opened(data).verify()
             ImageOps.exif_transpose(image, in_place=True)

@@ -1,49 +1,24 @@
-"""Inputs to prepare: ImageNet's tars, image folders, TFDS data sets, the built-in shapes."""
+"""Inputs to prepare: ImageNet's tars, image folders, TFDS data sets, the built-in shapes.
+
+Every kind has `labels`, `splits`, their `total` size in `unit`s (for the progress bar) and the
+`digests`, SHA-256, of tars read whole, by split.
+"""
 
 import hashlib
 import logging
 import os
-import pathlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from alexnet_jax.config import Data, from_dict
 from alexnet_jax.data import imagenet, records, sources
-from alexnet_jax.data.examples import NoLabelsError, NoSplitError, Source
+from alexnet_jax.data.examples import NoLabelsError, NoSplitError, Portion, Source
 from alexnet_jax.errors import UserError
+from alexnet_jax.files import expanded
 
 log = logging.getLogger(__name__)
-
-
-class Input(Protocol):
-    """An input to prepare."""
-
-    kind: str
-    labels: tuple[str, ...]
-    splits: tuple[str, ...]
-    total: int  # units of all splits, for the progress bar
-    unit: str
-    digests: dict[str, str]  # SHA-256 of the tars read whole, by split
-
-    def describe(self) -> dict[str, Any]:
-        """The description that goes into the manifest."""
-        ...
-
-    def fingerprint(self) -> str:
-        """Changes whenever the input may have changed."""
-        ...
-
-    def portions(self, split: str, count: int) -> Iterator[Source]:
-        """The examples of a split in order, `count` at a time, each with its own fingerprint."""
-        ...
-
-    def units(self, portion: Source) -> int: ...
-
-    def files(self) -> dict[str, str]:
-        """Names and contents of further small files."""
-        ...
 
 
 class SourceInput:
@@ -54,7 +29,7 @@ class SourceInput:
     def __init__(self, data: Data):
         self.kind, _, name = data.source.partition(":")
         self.name = name if self.kind == "tfds" else ""  # a folder's location does not matter
-        self.folder = pathlib.Path(name).expanduser().resolve() if self.kind == "folder" else None
+        self.folder = expanded(name).resolve() if self.kind == "folder" else None
         self.digests: dict[str, str] = {}
         self.sources: dict[str, Source] = {}
         for split in ("train", "validation", "test"):
@@ -69,6 +44,7 @@ class SourceInput:
         self.total = sum(len(source) for source in self.sources.values())
 
     def describe(self) -> dict[str, Any]:
+        """The description that goes into the manifest."""
         return {
             "kind": self.kind,
             "name": self.name,
@@ -77,17 +53,20 @@ class SourceInput:
         }
 
     def fingerprint(self) -> str:
+        """Changes whenever the input may have changed."""
         return " ".join(source.fingerprint for source in self.sources.values())
 
-    def portions(self, split: str, count: int) -> Iterator[Source]:
+    def portions(self, split: str, count: int) -> Iterator[Portion]:
+        """The examples of a split in order, `count` at a time, each with its own fingerprint."""
         source = self.sources[split]
         for first in range(0, len(source), count):
             yield source.take(np.arange(first, min(first + count, len(source))))
 
-    def units(self, portion: Source) -> int:
+    def units(self, portion: Portion) -> int:
         return len(portion)
 
     def files(self) -> dict[str, str]:
+        """Names and contents of further small files."""
         return {}
 
 
@@ -123,6 +102,7 @@ class ImageNetInput:
         self.digests: dict[str, str] = {}
 
     def describe(self) -> dict[str, Any]:
+        """As `SourceInput`, for all of these."""
         devkit = self.tars.devkit is not None
         return {
             "kind": self.kind,
@@ -136,7 +116,7 @@ class ImageNetInput:
         about = self.describe() | {"official": None}
         return f"{about} {self.labels} {self.targets.tolist()} {self.files()}"
 
-    def portions(self, split: str, count: int) -> Iterator[Source]:
+    def portions(self, split: str, count: int) -> Iterator[Portion]:
         targets = self.targets if split == "validation" else None
         scan = imagenet.Scan(self.tars.splits[split], split, self.classes, targets, count)
         yield from scan
@@ -144,7 +124,7 @@ class ImageNetInput:
             imagenet.check_digest(split, scan.sha256)
         self.digests[split] = scan.sha256
 
-    def units(self, portion: Source) -> int:
+    def units(self, portion: Portion) -> int:
         return int(portion.sizes.sum()) if isinstance(portion, imagenet.Members) else 0
 
     def files(self) -> dict[str, str]:
@@ -154,6 +134,9 @@ class ImageNetInput:
         rows = zip(self.labels, self.classes.devkit_ids, self.classes.names)
         lines = [f"{label}\t{number}\t{' '.join(name.split())}\n" for label, number, name in rows]
         return {records.CLASSES: f"{records.CLASSES_HEAD}\n{''.join(lines)}"}
+
+
+Input = SourceInput | ImageNetInput
 
 
 def open_input(
@@ -173,7 +156,7 @@ def open_input(
         source = text
     else:
         where = rest if kind == "folder" else text
-        if "," not in where and not os.path.exists(os.path.expanduser(where)):
+        if "," not in where and not os.path.exists(expanded(where)):
             raise UserError(f"--input={text}: no such file or folder, nor tfds:NAME or shapes")
         tars = imagenet.find(where)
         if tars is not None:

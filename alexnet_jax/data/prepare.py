@@ -23,7 +23,7 @@ import simplejpeg
 from tqdm import tqdm
 
 from alexnet_jax.data import images, native, records, workers
-from alexnet_jax.data.examples import Source, check_labels
+from alexnet_jax.data.examples import Portion, check_labels
 from alexnet_jax.data.images import ImageError
 from alexnet_jax.data.inputs import Input
 from alexnet_jax.data.sources import Folder
@@ -69,7 +69,9 @@ def prepare(
     data, journal = partial / "data", partial / "journal"
     check_labels(given.labels)
     _check_partial(partial)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    if output.is_dir() and not any(output.iterdir()):
+        _take_place_of(output)
+    elif output.exists():
         manifest = _already(output, given, settings)
         _remove(partial)  # left by a run killed at its very end
         return manifest
@@ -144,7 +146,7 @@ class _Entry(NamedTuple):
 
 
 def write_shard(
-    portion: Source,
+    portion: Portion,
     shard: pathlib.Path,
     entry: pathlib.Path,
     settings: Settings,
@@ -207,7 +209,7 @@ def write_shard(
     )
 
 
-def _stored_name(portion: Source, name: str) -> str:
+def _stored_name(portion: Portion, name: str) -> str:
     """CLASS/FILE of a folder's image, so that the folder's location is not stored."""
     return "/".join(pathlib.PurePath(name).parts[-2:]) if isinstance(portion, Folder) else name
 
@@ -345,6 +347,16 @@ def _check_partial(partial: pathlib.Path) -> None:
             f"{partial} would be written and then removed, but holds files of yours; move it away, "
             "or choose another --output"
         )
+
+
+def _take_place_of(empty: pathlib.Path) -> None:
+    """Remove an empty output folder; raises UserError, before any work, if it has to stay."""
+    try:
+        empty.rmdir()
+    except OSError as error:  # such as a mount point
+        raise UserError(
+            f"--output={empty} cannot be replaced ({error.strerror}); name a folder in it"
+        ) from error
 
 
 def _remove(partial: pathlib.Path) -> None:

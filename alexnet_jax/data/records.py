@@ -396,14 +396,23 @@ def verify(directory: pathlib.Path) -> Iterator[tuple[str, str]]:
     manifest, _ = read_manifest(directory)
     shards = [entry for split in manifest["splits"].values() for entry in split["shards"]]
     for entry in [*manifest["files"].values(), *shards]:
-        problem = _wrong_size(directory, entry)
-        if not problem and digest(directory / entry["file"]) != entry["sha256"]:
-            problem = f"{entry['file']} has other bytes than were written: its SHA-256 differs"
-        if not problem and "num_examples" in entry:
-            count = ArrayRecordReader(str(directory / entry["file"])).num_records()
-            if count != entry["num_examples"]:
-                problem = f"{entry['file']} has {count} records, not {entry['num_examples']}"
-        yield entry["file"], problem
+        try:
+            yield entry["file"], _problem(directory, entry)
+        except OSError as error:
+            yield entry["file"], f"{entry['file']} cannot be read ({error.strerror})"
+
+
+def _problem(directory: pathlib.Path, entry: dict[str, Any]) -> str:
+    """What is wrong with a file of a prepared directory, which is read whole; "" if nothing is."""
+    name, path = entry["file"], directory / entry["file"]
+    problem = _wrong_size(directory, entry)
+    if not problem and digest(path) != entry["sha256"]:
+        return f"{name} has other bytes than were written: its SHA-256 differs"
+    if not problem and "num_examples" in entry:
+        count = ArrayRecordReader(str(path)).num_records()
+        if count != entry["num_examples"]:
+            return f"{name} has {count} records, not {entry['num_examples']}"
+    return problem
 
 
 def file_entry(path: pathlib.Path) -> dict[str, Any]:

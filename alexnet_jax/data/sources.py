@@ -20,7 +20,8 @@ from alexnet_jax.data.examples import (
     check_labels,
     taken,
 )
-from alexnet_jax.errors import UserError, printable
+from alexnet_jax.errors import UserError, printable, reason
+from alexnet_jax.files import expanded
 
 log = logging.getLogger(__name__)
 
@@ -78,8 +79,14 @@ class Tfds:
         return np.array([self.read(index).label for index in range(len(self))])
 
     def read(self, index: int) -> Example:
-        example = self.examples[int(self.indices[index])]
-        return Example(bytes(example["image"]), int(example["label"]), self.name(index))
+        name = self.name(index)
+        try:
+            example = self.examples[int(self.indices[index])]
+            return Example(bytes(example["image"]), int(example["label"]), name)
+        except (RuntimeError, TypeError, ValueError) as error:  # of ArrayRecord and of protobuf
+            raise OSError(
+                f"{name} is damaged ({reason(error)}); build the data set again"
+            ) from error
 
     def name(self, index: int) -> str:
         return f"{self.split}, {self.indices[index]}"
@@ -141,7 +148,7 @@ def find_source(data: Data, split: str) -> Source:
       UserError: there is no such data set or class.
     """
     if data.source == "shapes":
-        directory = shapes.shapes_directory(pathlib.Path(data.cache_dir).expanduser())
+        directory = shapes.shapes_directory(expanded(data.cache_dir))
         if not directory.exists():
             log.info("drawing the built-in shapes, once, into %s", directory)
         try:
@@ -156,8 +163,8 @@ def find_source(data: Data, split: str) -> Source:
     if kind == "tfds":
         return _tfds(name, split, data)
     if kind == "records":
-        return records.open_records(pathlib.Path(name).expanduser(), split)
-    return _folder(pathlib.Path(name).expanduser(), split, data)
+        return records.open_records(expanded(name), split)
+    return _folder(expanded(name), split, data)
 
 
 def stratified(source: Folder | Tfds, split: str, data: Data) -> Source:
@@ -214,7 +221,7 @@ def _folder(root: pathlib.Path, split: str, data: Data) -> Source:
 
 def _class_names(root: pathlib.Path) -> tuple[str, ...]:
     names = sorted(
-        entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."
+        entry.name for entry in os.scandir(root) if _is_folder(entry) and entry.name[0] != "."
     )
     if not names:
         raise UserError(
@@ -235,12 +242,12 @@ def _class_folders(root: pathlib.Path, labels: tuple[str, ...]) -> Folder:
             continue
         with os.scandir(root / label) as scan:
             entries = sorted((e for e in scan if e.name[0] != "."), key=lambda entry: entry.name)
-        folders = [entry.path for entry in entries if entry.is_dir()]
+        folders = [entry.path for entry in entries if _is_folder(entry)]
         if folders:
             first = printable(folders[0])
             log.warning("%d folders inside classes are not read: %s", len(folders), first)
-        files = [entry for entry in entries if entry.is_file()]
-        others = [entry.path for entry in entries if not (entry.is_file() or entry.is_dir())]
+        files = [entry for entry in entries if _is_file(entry)]
+        others = [e.path for e in entries if not (_is_file(e) or _is_folder(e))]
         if others:
             log.warning(
                 "%d links to nothing, pipes or devices are not read: %s",
@@ -257,12 +264,21 @@ def _class_folders(root: pathlib.Path, labels: tuple[str, ...]) -> Folder:
     return Folder(labels, np.array(targets), state.hexdigest(), tuple(paths))
 
 
+def _is_folder(entry: os.DirEntry) -> bool:
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+
+
+def _is_file(entry: os.DirEntry) -> bool:
+    """Also for a link, even to itself, for which the entry's own method raises OSError."""
+    return os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()
+
+
 def _tfds(name: str, split: str, data: Data) -> Source:
     # Imported here: it takes a second, and most runs do not need it.
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import read_only_builder
 
-    directory = os.path.expanduser(data.tfds_dir) or None
+    directory = str(expanded(data.tfds_dir)) if data.tfds_dir else None
     where = directory or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     try:  # from files alone: the data set's own code would try to download
         builder: Any = read_only_builder.builder_from_files(name, data_dir=directory)
@@ -284,8 +300,9 @@ def _tfds(name: str, split: str, data: Data) -> Source:
         )
     alone = set(splits) == {"train"}
     part = "train" if alone else split
-    if part not in splits:
-        raise NoSplitError(f"tfds:{name} has no split {split!r}; it has {', '.join(splits)}")
+    if part not in splits or not splits[part].num_examples:
+        named = [name for name, found in splits.items() if found.num_examples]
+        raise NoSplitError(f"tfds:{name} has no split {split!r}; it has {', '.join(named)}")
     try:
         skip: Any = tfds.decode.SkipDecoding
         examples = builder.as_data_source(part, decoders={"image": skip()})
@@ -293,6 +310,10 @@ def _tfds(name: str, split: str, data: Data) -> Source:
         raise UserError(
             f"data.source=tfds:{name} in {builder.data_dir} is not stored as array_record, which "
             f"reading without TensorFlow needs. {_tfds_way_out(name, where)}"
+        ) from error
+    except (RuntimeError, ValueError) as error:
+        raise OSError(
+            f"tfds:{name} {part} is damaged ({reason(error)}); build the data set again"
         ) from error
     labels = tuple(features["label"].names)
     files = [(os.path.basename(path), os.stat(path)) for path in splits[part].filepaths]

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import pathlib
 import tempfile
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -21,7 +22,7 @@ from alexnet_jax.data.examples import Source
 from alexnet_jax.data.records import Records
 from alexnet_jax.data.statistics import Statistics, Sums, read_statistics
 from alexnet_jax.errors import UserError
-from alexnet_jax.files import read_arrays, write_arrays
+from alexnet_jax.files import expanded, read_arrays, write_arrays
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def survey(
       UserError: a class has no whole image, or the cache folder cannot be written.
     """
     key = hashlib.sha256(f"{VERSION} {stored_size} {source.fingerprint}".encode()).hexdigest()
-    path = pathlib.Path(cache_dir).expanduser() / "surveys" / f"{key[:32]}.npz"
+    path = expanded(cache_dir) / "surveys" / f"{key[:32]}.npz"
     found = _kept(path, stored_size, len(source))
     if found is None:
         with _writing(path.parent), tempfile.TemporaryFile(dir=path.parent):
@@ -89,24 +90,25 @@ def survey(
 def _scan(source: Source, size: int, num_workers: int) -> tuple[Sums, list[tuple[int, str]]]:
     """The sums of the whole images; the indices of the broken ones, and why they are broken."""
 
-    def chunk(first: int) -> tuple[Sums, list[tuple[int, str]]]:
-        sums, broken = Sums(size), []
+    total, broken, one_at_a_time = Sums(size), [], threading.Lock()
+
+    def chunk(first: int) -> None:
+        sums, out = Sums(size), []
         for index in range(first, min(first + CHUNK, len(source))):
             try:
                 example = source.read(index)
                 sums.add(images.square(images.decode(example.data, example.name), size))
             except images.ImageError as error:
-                broken.append((index, str(error)))
-        return sums, broken
+                out.append((index, str(error)))
+        with one_at_a_time:  # not in order, for which a slow image would let results pile up
+            total.merge(sums)
+            broken.extend(out)
 
-    total, broken = Sums(size), []
     pool = concurrent.futures.ThreadPoolExecutor(num_workers)
     with pool, tqdm(total=len(source), unit="image", disable=None, leave=False) as bar:
-        for sums, out in pool.map(chunk, range(0, len(source), CHUNK)):
-            total.merge(sums)
-            broken += out
+        for _ in pool.map(chunk, range(0, len(source), CHUNK)):
             bar.update(CHUNK)
-    return total, broken
+    return total, sorted(broken)
 
 
 def _found(sums: Sums, broken: list[tuple[int, str]]) -> dict[str, np.ndarray]:

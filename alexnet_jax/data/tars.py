@@ -11,7 +11,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from alexnet_jax.data.examples import Example, taken
+from alexnet_jax.data.examples import Example
 from alexnet_jax.data.images import MAX_BYTES, ImageError
 from alexnet_jax.errors import UserError, printable, reason
 
@@ -26,17 +26,14 @@ _DAMAGED = (
 
 @dataclasses.dataclass(frozen=True)
 class Members:
-    """A source: some images of a tar, read by their offsets, in any process."""
+    """A portion: some images of a tar, read by their offsets."""
 
     path: str  # of the tar
-    labels: tuple[str, ...]
     names: tuple[str, ...]  # like n01440764/n01440764_10026.JPEG
     offsets: np.ndarray  # (n,) int64, bytes from the start of the tar to the data
     sizes: np.ndarray  # (n,) int64, bytes
     targets: np.ndarray  # (n,) int64
     fingerprint: str
-    pool: str = ""  # tars come with their splits
-    words: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -57,21 +54,6 @@ class Members:
         if len(data) < size:
             raise UserError(f"{self.path} has become shorter; {AGAIN}")
         return Example(data, int(self.targets[index]), name)
-
-    def name(self, index: int) -> str:
-        return self.names[index]
-
-    def take(self, indices: np.ndarray) -> "Members":
-        """Those at `indices`, (m,) int64, in that order."""
-        indices = np.asarray(indices, np.int64)
-        return dataclasses.replace(
-            self,
-            names=tuple(self.names[index] for index in indices),
-            offsets=self.offsets[indices],
-            sizes=self.sizes[indices],
-            targets=self.targets[indices],
-            fingerprint=taken(self, indices),
-        )
 
 
 @contextlib.contextmanager

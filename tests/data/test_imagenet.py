@@ -428,7 +428,6 @@ def test_a_training_scan_gives_every_image_once_in_the_tars_order(classes, tmp_p
     ]
     assert len(expected) == 16
     assert everything(portions) == expected
-    assert {portion.labels for portion in portions} == {("n01", "n02", "n03", "n04")}
 
 
 @pytest.mark.parametrize("block", [7, 1000, 2**22])
@@ -541,20 +540,6 @@ def test_names_are_no_paths(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["train.tar"]
 
 
-def test_some_members_are_taken_in_their_order(tar_path):
-    (members,) = scanned(tar_path, count=100)
-    whole = everything([members])
-    indices = np.array([9, 2, 15, 0])
-    some = members.take(indices)
-    assert everything([some]) == [whole[index] for index in indices]
-    assert len(some) == 4
-    assert some.labels == members.labels
-    fingerprints = {members.take(np.array(chosen)).fingerprint for chosen in ([1], [2], [1, 2])}
-    assert len(fingerprints | {members.fingerprint}) == 4
-    assert some.fingerprint == members.take(np.array([9, 2, 15, 0])).fingerprint
-    assert len(members.take(np.zeros(0, np.int64))) == 0
-
-
 def test_members_are_read_in_another_process(tar_path):
     portion = scanned(tar_path, count=9)[1]
     code = """
@@ -581,7 +566,6 @@ def test_members_pickle_small(tmp_path):
     path.write_bytes(train_tar({"n01": files}))
     first, second = scanned(path, count=150)
     assert len(pickle.dumps(first)) < 150 * 60
-    assert len(pickle.dumps(second.take(np.arange(3)))) < 1500
     assert everything([pickle.loads(pickle.dumps(second))]) == everything([second])
 
 
@@ -591,7 +575,7 @@ def test_far_into_a_tar_members_are_found(tmp_path):
         file.seek(2**37 + 11)  # a hole takes no room
         file.write(b"here it is")
     offsets, sizes = np.array([2**37 + 11]), np.array([10])
-    members = Members(str(path), ("a",), ("a/1.JPEG",), offsets, sizes, np.array([0]), "x")
+    members = Members(str(path), ("a/1.JPEG",), offsets, sizes, np.array([0]), "x")
     assert members.read(0) == (b"here it is", 0, "a/1.JPEG")
 
 
@@ -600,7 +584,7 @@ def test_a_member_too_large_for_memory_is_a_broken_image(tmp_path):
     many = np.zeros(2, np.int64)
     path = tmp_path / "val.tar"
     path.write_bytes(b"short")
-    members = Members(str(path), ("a",), ("a/fits.JPEG", "a/huge.JPEG"), many, sizes, many, "x")
+    members = Members(str(path), ("a/fits.JPEG", "a/huge.JPEG"), many, sizes, many, "x")
     with pytest.raises(images.ImageError, match=r"a/huge\.JPEG.*268435457.*268435456"):
         members.read(1)
     refusal(lambda: members.read(0), path, "shorter")

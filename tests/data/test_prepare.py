@@ -1,5 +1,6 @@
 """What is prepared is the input's pixels, labels and names, in order, and their statistics."""
 
+import errno
 import hashlib
 import io
 import json
@@ -459,6 +460,29 @@ def test_how_it_is_cut_does_not_show_in_statistics_or_contents(folder, raw, run,
     assert len([*(tmp_path / "out").glob("train-*.array_record")]) == 8
     for part in PARTS[:2]:
         assert stored(tmp_path / "out", part) == stored(raw, part)
+
+
+def test_an_empty_output_folder_that_must_stay_is_refused_before_any_work(
+    folder, run, tmp_path, monkeypatch
+):
+    """A mount point, which only root can make."""
+    (tmp_path / "disk").mkdir()
+
+    def busy(path: pathlib.Path) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    monkeypatch.setattr(pathlib.Path, "rmdir", busy)
+    ran = run(f"--input={folder}", f"--output={tmp_path / 'disk'}")
+    assert_refused(ran, "disk", os.strerror(errno.EBUSY), "name a folder in it")
+    assert os.listdir(tmp_path) == ["disk"]
+
+
+@pytest.mark.parametrize("flag", ["--output", "--verify"])
+def test_a_folder_whose_name_array_record_cannot_take_is_refused(folder, run, tmp_path, flag):
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    given = [f"--input={folder}"] if flag == "--output" else []
+    assert_refused(run(*given, f"{flag}={name}"), "caf", "UTF-8")
+    assert not os.listdir(tmp_path)
 
 
 def test_an_output_that_is_there_is_left_as_it_is(folder, raw, run):

@@ -1,6 +1,7 @@
 """Records come back byte for byte, by this reader and ArrayRecord's own; damage is named."""
 
 import concurrent.futures
+import errno
 import gc
 import hashlib
 import io
@@ -491,6 +492,23 @@ def test_verify_names_everything_that_is_wrong(raw, tmp_path, capsys):
     assert len(lines) == 3
     for name in (SHARD, "validation-00000.array_record", "labels.txt"):
         assert any(name in line for line in lines)
+
+
+def test_verify_goes_on_behind_a_file_that_the_disk_refuses(raw, tmp_path, monkeypatch, capsys):
+    copy = damaged(raw, tmp_path, SHARD, flip)
+    read = records.digest
+
+    def refusing(path: pathlib.Path) -> str:
+        if path.name == "labels.txt":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(path)
+
+    monkeypatch.setattr(records, "digest", refusing)
+    assert command.main(["prepare", f"--verify={copy}"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert f"error: labels.txt cannot be read ({os.strerror(errno.EIO)})" in lines
+    assert any(SHARD in line for line in lines)
+    assert len(lines) == 2
 
 
 @pytest.mark.parametrize("kind", ["raw", "jpeg"])

@@ -173,6 +173,16 @@ def test_folders_inside_a_class_are_named_in_a_warning(pictures, tmp_path, caplo
     assert str(tmp_path / "train" / "bee" / "queens") in warning
 
 
+def test_a_link_to_itself_is_as_one_to_nothing(pictures, tmp_path, caplog):
+    pictures.folder(tmp_path / "train", {"ant": 3, "bee": 2})
+    for link in (tmp_path / "train" / "bee" / "round", tmp_path / "train" / "cat"):
+        link.symlink_to(link.name)
+    source = opened(tmp_path, "train")
+    assert len(source) == 5
+    assert source.labels == ("ant", "bee")
+    assert str(tmp_path / "train" / "bee" / "round") in caplog.text
+
+
 def test_hidden_files_and_folders_are_no_images_and_no_classes(pictures, tmp_path, caplog):
     pictures.folder(tmp_path / "train", {"ant": 3, ".thumbnails": 2})
     (tmp_path / "train" / "ant" / ".DS_Store").write_bytes(b"x")
@@ -462,6 +472,33 @@ def test_a_tfds_split_that_is_not_there_is_refused_with_those_that_are(jpegs, wr
     write_tfds(tmp_path, "insects", CLASSES, two)
     with pytest.raises(UserError, match="no split 'test'; it has train, validation"):
         tfds_source(tmp_path, "insects", "test")
+
+
+def test_a_tfds_split_of_nothing_is_none(jpegs, write_tfds, tmp_path):
+    write_tfds(tmp_path, "insects", CLASSES, {"train": jpegs["train"], "test": []})
+    with pytest.raises(UserError, match=r"no split 'test'; it has train$"):
+        tfds_source(tmp_path, "insects", "test")
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_damaged_tfds_file_is_named_in_one_line(jpegs, write_tfds, tmp_path, damage):
+    """Where it is opened or where the example is read; examples before it are as they were."""
+    write_tfds(tmp_path, "insects", CLASSES, {"train": jpegs["all"], "test": jpegs["test"]})
+    (path,) = tmp_path.glob("insects/*/insects-train*")
+    whole = path.read_bytes()
+    half = len(whole) // 2
+    changed = {"cut": whole[:half], "flipped": whole[:half] + bytes([whole[half] ^ 255])}
+    path.write_bytes(changed[damage] + whole[len(changed[damage]) :] * (damage == "flipped"))
+    read = []
+
+    def read_all() -> None:
+        source = tfds_source(tmp_path, "insects", "train")
+        for index in range(len(source)):
+            read.append(source.read(index))
+
+    with pytest.raises(OSError, match=r"^tfds:insects/1.0.0 train.* is damaged \(.+build the data"):
+        read_all()
+    assert [(found.data, found.label) for found in read] == jpegs["all"][: len(read)]
 
 
 def test_a_tfds_split_without_labels_is_refused(prepared):

@@ -1,15 +1,18 @@
 """What a survey finds is what numpy finds, whoever counts; and broken images are never silent."""
 
 import dataclasses
+import gc
 import logging
 import os
 import pathlib
+import threading
+import weakref
 
 import numpy as np
 import pytest
 
 from alexnet_jax.config import Data, Model
-from alexnet_jax.data import examples, images, sources, survey
+from alexnet_jax.data import examples, images, sources, statistics, survey
 from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.errors import UserError
 
@@ -113,6 +116,31 @@ def test_statistics_are_the_same_to_the_bit_for_any_number_of_workers(root, tmp_
     _, statistics, reads = look(root, tmp_path / "together", workers)
     assert reads == sum(COUNTS.values())
     assert_same(statistics, alone)
+
+
+def test_results_do_not_pile_up_behind_a_slow_image(root, tmp_path, monkeypatch):
+    """Sums of 256x256 pixels take 1.6 MB."""
+    monkeypatch.setattr(survey, "CHUNK", 1)
+    source = sources.open_source(Data(source=f"folder:{root}"), "train")
+    others, alive, most = threading.Barrier(2), weakref.WeakSet(), []
+
+    class Sums(statistics.Sums):
+        def __init__(self, size: int):
+            super().__init__(size)
+            alive.add(self)
+
+    class Slow(Counting):
+        def read(self, index: int) -> examples.Example:
+            if index in (0, len(self) - 1):
+                others.wait(60)  # the first image is there when the last is
+            gc.collect()
+            most.append(len(alive))
+            return super().read(index)
+
+    monkeypatch.setattr(survey, "Sums", Sums)
+    survey.survey(Slow(source), SIZE, str(tmp_path), 2)
+    assert len(most) == len(source)
+    assert max(most) <= 2 + 2  # the total, one a worker, and one being let go
 
 
 def test_a_second_survey_reads_no_image_and_finds_the_same(root, tmp_path):
