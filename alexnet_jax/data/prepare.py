@@ -323,6 +323,11 @@ def _locked(folder: pathlib.Path) -> Iterator[None]:
     except BlockingIOError as error:
         os.close(descriptor)
         raise UserError(f"another process is writing {folder}; wait for it, or stop it") from error
+    except OSError as error:  # a file system without locks
+        log.warning(
+            "%s cannot be locked (%s); start no second process that writes it",
+            folder, error.strerror,
+        )  # fmt: skip
     try:
         yield
     finally:

@@ -1,6 +1,7 @@
 """What is prepared is the input's pixels, labels and names, in order, and their statistics."""
 
 import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -475,6 +476,17 @@ def test_an_empty_output_folder_that_must_stay_is_refused_before_any_work(
     ran = run(f"--input={folder}", f"--output={tmp_path / 'disk'}")
     assert_refused(ran, "disk", os.strerror(errno.EBUSY), "name a folder in it")
     assert os.listdir(tmp_path) == ["disk"]
+
+
+def test_a_file_system_without_locks_is_written_with_a_warning(folder, run, tmp_path, monkeypatch):
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    ran = run(f"--input={folder}", f"--output={tmp_path / 'out'}")
+    assert ran.status == 0
+    assert any(f"cannot be locked ({os.strerror(errno.ENOLCK)})" in line for line in ran.err)
+    assert len(stored(tmp_path / "out", "train")) == 16
 
 
 @pytest.mark.parametrize("flag", ["--output", "--verify"])
