@@ -41,6 +41,7 @@ def bench(config: Config) -> dict[str, Any]:
     mesh, batch_size = training_mesh(config), config.train.batch_size
     source = sources.open_source(config.data, "train")
     config = setup.with_classes(config, source.labels)
+    setup.check_parameters(config)
     source, statistics = survey.surveyed(source, config.data, config.model)
 
     def batches() -> contextlib.closing[Any]:

@@ -2,8 +2,8 @@
 
 Arrays are stored in their natural shapes, so a checkpoint does not depend on a mesh: it is read to
 the host, and `state.put` places it on whatever devices there are. A checkpoint appears atomically
-and is then sealed with checksums; if they show damage, the next older one is used. The newest is
-kept, and the one with the lowest validation top-1 error (the earlier of equals).
+and is then sealed with checksums; if they show damage, the next older one is used. Kept are the two
+newest, and the one with the lowest validation top-1 error (the earlier of equals).
 """
 
 import concurrent.futures
@@ -81,12 +81,15 @@ def local(say: Callable[[], str]) -> str:
 
 
 class NewestAndBest:
-    """Orbax preservation policy that keeps the newest and the best checkpoint."""
+    """Orbax preservation policy that keeps the two newest and the best checkpoint.
+
+    Two, since the newest may turn out to be damaged, and is the best as long as errors fall.
+    """
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """One answer per checkpoint; those never validated cannot be the best."""
         del context
-        keep = {max((checkpoint.step for checkpoint in checkpoints), default=None)}
+        keep = set(sorted(checkpoint.step for checkpoint in checkpoints)[-2:])
         errors = [
             (checkpoint.metrics["top1_error"], checkpoint.step)
             for checkpoint in checkpoints

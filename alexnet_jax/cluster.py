@@ -7,8 +7,10 @@ signal it got, why it failed. From the notes ranks decide when to stop together 
 """
 
 import contextlib
+import errno
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -22,7 +24,10 @@ from jax._src import distributed  # the rank before devices are started, and the
 from alexnet_jax.errors import UserError, exit_status
 
 # A variable that a launcher sets -> the one that holds its number of processes.
-LAUNCHERS = {"SLURM_STEP_NODELIST": "SLURM_NTASKS", "OMPI_MCA_orte_hnp_uri": "OMPI_COMM_WORLD_SIZE"}
+LAUNCHERS = {
+    "SLURM_STEP_NODELIST": "SLURM_NTASKS",
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
+}
 BEAT = 1.0  # seconds between a rank's notes
 SILENCE = 20.0  # seconds without a note after which a rank counts as dead
 JOINING = 300  # seconds for all processes to join
@@ -48,7 +53,9 @@ def join(coordinator: str, num_processes: int, process_id: int) -> int:
       UserError: the three arguments do not fit together, or JAX finds no cluster.
     """
     explicit = coordinator not in ("", "auto")
-    if explicit and not (":" in coordinator and 0 <= process_id < num_processes):
+    host, _, port = coordinator.rpartition(":")
+    reachable = host and re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 2**16
+    if explicit and not (reachable and 0 <= process_id < num_processes):
         raise UserError(
             f"--coordinator={coordinator} --num_processes={num_processes} --process_id={process_id}"
             ": must be HOST:PORT of process 0, how many there are, and which of 0, 1, ... this is"
@@ -64,6 +71,8 @@ def join(coordinator: str, num_processes: int, process_id: int) -> int:
         jax.config.update("jax_enable_preemption_service", False)
         told: dict[str, Any] = {}
         if explicit:
+            if process_id == 0 and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:
+                _check_free(coordinator, int(port))
             told = {
                 "coordinator_address": coordinator,
                 "num_processes": num_processes,
@@ -88,6 +97,20 @@ def join(coordinator: str, num_processes: int, process_id: int) -> int:
         finally:
             giving_up.cancel()
     return distributed.global_state.num_processes
+
+
+def _check_free(coordinator: str, port: int) -> None:
+    """Raises UserError if process 0 cannot listen at the port, where JAX itself would crash."""
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            raise UserError(
+                f"--coordinator={coordinator}: process 0 cannot listen there ({error.strerror}); "
+                "choose a port that is free"
+            ) from error
 
 
 def _nobody_came(coordinator: str) -> NoReturn:

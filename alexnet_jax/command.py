@@ -22,7 +22,7 @@ from ml_collections import config_flags
 
 from alexnet_jax import config as configs
 from alexnet_jax.config import Config
-from alexnet_jax.errors import FailedError, UserError, exit_status
+from alexnet_jax.errors import FailedError, UserError, exit_status, reason
 from alexnet_jax.files import expanded
 
 # How absl's messages about ill-typed values begin -> what the value must be.
@@ -60,6 +60,15 @@ def status(work: Callable[[], int]) -> int:
         return exit_status(error)
     except MemoryError as error:
         print(f"error: there is not enough memory ({error})", file=sys.stderr)
+        return exit_status(error)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(
+            f"error: the devices have not enough memory ({reason(error)}); smaller batches take "
+            "less (--config.train.batch_size, or more --config.train.accumulation_steps)",
+            file=sys.stderr,
+        )
         return exit_status(error)
     except KeyboardInterrupt as stop:
         print("stopped; the same command goes on from what was saved", file=sys.stderr)
@@ -105,10 +114,17 @@ def keep_compiled(cache_dir: str) -> None:
 
 
 def define_config(values: flags.FlagValues, argv: Sequence[str]) -> None:
-    """Adds --config=FILE, its --config.SECTION.FIELD=VALUE, and --help to a command's flags."""
-    config_flags.DEFINE_config_file(
-        "config", None, "a file of configs/", flag_values=values, sys_argv=list(argv)
-    )
+    """Adds --config=FILE, its --config.SECTION.FIELD=VALUE, and --help to a command's flags.
+
+    Raises:
+      UserError: a --flagfile cannot be read.
+    """
+    try:
+        config_flags.DEFINE_config_file(
+            "config", None, "a file of configs/", flag_values=values, sys_argv=list(argv)
+        )
+    except flags.Error as error:
+        raise UserError(reason(error)) from error
     flags.DEFINE_bool("help", False, "print this", flag_values=values)
 
 

@@ -208,7 +208,8 @@ class Optim:
 class Train:
     """How long to train, in what batches."""
 
-    batch_size: int = _setting(128, _at_least(1))  # images, over all devices; paper, section 5
+    # images, over all devices; paper, section 5
+    batch_size: int = _setting(128, Rule("from 1 to 2**31 - 1", lambda n: 0 < n < 2**31))
     num_epochs: float = _setting(
         90.0, Rule("above 0 and at most 1e6", lambda n: 0 < n <= 1e6)
     )  # "roughly 90 cycles"
@@ -216,7 +217,7 @@ class Train:
     accumulation_steps: int = _setting(1, _at_least(1))  # parts that a device splits its rows into
     init_from: str = ""  # workdir whose weights to start from; other classes: a new last layer
     max_parameters: int = _setting(500_000_000, _at_least(1))  # a larger net is refused
-    log_every_steps: int = _setting(20, _at_least(1))
+    log_every_steps: int = _setting(20, _at_least(1))  # besides every epoch's last
     deterministic: bool = False  # bitwise reproducible on a GPU, at some cost; a CPU always is
 
 
@@ -235,7 +236,7 @@ class Checkpoint:
     """When to save, and what to read."""
 
     every_steps: int = _setting(0, _at_least(0))  # besides each validation pass; 0: no more
-    step: int = _setting(-1, _at_least(-1))  # for eval, predict, features, figures; -1: newest
+    step: int = _setting(-1, _at_least(-1))  # for all modes but train; -1: newest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -360,7 +361,7 @@ def resolve(user: Any) -> Config:
         that the net does not use.
     """
     values = user.to_dict()
-    preset = values.get("model", {}).get("preset") or Model.preset
+    preset = (values.get("model") or {}).get("preset") or Model.preset
     if preset not in PRESETS:
         raise UserError(
             f"model.preset={preset!r}: must be one of {', '.join(PRESETS)}; "

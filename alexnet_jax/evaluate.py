@@ -14,7 +14,15 @@ from alexnet_jax.config import Config
 from alexnet_jax.data.examples import Source
 from alexnet_jax.errors import UserError, shortened
 from alexnet_jax.files import whole, write_arrays
-from alexnet_jax.predict import Net, averaged, example_names, open_net, open_split, predictor
+from alexnet_jax.predict import (
+    Net,
+    averaged,
+    check_finite,
+    example_names,
+    open_net,
+    open_split,
+    predictor,
+)
 
 
 class Predictions(NamedTuple):
@@ -86,8 +94,10 @@ def evaluate_workdirs(
 
     Raises:
       UserError: as `together`.
+      FailedError: a net has probabilities that are not finite.
     """
     found, steps = together(config, directories, broadcast)
+    check_finite(found.log_probabilities, directories)
     if output is not None:
         _write(output, found)
     sums = [

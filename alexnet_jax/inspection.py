@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from alexnet_jax import config as configs
 from alexnet_jax.config import Config, stored_size
 from alexnet_jax.data.statistics import Statistics
-from alexnet_jax.mesh import make_mesh, start_cpu_devices
+from alexnet_jax.mesh import make_mesh, start_devices
 from alexnet_jax.models.layers import Layer
 from alexnet_jax.models.nets import layers
 from alexnet_jax.train import optim
@@ -120,7 +120,7 @@ def inspect(config: Config) -> dict[str, Any]:
     asked = configs.Mesh(
         model=max(config.mesh.model, 1 + model.splits), data=max(config.mesh.data, 1)
     )
-    start_cpu_devices(asked.model * asked.data, at_least=True)
+    start_devices(asked.model * asked.data, at_least=True)
     num_classes = model.num_classes or IMAGENET_CLASSES
     mesh = make_mesh(asked, model)
     found = layers(model, num_classes)

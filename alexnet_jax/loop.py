@@ -32,6 +32,11 @@ from alexnet_jax.train.step import DeviceBatch, StepResults, TrainStep
 
 log = logging.getLogger(__name__)
 
+WAY_OUT = (
+    "the last checkpoint stays; the usual way out is a lower --config.optim.learning_rate with "
+    "--allow_config_change, or to take that checkpoint's folder away, if its net is ruined already"
+)
+
 
 class TrainingError(FailedError):
     """Training cannot go on."""
@@ -58,7 +63,8 @@ class StopSignal:
             raise KeyboardInterrupt(number)
         self.job.stop(number)
         with contextlib.suppress(OSError):  # the reader may have been stopped as well
-            print("stopping after this step; once more stops at once", file=sys.stderr)
+            words = "stopping after this step, or pass, and its save; once more stops at once"
+            print(words, file=sys.stderr)
 
 
 class Interval:
@@ -95,8 +101,7 @@ class Interval:
             if bad or not np.isfinite(sums[-1].loss):
                 raise TrainingError(
                     f"step {step}: the loss is {sums[-1].loss / self.batch_size}, and the gradient "
-                    f"or the update is not finite in {', '.join(bad) or 'no layer'}; the last "
-                    "checkpoint stays; a lower --config.optim.learning_rate is the usual way out"
+                    f"or the update is not finite in {', '.join(bad) or 'no layer'}; {WAY_OUT}"
                 )
             moved, weights = np.sqrt(squares[:, 1:]).T
             ratios.append(np.divide(moved, weights, out=np.zeros_like(moved), where=weights > 0))
@@ -116,7 +121,7 @@ def train(
     """Train, or resume training, in a workdir, together with the job's other processes.
 
     Returns:
-      0, or the number of the signal that ended it early, after saving.
+      0 if all is done, or the number of the signal that ended it early, after saving.
 
     Raises:
       UserError: the data, the mesh, the workdir or their combination cannot be used.
@@ -160,7 +165,8 @@ def _steps(run: setup.Run, first: int, report: Silent, job: Job) -> int:
         stopping = job.stops_after(step)  # asked once: a later signal waits for the next step
         passes = calendar.epoch_ends(step, config.eval.every_epochs)
         saves = passes or stopping or calendar.is_due(step, config.checkpoint.every_steps)
-        if saves or step == first + 1 or calendar.is_due(step, config.train.log_every_steps):
+        logs = step == first + 1 or calendar.is_due(step, config.train.log_every_steps)
+        if saves or logs or calendar.epoch_ends(step, 1):
             values = interval.read()
             values["learning_rate"] = float(run.schedule(np.int32(step - 1), scale)["kernel"])
             report.record("train", step, calendar.epochs(step), values)
@@ -181,7 +187,7 @@ def _steps(run: setup.Run, first: int, report: Silent, job: Job) -> int:
             report.say(f"{name}: saved step {step}; the same command goes on from there")
             return stopping
         job.progress(f"step {step + 1}, and the batch after it")
-    return job.signal  # a signal may have come while the last step was validated and saved
+    return 0  # also if a signal came while the last step was validated and saved
 
 
 def _validated(
@@ -208,16 +214,15 @@ def _validated(
     )
     values = metrics.errors(sums)
     if not math.isfinite(values["loss"]):
-        raise TrainingError(
-            f"step {step}: the validation loss is {values['loss']}; the last checkpoint "
-            "stays; a lower --config.optim.learning_rate is the usual way out"
-        )
+        raise TrainingError(f"step {step}: the validation loss is {values['loss']}; {WAY_OUT}")
     values[PASS] = int(sums.count)
     values["learning_rate"] = learning_rate
     values["images_per_second"] = float(sums.count) / (time.perf_counter() - started)
     report.record(run.config.eval.split, step, run.calendar.epochs(step), values)
-    plateau = optim.plateau_update(meta.plateau, values["top1_error"], run.config.optim)
-    if plateau.drops > meta.plateau.drops and run.config.optim.schedule == "plateau":
+    plateau = meta.plateau
+    if run.config.optim.schedule == "plateau":
+        plateau = optim.plateau_update(plateau, values["top1_error"], run.config.optim)
+    if plateau.drops > meta.plateau.drops:
         report.say(f"no better for {run.config.optim.plateau_patience} passes: the rate drops")
     return values["top1_error"], dataclasses.replace(meta, plateau=plateau)
 

@@ -113,7 +113,7 @@ def run(options: flags.FlagValues, paths: list[str]) -> int:
             )
         if not job.is_leader:
             logging.getLogger("alexnet_jax").setLevel(logging.ERROR)  # rank 0 says the same
-        mesh.start_cpu_devices(-(-config.mesh.cpu_devices // count))
+        mesh.start_devices(-(-config.mesh.cpu_devices // count))
         return run_mode(options, paths, config, job)
 
 

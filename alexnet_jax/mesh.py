@@ -11,18 +11,29 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from alexnet_jax import config as configs
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import UserError, reason
 
 
-def start_cpu_devices(count: int, at_least: bool = False) -> None:
-    """Have the CPU platform start `count` virtual devices, unless JAX_NUM_CPU_DEVICES is set.
+def start_devices(cpu_count: int, at_least: bool = False) -> None:
+    """Start the platform's devices; call before JAX is first used.
 
-    A count of 0 changes nothing; with `at_least`, `count` overrides a smaller JAX_NUM_CPU_DEVICES.
-    Other platforms are not affected. Call before JAX is first used.
+    The CPU platform starts `cpu_count` virtual ones, unless that is 0 or JAX_NUM_CPU_DEVICES is
+    set; with `at_least`, it overrides a smaller JAX_NUM_CPU_DEVICES.
+
+    Raises:
+      UserError: there are none, as where JAX_PLATFORMS names what this machine has not.
     """
     asked = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
-    if count and asked < (count if at_least else 1):
-        jax.config.update("jax_num_cpu_devices", count)
+    if cpu_count and asked < (cpu_count if at_least else 1):
+        jax.config.update("jax_num_cpu_devices", cpu_count)
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+        raise UserError(
+            f"JAX_PLATFORMS={platforms or ''}: JAX cannot start such devices ({reason(error)}); "
+            "unset it to have JAX choose, or set JAX_PLATFORMS=cpu"
+        ) from error
 
 
 def make_mesh(mesh: configs.Mesh, model: configs.Model) -> jax.sharding.Mesh:
@@ -54,9 +65,10 @@ def make_mesh(mesh: configs.Mesh, model: configs.Model) -> jax.sharding.Mesh:
     devices = np.asarray(devices[: data * mesh.model], object).reshape(data, mesh.model)
     idle = jax.process_count() - len({device.process_index for device in devices.flat})
     if idle:
+        more = "give each more devices" if mesh.data == -1 else "set --config.mesh.data=-1"
         raise UserError(
             f"mesh.model={mesh.model} x mesh.data={data} leaves {idle} of {jax.process_count()} "
-            "processes without a device; start fewer, or set --config.mesh.data=-1"
+            f"processes without a device; start fewer, or {more}"
         )
     if not _even([device.process_index for device in row] for row in devices):
         raise UserError(

@@ -12,10 +12,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from alexnet_jax.checkpoint import Broadcast, Checkpoints, Meta, local
-from alexnet_jax.config import Config
+from alexnet_jax.config import Config, changes
 from alexnet_jax.data import images, sources, stream, survey
 from alexnet_jax.data.examples import Source
-from alexnet_jax.errors import UserError, printable
+from alexnet_jax.errors import FailedError, UserError, printable
 from alexnet_jax.files import write_arrays
 from alexnet_jax.mesh import local_rows, make_mesh, put_batch, put_everywhere
 from alexnet_jax.models.layers import Params
@@ -28,6 +28,7 @@ from alexnet_jax.workdir import CHECKPOINTS
 log = logging.getLogger(__name__)
 
 FILES_AT_ONCE = 1024
+TAKEN = ("model.", "data.stored_size", "data.mean", "data.split")  # from the checkpoint
 
 
 class Net(NamedTuple):
@@ -56,6 +57,7 @@ def open_net(config: Config, directory: pathlib.Path, broadcast: Broadcast = loc
         raise UserError(f"--workdir={directory} holds no checkpoints; train there first")
     checkpoints = Checkpoints(directory / CHECKPOINTS)
     step, meta, params = checkpoints.read_net(config.checkpoint.step, broadcast)
+    _say_taken(config, meta)
     trained = meta.config.data
     data = dataclasses.replace(
         config.data,
@@ -67,6 +69,18 @@ def open_net(config: Config, directory: pathlib.Path, broadcast: Broadcast = loc
     config = dataclasses.replace(config, model=meta.config.model, data=data)
     mesh = _fitting_mesh(config)
     return Net(config, meta, step, put(params, mesh), mesh)
+
+
+def _say_taken(config: Config, meta: Meta) -> None:
+    """Log which settings are the checkpoint's, where the config's differ."""
+    classes = dataclasses.replace(config.model, num_classes=meta.config.model.num_classes)
+    changed: dict[str, tuple] = {}
+    for found in changes(meta.config, dataclasses.replace(config, model=classes)):
+        changed |= {name: pair for name, pair in found.items() if name.startswith(TAKEN)}
+    if changed:
+        words = [f"{name}={kept!r}, not {given!r}" for name, (kept, given) in changed.items()]
+        more = f", and {len(words) - 5} more" if len(words) > 5 else ""
+        log.info("of the checkpoint: %s%s", "; ".join(words[:5]), more)
 
 
 def open_split(net: Net, split: str) -> Source:
@@ -152,6 +166,15 @@ def averaged(log_probs: Sequence[np.ndarray]) -> np.ndarray:
     return np.log(np.maximum(mean.astype(np.float32), np.finfo(np.float32).tiny))
 
 
+def check_finite(log_probs: np.ndarray, directories: Sequence[pathlib.Path]) -> None:
+    """Raises FailedError if training has ruined a net."""
+    if np.isnan(log_probs).any():
+        raise FailedError(
+            f"--workdir={','.join(map(str, directories))}: the net gives probabilities that are no "
+            "numbers, since its training diverged; set --config.checkpoint.step to an older one"
+        )
+
+
 def example_names(source: Source) -> list[str]:
     """The examples' names, in the source's order."""
     return [source.name(index) for index in range(len(source))]
@@ -185,7 +208,8 @@ def predict_files(
                 broken[path] = {"file": path, "error": str(error)}
         whole = tuple(path for path in some if path not in broken)
         source = sources.Folder(labels, np.zeros(len(whole), np.int64), "", whole)
-        found = averaged([predict(source) for predict in predictors]) if whole else ()
+        found = averaged([predict(source) for predict in predictors]) if whole else np.empty(0)
+        check_finite(found, directories)
         best = iter(
             {"file": path, **best_labels(row, labels, words)}
             for path, row in zip(whole, np.exp(found))
@@ -211,7 +235,12 @@ def _files(paths: Sequence[str]) -> list[str]:
     for path in paths:
         if not os.path.exists(path):
             raise UserError(f"{path}: no such file or folder")
-        found += _inside(path) if os.path.isdir(path) else [path]
+        if os.path.isdir(path):
+            found += _inside(path)
+        elif not os.path.isfile(path):
+            raise UserError(f"{path}: is a pipe or device; save the image to a file first")
+        else:
+            found.append(path)
     if not found:
         raise UserError("no image to look at: name files or folders after the flags")
     return found

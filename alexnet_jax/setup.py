@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import pathlib
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -11,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from alexnet_jax import validate, workdir
-from alexnet_jax.checkpoint import Broadcast, Checkpoints, Meta, Saver
+from alexnet_jax.checkpoint import Broadcast, Checkpoints, Meta, Saver, local
 from alexnet_jax.cluster import Job
 from alexnet_jax.config import SHARES_ENTRY, Config
 from alexnet_jax.data import sources, survey
@@ -20,7 +19,6 @@ from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.errors import UserError
 from alexnet_jax.files import expanded
 from alexnet_jax.mesh import training_mesh
-from alexnet_jax.models.layers import Params
 from alexnet_jax.models.nets import layers
 from alexnet_jax.ops import native
 from alexnet_jax.train import optim
@@ -74,12 +72,19 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
     if len(source.labels) == 1:
         log.warning("%s has one class: there is nothing to tell apart", config.data.source)
     check_parameters(config)
+    if config.checkpoint.step != -1:
+        raise UserError(
+            f"checkpoint.step={config.checkpoint.step}: training goes on from the newest; to go "
+            f"back, take later ones out of {directory / workdir.CHECKPOINTS}"
+        )
     checkpoints = Saver(directory / workdir.CHECKPOINTS)
     latest = checkpoints.newest_whole(job.broadcast)
     saved = None if latest is None else checkpoints.read_meta(latest)
     if saved is not None:
         changed = workdir.check_resume(saved.config, config, allow_config_change)
         validate.check_same_classes(saved.labels, source.labels, config.data.source)
+    elif config.train.init_from:
+        check_origin(config, source.labels, job.broadcast)
     with job.leader_first():
         source, statistics = survey.surveyed(source, config.data, config.model)
         validation, _ = survey.surveyed(validation, config.data, config.model)
@@ -126,10 +131,17 @@ def _first_state(config: Config, labels: tuple[str, ...], broadcast: Broadcast) 
     state = initial_state(config.model, len(labels), config.seed)
     if not config.train.init_from:
         return state
-    last = layers(config.model, len(labels))[-1].name
-    rates = optim.layer_rates(config.optim)
-    params = _taken_over(config.train.init_from, state.params, last, labels, rates, broadcast)
-    return state._replace(params=params)
+    _, meta, given = _origin_of(config).read_net(-1, broadcast)
+    new = _new_layers(config, labels, meta)
+    log.info(
+        "weights are taken over from %s; new: %s",
+        config.train.init_from,
+        ", ".join(new) or "nothing",
+    )
+    # A new last layer starts at zero: every class is then equally probable.
+    drawn = {name: state.params[name] for name in new}
+    drawn |= {name: jax.tree.map(np.zeros_like, drawn[name]) for name in new if name != "conv6"}
+    return state._replace(params={**given, **drawn})
 
 
 def _resumed(
@@ -163,52 +175,47 @@ def _check_images(meta: Meta, source: Source, name: str) -> None:
     )
 
 
-def _taken_over(
-    init_from: str,
-    params: Params,
-    last: str,
-    labels: tuple[str, ...],
-    rates: Mapping[str, float],
-    broadcast: Broadcast,
-) -> Params:
-    """The parameters of the newest checkpoint in workdir `init_from`, to replace `params`.
+def _origin_of(config: Config) -> Checkpoints:
+    """The checkpoints of workdir `train.init_from`."""
+    folder = expanded(config.train.init_from) / workdir.CHECKPOINTS
+    if not folder.is_dir():
+        raise UserError(
+            f"train.init_from={config.train.init_from!r} holds no checkpoints; train there"
+        )
+    return Checkpoints(folder)
 
-    If the classes differ, the `last` layer starts at zero: every class is then equally probable.
-    A conv6 that the other net does not have keeps its random initial values.
+
+def check_origin(config: Config, labels: tuple[str, ...], broadcast: Broadcast = local) -> None:
+    """Find out whether a net can start from the newest checkpoint in workdir `train.init_from`.
 
     Raises:
       UserError: there is no checkpoint, its net differs, or a new layer has a rate of 0.
     """
-    origin = expanded(init_from)
-    if not (origin / workdir.CHECKPOINTS).is_dir():
-        raise UserError(f"train.init_from={init_from!r} holds no checkpoints; train there")
-    _, meta, given = Checkpoints(origin / workdir.CHECKPOINTS).read_net(-1, broadcast)
-    found, new = {}, []
-    for layer in sorted(params.keys() | given.keys()):
-        here, there = (
-            net[layer]["kernel"].shape if layer in net else None for net in (params, given)
-        )
-        if layer == last and meta.labels != labels:
-            found[layer] = jax.tree.map(np.zeros_like, params[layer])
-            new.append(layer)
-        elif layer == "conv6" and there is None:
-            found[layer] = params[layer]
-            new.append(layer)
+    origin = _origin_of(config)
+    _new_layers(config, labels, origin.read_meta(origin.chosen_step(-1, broadcast)))
+
+
+def _new_layers(config: Config, labels: tuple[str, ...], meta: Meta) -> list[str]:
+    """The layers that a net does not take over: the last if classes differ, and a new conv6."""
+    net = {layer.name: layer.kernel for layer in layers(config.model, len(labels))}
+    given = {layer.name: layer.kernel for layer in layers(meta.config.model, len(meta.labels))}
+    new, rates, last = [], optim.layer_rates(config.optim), list(net)[-1]
+    for name in sorted(net.keys() | given.keys()):
+        here, there = net.get(name), given.get(name)
+        if (name == last and meta.labels != labels) or (name == "conv6" and there is None):
+            new.append(name)
         elif here != there:
             raise UserError(
-                f"train.init_from: {layer} of {origin} has a kernel of {there}, here "
-                f"it is {here}; both nets must be the same but for their classes"
+                f"train.init_from: {name} of {config.train.init_from} has a kernel of {there}, "
+                f"here it is {here}; both nets must be the same but for their classes"
             )
-        else:
-            found[layer] = given[layer]
-    for layer in new:
-        if not rates[layer]:
+    for name in new:
+        if not rates[name]:
             raise UserError(
-                f"optim.layer_rates: {layer} has a rate of 0, but is new here and would never "
-                f"learn; give {SHARES_ENTRY.get(layer, layer)} a rate"
+                f"optim.layer_rates: {name} has a rate of 0, but is new here and would never "
+                f"learn; give {SHARES_ENTRY.get(name, name)} a rate"
             )
-    log.info("weights are taken over from %s; new: %s", init_from, ", ".join(new) or "nothing")
-    return found
+    return new
 
 
 def make_step(apply: Apply, config: Config, mesh: Mesh, calendar: Calendar) -> TrainStep:

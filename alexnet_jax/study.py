@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from alexnet_jax import command, evaluate, figures, loop, mesh, report, setup, tables
+from alexnet_jax import command, evaluate, figures, loop, mesh, report, setup, tables, workdir
 from alexnet_jax import config as configs
 from alexnet_jax.cluster import Job
 from alexnet_jax.config import Config
@@ -127,27 +127,34 @@ def check(study: Study, user: Any, seeds: Sequence[int]) -> None:
     chosen = {name: _config(user, settings) for name, settings in study.variants.items()}
     for seed in seeds:
         _config(user, {"seed": seed})
-    mesh.start_cpu_devices(next(iter(chosen.values())).mesh.cpu_devices)
+    mesh.start_devices(next(iter(chosen.values())).mesh.cpu_devices)
     nets, labels = {}, ()
     for name, config in chosen.items():
         mesh.training_mesh(config)
         labels = labels or sources.open_source(config.data, "train").labels
         config = setup.with_classes(config, labels)
         setup.check_parameters(config)
+        if config.train.init_from:
+            setup.check_origin(config, labels)
         nets[name] = layers(config.model, len(labels))
-    first = next(iter(chosen))
     for one, other in itertools.combinations(chosen, 2):
         if _trained(chosen[one]) == _trained(chosen[other]):
             raise UserError(
                 f"variants {one} and {other} are the same with this --config, "
                 f"whose preset is {chosen[one].model.preset!r}; choose another preset"
             )
-    for name, config in chosen.items():
-        maps = {net: found[-4].stage_output for net, found in nets.items()}  # before fc6
-        if study.equal_maps and maps[name] != maps[first]:
+    if not study.equal_maps:
+        return
+    maps = {
+        name: [layer.stage_output for layer in net if len(layer.kernel) == 4][-1]
+        for name, net in nets.items()
+    }
+    (first, size), *others = maps.items()
+    for name, other in others:
+        if other != size:
             raise UserError(
-                f"model.input_size={config.model.input_size}: the last maps are {maps[first]} in "
-                f"variant {first} and {maps[name]} in {name}, and should be alike; "
+                f"model.input_size={chosen[name].model.input_size}: the last maps are {size} in "
+                f"variant {first} and {other} in {name}, and should be alike; "
                 "set --config.model.input_size to 224, 128 or 64"
             )
 
@@ -170,10 +177,15 @@ def claim(directory: pathlib.Path, name: str, reference: Config) -> None:
     """
     path = directory / CLAIM
     length = () if STUDIES[name].target_error else ("num_epochs", "num_steps")
-    if not path.exists():
-        directory.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or not any(directory.glob(f"*/*/{workdir.CHECKPOINTS}/[0-9]*")):
         claimed = {"study": name, "config": configs.to_dict(reference)}
-        write_text(path, json.dumps(claimed, indent=2) + "\n")
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps(claimed, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"--workdir={directory} cannot be written ({error.strerror}); choose another"
+            ) from error
         return
     claimed = json.loads(path.read_text(encoding="utf-8"))
     if claimed["study"] != name:
@@ -225,9 +237,9 @@ def _run(config: Config, directory: pathlib.Path) -> int:
 
 
 def _train(config: Config, directory: pathlib.Path) -> int:
-    """`loop.train`, watched as `python -m alexnet_jax.main` watches it."""
+    """`loop.train`, watched as `python -m alexnet_jax.main` watches it; any signal it was sent."""
     with Job(config.mesh.step_timeout) as job:
-        return loop.train(config, directory, job)
+        return loop.train(config, directory, job) or job.signal
 
 
 def _is_done(config: Config, directory: pathlib.Path) -> bool:

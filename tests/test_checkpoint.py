@@ -132,27 +132,27 @@ def test_a_state_donated_right_after_its_save_is_saved_as_it_was(state, meta, tm
     [
         ([(1, 0.5)], [1]),
         ([(1, 0.5), (2, 0.4), (3, 0.6)], [2, 3]),
-        ([(1, 0.5), (2, 0.4), (3, 0.4), (4, 0.6)], [2, 4]),  # of equals the earlier
-        ([(1, None), (2, 0.9), (3, None)], [2, 3]),  # never validated: not the best
-        ([(1, float("nan")), (2, 0.9), (3, 0.95)], [2, 3]),
-        ([(1, 0.5), (2, 0.4)], [2]),
+        ([(1, 0.5), (2, 0.4), (3, 0.4), (4, 0.6), (5, 0.7)], [2, 4, 5]),  # of equals the earlier
+        ([(1, None), (2, 0.9), (3, None), (4, None)], [2, 3, 4]),  # never validated: not the best
+        ([(1, float("nan")), (2, 0.9), (3, 0.95), (4, 0.95)], [2, 3, 4]),
+        ([(1, 0.5), (2, 0.4), (3, 0.3)], [2, 3]),  # the newest is the best
         ([], []),
     ],
 )
-def test_the_newest_and_the_best_are_kept(history, kept):
+def test_the_two_newest_and_the_best_are_kept(history, kept):
     saved = [Saved(step, None if e is None else {"top1_error": e}) for step, e in history]
     answers = NewestAndBest().should_preserve(saved, context=None)
     assert [item.step for item, keep in zip(saved, answers, strict=True) if keep] == kept
 
 
-def test_only_the_newest_and_the_best_stay_on_disk(state, meta, tmp_path):
+def test_only_the_two_newest_and_the_best_stay_on_disk(state, meta, tmp_path):
     placed = put(state, make_mesh(1, 1))
     with Saver(tmp_path) as checkpoints:
-        for step, error in ((1, 0.5), (2, 0.2), (3, 0.2), (4, 0.4)):
+        for step, error in ((1, 0.5), (2, 0.2), (3, 0.2), (4, 0.4), (5, 0.3)):
             checkpoints.save(step, placed, meta, error)
         checkpoints.wait()
-        assert checkpoints.steps() == [2, 4]
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["2", "4"]
+        assert checkpoints.steps() == [2, 4, 5]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["2", "4", "5"]
 
 
 def test_what_a_killed_save_left_is_no_checkpoint_and_for_its_run_to_clean(state, meta, tmp_path):
@@ -251,7 +251,7 @@ def test_reading_changes_nothing(state, meta, tmp_path, caplog):
 def test_a_run_that_saves_meanwhile_is_read_at_its_newest(
     moment, state, meta, tmp_path, monkeypatch, caplog
 ):
-    """Step 2 goes and step 3 comes while 2 is looked at, or read."""
+    """Step 2 goes and steps 3 and 4 come while 2 is looked at, or read."""
     placed = put(state, make_mesh(1, 1))
     reader, later = Checkpoints(tmp_path), []
     owner = seals if moment == "digest" else reader
@@ -259,8 +259,9 @@ def test_a_run_that_saves_meanwhile_is_read_at_its_newest(
 
     def once_saved(*arguments):
         if not later:
-            later.append(3)
-            run.save(3, placed, meta, 0.3)
+            later.extend((3, 4))
+            for step in later:
+                run.save(step, placed, meta, 0.3)
             run.wait()
         return really(*arguments)
 
@@ -268,7 +269,7 @@ def test_a_run_that_saves_meanwhile_is_read_at_its_newest(
     with Saver(tmp_path) as run:
         monkeypatch.setattr(owner, moment, once_saved)
         step, _, params = reader.read_net(-1)
-        assert reader.steps() == [1, 3]
-    assert step == 3
+        assert reader.steps() == [1, 3, 4]
+    assert step == 4
     assert_equal(params, state.params)
     assert "DAMAGED" not in caplog.text

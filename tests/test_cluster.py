@@ -268,12 +268,41 @@ def test_a_cluster_that_is_none_is_a_mistake(tmp_path):
     assert "error: no other processes are found" in ended.stderr
 
 
+def test_a_port_that_is_taken_is_told_of(tmp_path):
+    code = "import sys; from alexnet_jax import main; sys.exit(main.main(sys.argv))"
+    configs = pathlib.Path(__file__).parents[1] / "configs"
+    with socket.create_server(("localhost", 0)) as taken:
+        address = f"localhost:{taken.getsockname()[1]}"
+        ended = subprocess.run(
+            [sys.executable, "-c", code, f"--config={configs / 'quickstart.py'}",
+             f"--workdir={tmp_path}", f"--coordinator={address}", "--num_processes=2",
+             "--process_id=0"], capture_output=True, text=True, timeout=50,
+        )  # fmt: skip
+    assert ended.returncode == 2
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: --coordinator={address}: process 0 cannot listen there")
+
+
+def test_open_mpi_5_is_noticed_though_its_older_variable_is_missing(tmp_path):
+    """JAX 0.10 to 0.12 finds no coordinator then; newer ones may."""
+    environment = os.environ | {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
+    code = "from alexnet_jax import cluster; cluster.JOINING = 3; cluster.join('', 0, -1)"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=50
+    )
+    assert ended.returncode != 0
+    assert "give each of them --coordinator" in ended.stderr or "not all processes" in ended.stderr
+
+
 @pytest.mark.parametrize(
     "flags",
     [
         ["--coordinator=localhost"],
         ["--coordinator=localhost:1", "--num_processes=2"],
         ["--coordinator=localhost:1", "--num_processes=2", "--process_id=2"],
+        ["--coordinator=localhost:6000x", "--num_processes=2", "--process_id=0"],
+        ["--coordinator=localhost:65536", "--num_processes=2", "--process_id=0"],
+        ["--coordinator=:6000", "--num_processes=2", "--process_id=0"],
         ["--num_processes=2", "--process_id=0"],
     ],
 )
@@ -515,7 +544,7 @@ def test_processes_go_on_from_a_checkpoint_that_was_not_sealed_and_past_a_damage
     assert losses(tmp_path)["train", 6] == pytest.approx(losses(alone)["train", 6], rel=1e-3)
 
 
-DEVICES = "import jax; from alexnet_jax import mesh; mesh.start_cpu_devices({}); "
+DEVICES = "import jax; from alexnet_jax import mesh; mesh.start_devices({}); "
 DEVICES += "print(jax.device_count())"
 
 

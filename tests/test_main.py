@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from alexnet_jax import command as shared
+from alexnet_jax import loop, report
 from alexnet_jax import main as command
 from alexnet_jax.checkpoint import Checkpoints, Saver
 from alexnet_jax.errors import FailedError
@@ -39,6 +41,10 @@ def final_state(workdir: pathlib.Path, step: int | None = None) -> state.TrainSt
 
 def steps(workdir: pathlib.Path) -> list[int]:
     return Checkpoints(workdir / "checkpoints").steps()
+
+
+def errors(capsys) -> list[str]:
+    return capsys.readouterr().err.splitlines()
 
 
 def assert_equal(found, expected) -> None:
@@ -105,10 +111,10 @@ def test_a_first_step_that_hangs_ends_the_run(run, tmp_path, monkeypatch):
 
 
 def test_the_users_cadences_choose_the_records(run, tmp_path):
-    """Of three epochs of six steps: the first, every fifth, and those with a pass."""
+    """Of three epochs of six steps: the first, every fifth, and the last of each epoch."""
     cadence = ("--config.train.log_every_steps=5", "--config.eval.every_epochs=2")
     assert run(tmp_path, "--config.train.num_steps=18", *cadence) == 0
-    assert [record["step"] for record in records(tmp_path, "train")] == [1, 5, 10, 12, 15, 18]
+    assert [record["step"] for record in records(tmp_path, "train")] == [1, 5, 6, 10, 12, 15, 18]
     assert [record["step"] for record in records(tmp_path, "validation")] == [12, 18]
 
 
@@ -378,6 +384,115 @@ def test_the_plateau_drops_the_rate_after_its_pass_and_a_restart_remembers(run, 
 HOPELESS = ("--config.optim.plateau_patience=1", "--config.optim.plateau_min_delta=1.0")
 
 
+def test_no_drops_are_counted_for_a_plateau_that_is_chosen_later(run, tmp_path):
+    cosine = ("--config.optim.schedule=cosine", "--config.train.num_steps=18", *HOPELESS)
+    assert run(tmp_path, *cosine) == 0
+    plateau = ("--config.optim.schedule=plateau", "--config.optim.learning_rate=1e-3", *HOPELESS)
+    assert run(tmp_path, *plateau, "--config.train.num_steps=20", "--allow_config_change") == 0
+    assert records(tmp_path, "train")[-1]["learning_rate"] == pytest.approx(1e-3)
+
+
+def test_an_epochs_mean_does_not_depend_on_how_often_is_logged(run, tmp_path):
+    """Six steps an epoch; records of several epochs would be counted for the first of them."""
+    found = {}
+    for often in (1, 20):
+        workdir = tmp_path / str(often)
+        cadence = (f"--config.train.log_every_steps={often}", "--config.eval.every_epochs=3")
+        assert run(workdir, "--config.train.num_steps=18", *cadence) == 0
+        found[often] = report.training_by_epoch(workdir)
+    each = records(tmp_path / "1", "train")
+    assert len(each) == 18
+    for epoch in (1, 2, 3):
+        losses = [record["loss"] for record in each[6 * epoch - 6 : 6 * epoch]]
+        for often in (1, 20):
+            assert found[often][epoch]["loss"] == pytest.approx(np.mean(losses), rel=1e-6)
+
+
+def test_a_ruined_net_is_not_evaluated_and_an_older_checkpoint_goes_on(
+    run, images, tmp_path, capsys
+):
+    ruin = ("--config.checkpoint.every_steps=1", "--config.optim.learning_rate=1e9")
+    assert run(tmp_path, "--config.train.num_steps=1", "--config.optim.learning_rate=1e-4") == 0
+    assert run(tmp_path, "--config.train.num_steps=5", *ruin, "--allow_config_change") == 1
+    assert "--allow_config_change, or to take that checkpoint's folder away" in errors(capsys)[-1]
+    (*_, last) = steps(tmp_path)
+    assert last > 1
+    picture = str(next((images / "val").rglob("*.jpg")))
+    for mode in (["--mode=eval"], ["--mode=predict", picture]):
+        assert run(tmp_path, *mode) == 1
+        printed = capsys.readouterr()
+        assert "NaN" not in printed.out
+        assert "its training diverged; set --config.checkpoint.step" in printed.err
+    for step in steps(tmp_path)[1:]:
+        shutil.rmtree(tmp_path / "checkpoints" / str(step))
+    lower = ("--config.train.num_steps=3", "--config.optim.learning_rate=1e-4")
+    assert run(tmp_path, *lower, "--allow_config_change") == 0
+    assert run(tmp_path, "--mode=eval") == 0
+
+
+@pytest.mark.parametrize(("last", "status"), [(12, 143), (6, 0)])
+def test_a_signal_amid_a_pass_stops_after_it_unless_all_is_done(
+    last, status, run, tmp_path, monkeypatch, capsys
+):
+    """The pass after step 6; the job of 6 steps is then done."""
+    validate = loop.validate.validate
+
+    def interrupted(*arguments):
+        if not records(tmp_path, "validation"):
+            signal.raise_signal(signal.SIGTERM)
+        return validate(*arguments)
+
+    monkeypatch.setattr(loop.validate, "validate", interrupted)
+    assert run(tmp_path, f"--config.train.num_steps={last}") == status
+    assert steps(tmp_path)[-1] == (7 if status else 6)
+    assert len(records(tmp_path, "validation")) == 1
+    assert "stopping after this step, or pass, and its save" in capsys.readouterr().err
+
+
+def test_a_step_is_not_chosen_for_training(run, tmp_path, capsys):
+    assert run(tmp_path, "--config.train.num_steps=1") == 0
+    capsys.readouterr()
+    assert run(tmp_path, "--config.checkpoint.step=1") == 2
+    assert "checkpoint.step=1: training goes on from the newest" in errors(capsys)[-1]
+
+
+def test_what_an_evaluation_takes_from_the_checkpoint_is_said(trained, run, capsys):
+    assert (
+        run(trained, "--mode=eval", "--config.model.width=0.5", "--config.data.mean=at_crop") == 0
+    )
+    (line,) = [line for line in errors(capsys) if line.startswith("of the checkpoint: ")]
+    assert re.fullmatch(
+        r"of the checkpoint: model.width=[\d.]+, not 0.5; data.mean='central', not 'at_crop'", line
+    )
+    assert run(trained, "--mode=eval") == 0
+    assert "of the checkpoint" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--flagfile=/nonexistent", "flagfile"),
+        ("--config.model.pool_windows=(1500,3,3)", "make windows and strides smaller"),
+        ("--config.train.batch_size=100000000000000000000", "from 1 to 2**31 - 1"),
+        ("--config.train.num_steps=100000000000000000000", "at most 2,147,483,647 are counted"),
+    ],
+)
+def test_extreme_values_are_told_in_a_line(flag, words, run, tmp_path, capsys):
+    assert run(tmp_path, flag) == 2
+    assert words in errors(capsys)[-1]
+    assert not steps(tmp_path)
+
+
+def test_a_platform_that_is_not_there_is_told_in_a_line(tmp_path):
+    found = subprocess.run(
+        [sys.executable, "-m", "alexnet_jax.main", "--config=configs/quickstart.py",
+         f"--workdir={tmp_path}"],
+        env=os.environ | {"JAX_PLATFORMS": "rocm"}, capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert found.returncode == 2
+    assert found.stderr.splitlines()[-1].startswith("error: JAX_PLATFORMS=rocm: JAX cannot start")
+
+
 def test_the_plateau_leaves_other_schedules_alone(run, tmp_path):
     schedule = ("--config.optim.schedule=cosine", *HOPELESS)
     assert run(tmp_path, "--config.train.num_steps=20", *schedule) == 0
@@ -474,6 +589,20 @@ def test_a_lack_of_memory_is_told_in_a_line(capsys):
     assert capsys.readouterr().err == (
         "error: there is not enough memory (Unable to allocate 9 GiB)\n"
     )
+
+
+def test_a_lack_of_device_memory_is_told_with_the_way_out_and_no_other_failure_is_taken_for_it(
+    capsys,
+):
+    def fails(words: str) -> int:
+        raise jax.errors.JaxRuntimeError(words)
+
+    full = "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"
+    assert shared.status(lambda: fails(full)) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: the devices have not enough memory ({full}); smaller batches")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        shared.status(lambda: fails("INTERNAL: a bug"))
 
 
 def test_a_config_file_that_gives_no_config_is_a_mistake(config_file, tmp_path, capsys):
@@ -609,13 +738,13 @@ def test_the_calendar_ends_an_epoch_at_the_first_step_past_it():
 
 
 def test_the_error_of_the_newest_pass_is_saved_only_where_a_pass_was_made(run, tmp_path):
-    assert run(tmp_path, "--config.checkpoint.every_steps=4", "--config.train.num_steps=8") == 0
+    assert run(tmp_path, "--config.checkpoint.every_steps=7", "--config.train.num_steps=8") == 0
     with Saver(tmp_path / "checkpoints") as checkpoints:
         kept = {c.step: c.metrics for c in checkpoints.checkpointer.checkpoints}
     passes = {record["step"]: record["top1_error"] for record in records(tmp_path, "validation")}
     assert set(passes) == {6, 8}
     best = min(passes, key=lambda step: (passes[step], step))
-    assert kept == {step: {"top1_error": passes[step]} for step in {best, 8}}
+    assert kept == {7: None} | {step: {"top1_error": passes[step]} for step in {best, 8}}
 
 
 def test_nothing_is_compiled_once_every_kind_of_work_was_done(run, tmp_path, monkeypatch):

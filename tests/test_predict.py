@@ -178,6 +178,12 @@ def test_a_table_names_files_as_they_are(tmp_path):
     assert (tmp_path / "found.csv").read_bytes().splitlines()[1].split(b",")[0] == odd
 
 
+def test_a_pipe_is_no_image(trained, run, capsys, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert run(trained, "--mode=predict", str(tmp_path / "pipe")) == 2
+    assert "pipe: is a pipe or device; save the image" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("at_once", [1, 2, 1024])
 def test_files_and_folders_are_given_their_best_labels_in_their_order(
     at_once, trained, images, run, capsys, tmp_path, monkeypatch

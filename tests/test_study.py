@@ -187,6 +187,7 @@ def test_another_study_does_not_join_the_table(finished, start, capsys):
         ("lrn", FIGURE1, ["model.lrn=False", "nothing of that"]),
         ("augmentation", FIGURE1, ["variants all and centre_crops are the same"]),
         ("lrn", ["--config.train.batch_size=7", "--config.train.accumulation_steps=2"], ["7"]),
+        ("lrn", ["--config.train.init_from=/nowhere"], ["/nowhere", "holds no checkpoints"]),
     ],
 )
 def test_a_study_of_which_one_run_cannot_be_is_refused_before_any(
@@ -197,6 +198,35 @@ def test_a_study_of_which_one_run_cannot_be_is_refused_before_any(
     error = capsys.readouterr().err
     assert all(word in error for word in words), error
     assert not workdir.exists()
+
+
+def test_a_variant_that_a_trained_net_does_not_fit_is_refused_before_any(
+    start, trained, tmp_path, capsys
+):
+    assert start("depth", tmp_path / "study", f"--config.train.init_from={trained}") == 2
+    assert f" of {trained} has a kernel of " in capsys.readouterr().err
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_folder_in_which_nothing_was_trained_takes_other_settings(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(command.loop, "train", lambda *_: 15)
+    for momentum in (0.8, 0.7):
+        assert start("lrn", tmp_path, f"--config.optim.momentum={momentum}") == 128 + 15
+        claimed = json.loads((tmp_path / "study.json").read_text())
+        assert claimed["config"]["optim"]["momentum"] == momentum
+
+
+def test_a_signal_that_comes_when_a_run_is_done_stops_the_study(start, tmp_path, monkeypatch):
+    begun = []
+
+    def train(config, directory, job) -> int:
+        begun.append(directory)
+        job.stop(15)
+        return 0
+
+    monkeypatch.setattr(command.loop, "train", train)
+    assert start("lrn", tmp_path / "study") == 128 + 15
+    assert len(begun) == 1
 
 
 def test_variants_that_are_the_same_are_refused(start, tmp_path, monkeypatch, capsys):

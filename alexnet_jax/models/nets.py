@@ -5,12 +5,14 @@ from alexnet_jax.errors import UserError
 from alexnet_jax.models import alexnet, cifar
 from alexnet_jax.models.layers import Layer
 
+LARGEST = 4096  # pixels a side, of the inputs that an error names
+
 
 def layers(config: Model, num_classes: int) -> tuple[Layer, ...]:
     """The net's weight layers, in order, with every shape.
 
     Raises:
-      UserError: the input is so small that a map would shrink below 1.
+      UserError: the input is so small that a map would shrink below 1 pixel.
     """
     shapes = {"alexnet": alexnet.shapes, "cifar": cifar.shapes}[config.net]
 
@@ -20,10 +22,15 @@ def layers(config: Model, num_classes: int) -> tuple[Layer, ...]:
     found = shapes(config, num_classes, config.input_size)
     if fits(found):
         return found
-    least = next(size for size in range(1, 4096) if fits(shapes(config, num_classes, size)))
-    raise UserError(
-        f"model.input_size={config.input_size}: a map would shrink below 1 pixel; "
+    sizes = range(config.input_size + 1, LARGEST)
+    least = next((size for size in sizes if fits(shapes(config, num_classes, size))), None)
+    way_out = (
         f"the least input is {least}: set --config.model.input_size={least} or more"
+        if least
+        else "make windows and strides smaller"
+    )
+    raise UserError(
+        f"model.input_size={config.input_size}: a map would shrink below 1 pixel; {way_out}"
     )
 
 
