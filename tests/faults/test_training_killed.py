@@ -53,7 +53,7 @@ def test_a_second_start_is_refused_and_does_the_first_no_harm(bench, rng):
 @pytest.mark.parametrize("damage", trials.DAMAGES)
 def test_whatever_file_is_damaged_the_checkpoint_before_is_taken(damage, bench, rng, tmp_path):
     folders = step_folders(bench.undisturbed())
-    older, last = (int(folder.name) for folder in folders)
+    *_, older, last = (int(folder.name) for folder in folders)
     found = {}
     for name, harm in trials.harmable(folders[-1]):
         if harm == damage:

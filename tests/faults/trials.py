@@ -152,7 +152,7 @@ def damaged(bench: Bench, rng: random.Random, name: str, damage: str) -> Outcome
     lost: list[str] = []
     with bench.workdir(lost) as workdir:
         shutil.copytree(bench.undisturbed(*SHORT), workdir)
-        older, last = (int(folder.name) for folder in step_folders(workdir))
+        *_, older, last = (int(folder.name) for folder in step_folders(workdir))
         harm(workdir / "checkpoints" / str(last) / name, damage, rng)
         life = bench.start(workdir, *SHORT)
         status = life.ended()
