@@ -92,12 +92,14 @@ def _input(batches: Iterator[Any], batch_size: int, data: Data) -> dict[str, Any
     """The input stream alone, including the copy to the devices."""
     jax.block_until_ready([next(batches), next(batches)])
     seconds = _repeated(lambda: jax.block_until_ready(next(batches)))
-    count = workers.count(data.workers)
+    count, kind = workers.count(data.workers), workers.kind(data, ENDLESS * batch_size)
+    if data.on_device:
+        count, kind = 1, "threads"  # which only says what the devices are to crop
     return {
         "images_per_second": batch_size / seconds,
         "images_per_second_per_worker": batch_size / seconds / count,
         "workers": count,
-        "kind": workers.kind(data, ENDLESS * batch_size),
+        "kind": kind,
     }
 
 

@@ -1,5 +1,6 @@
 """What the bench says of a machine whose slow part is known."""
 
+import dataclasses
 import json
 import time
 
@@ -10,6 +11,7 @@ from PIL import Image
 from alexnet_jax import bench
 from alexnet_jax import main as command
 from alexnet_jax.data import sources
+from alexnet_jax.errors import UserError
 
 NAP = 0.05  # seconds
 
@@ -100,3 +102,16 @@ def test_operations_are_counted_as_by_hand(configured):
     # gradient: published counts of the paper's net.
     expected = 2 * (3 * 724_406_816 - 105_415_200)
     assert bench._flops(configured("paper").model, 1000) == expected
+
+
+def test_images_that_stay_on_the_devices_are_not_said_to_be_read_by_workers(config, short):
+    resident = dataclasses.replace(config, data=dataclasses.replace(config.data, on_device=True))
+    found = bench.bench(resident)["input"]
+    assert (found["workers"], found["kind"]) == (1, "threads")
+    assert found["images_per_second_per_worker"] == found["images_per_second"]
+
+
+def test_a_net_above_the_parameter_limit_is_not_timed(config, short):
+    small = dataclasses.replace(config.train, max_parameters=1000)
+    with pytest.raises(UserError, match=r"train.max_parameters=1,000"):
+        bench.bench(dataclasses.replace(config, train=small))
