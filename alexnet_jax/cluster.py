@@ -103,14 +103,18 @@ def _check_free(coordinator: str, port: int) -> None:
     """Raises UserError if process 0 cannot listen at the port, where JAX itself would crash."""
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
-    try:
-        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
-    except OSError as error:
-        if error.errno in (errno.EADDRINUSE, errno.EACCES):
-            raise UserError(
-                f"--coordinator={coordinator}: process 0 cannot listen there ({error.strerror}); "
-                "choose a port that is free"
-            ) from error
+    with socket.socket(family) as probe:
+        if both:
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # past connections may linger
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                raise UserError(
+                    f"--coordinator={coordinator}: process 0 cannot listen there "
+                    f"({error.strerror}); choose a port that is free"
+                ) from error
 
 
 def _nobody_came(coordinator: str) -> NoReturn:

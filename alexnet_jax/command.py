@@ -65,8 +65,9 @@ def status(work: Callable[[], int]) -> int:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         print(
-            f"error: the devices have not enough memory ({reason(error)}); smaller batches take "
-            "less (--config.train.batch_size, or more --config.train.accumulation_steps)",
+            f"error: the devices have not enough memory ({reason(error)}); more "
+            "--config.train.accumulation_steps take less, or a smaller --config.train.batch_size "
+            "and --config.eval.batch_size",
             file=sys.stderr,
         )
         return exit_status(error)

@@ -106,7 +106,11 @@ def library(
     text = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
     suffix = hashlib.sha256(text + machine + told.encode()).hexdigest()[:16]
     name = f"{source.stem}-{suffix}"
-    for path in [path for folder in _told() for path in folder.glob(f"{name}-*.so")]:
+    kept: list[pathlib.Path] = []
+    for folder in _told():
+        with contextlib.suppress(OSError):  # it may not be looked into
+            kept += folder.glob(f"{name}-*.so")
+    for path in kept:
         with contextlib.suppress(OSError):
             if path.stem.rpartition("-")[2] == files.digest(path)[:16]:
                 return _loaded(path, symbols), suffix

@@ -63,8 +63,8 @@ class StopSignal:
             raise KeyboardInterrupt(number)
         self.job.stop(number)
         with contextlib.suppress(OSError):  # the reader may have been stopped as well
-            words = "stopping after this step, or pass, and its save; once more stops at once"
-            print(words, file=sys.stderr)
+            words = "stopping after this step, or one more if a pass is under way"
+            print(f"{words}; a second signal stops at once", file=sys.stderr)
 
 
 class Interval:
@@ -181,7 +181,7 @@ def _steps(run: setup.Run, first: int, report: Silent, job: Job) -> int:
             natural = natural_state(state, len(meta.labels))
             run.checkpoints.save(step, natural, meta, error if passes else None)
             interval.restart()  # so that the next images_per_second excludes the save
-        if stopping:
+        if stopping and step < calendar.num_steps:
             run.checkpoints.wait()
             name = signal.Signals(stopping).name
             report.say(f"{name}: saved step {step}; the same command goes on from there")

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from alexnet_jax import config as configs
-from alexnet_jax.errors import UserError, reason
+from alexnet_jax.errors import FailedError, UserError
 
 
 def start_devices(cpu_count: int, at_least: bool = False) -> None:
@@ -21,7 +21,8 @@ def start_devices(cpu_count: int, at_least: bool = False) -> None:
     set; with `at_least`, it overrides a smaller JAX_NUM_CPU_DEVICES.
 
     Raises:
-      UserError: there are none, as where JAX_PLATFORMS names what this machine has not.
+      UserError: JAX_PLATFORMS names what this machine has not.
+      FailedError: a platform that JAX chose itself does not start.
     """
     asked = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
     if cpu_count and asked < (cpu_count if at_least else 1):
@@ -29,10 +30,13 @@ def start_devices(cpu_count: int, at_least: bool = False) -> None:
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
+        said = str(error).splitlines() or ["there are none"]
         platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+        if not platforms:
+            raise FailedError(f"JAX cannot start this machine's devices: {said[0]}") from error
         raise UserError(
-            f"JAX_PLATFORMS={platforms or ''}: JAX cannot start such devices ({reason(error)}); "
-            "unset it to have JAX choose, or set JAX_PLATFORMS=cpu"
+            f"JAX_PLATFORMS={platforms}: JAX cannot start such devices here ({said[0]}); unset it "
+            "to have JAX choose, or set JAX_PLATFORMS=cpu"
         ) from error
 
 

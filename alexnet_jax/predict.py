@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from alexnet_jax.checkpoint import Broadcast, Checkpoints, Meta, local
-from alexnet_jax.config import Config, changes
+from alexnet_jax.config import Config, changes, stored_size
 from alexnet_jax.data import images, sources, stream, survey
 from alexnet_jax.data.examples import Source
 from alexnet_jax.errors import FailedError, UserError, printable
@@ -73,12 +73,18 @@ def open_net(config: Config, directory: pathlib.Path, broadcast: Broadcast = loc
 
 def _say_taken(config: Config, meta: Meta) -> None:
     """Log which settings are the checkpoint's, where the config's differ."""
-    classes = dataclasses.replace(config.model, num_classes=meta.config.model.num_classes)
+    kept, size = meta.config, meta.statistics.stored_size
+    given = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, num_classes=kept.model.num_classes),
+        data=dataclasses.replace(config.data, stored_size=stored_size(config.data, config.model)),
+    )
+    kept = dataclasses.replace(kept, data=dataclasses.replace(kept.data, stored_size=size))
     changed: dict[str, tuple] = {}
-    for found in changes(meta.config, dataclasses.replace(config, model=classes)):
+    for found in changes(kept, given):
         changed |= {name: pair for name, pair in found.items() if name.startswith(TAKEN)}
     if changed:
-        words = [f"{name}={kept!r}, not {given!r}" for name, (kept, given) in changed.items()]
+        words = [f"{name}={old!r}, not {new!r}" for name, (old, new) in changed.items()]
         more = f", and {len(words) - 5} more" if len(words) > 5 else ""
         log.info("of the checkpoint: %s%s", "; ".join(words[:5]), more)
 

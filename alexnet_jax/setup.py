@@ -72,11 +72,7 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
     if len(source.labels) == 1:
         log.warning("%s has one class: there is nothing to tell apart", config.data.source)
     check_parameters(config)
-    if config.checkpoint.step != -1:
-        raise UserError(
-            f"checkpoint.step={config.checkpoint.step}: training goes on from the newest; to go "
-            f"back, take later ones out of {directory / workdir.CHECKPOINTS}"
-        )
+    check_step(config)
     checkpoints = Saver(directory / workdir.CHECKPOINTS)
     latest = checkpoints.newest_whole(job.broadcast)
     saved = None if latest is None else checkpoints.read_meta(latest)
@@ -247,6 +243,15 @@ def check_parameters(config: Config) -> None:
             f"the net has {count:,} parameters, {largest.parameters:,} of them in {largest.name}; "
             f"at most train.max_parameters={most:,} are allowed: "
             f"make it smaller, or set --config.train.max_parameters={count}"
+        )
+
+
+def check_step(config: Config) -> None:
+    """Raises UserError if `checkpoint.step` is set, which training does not follow."""
+    if config.checkpoint.step != -1:
+        raise UserError(
+            f"checkpoint.step={config.checkpoint.step}: training goes on from the newest; leave it "
+            f"at -1, and to go back take later ones out of WORKDIR/{workdir.CHECKPOINTS}"
         )
 
 

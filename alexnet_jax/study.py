@@ -89,7 +89,7 @@ def run(values: flags.FlagValues) -> int:
     config = configs.resolve(values.config)
     seeds = [int(seed) for seed in values.seeds] or [config.seed]
     command.before_jax(config)
-    check(study, values.config, seeds)
+    check(study, values.config, seeds, names)
     claim(directory, values.study, _config(values.config, next(iter(study.variants.values()))))
     failed = []
     rates = {name: _best_rate(study, values.config, name, directory) for name in names}
@@ -117,8 +117,11 @@ def run(values: flags.FlagValues) -> int:
     return int(bool(failed))
 
 
-def check(study: Study, user: Any, seeds: Sequence[int]) -> None:
+def check(study: Study, user: Any, seeds: Sequence[int], names: Sequence[str]) -> None:
     """Refuse the study up front if any of its runs would be refused.
+
+    Args:
+      names: of the variants to train now.
 
     Raises:
       UserError: a setting, a seed, the mesh, the data or a net cannot be used; or two variants
@@ -134,7 +137,8 @@ def check(study: Study, user: Any, seeds: Sequence[int]) -> None:
         labels = labels or sources.open_source(config.data, "train").labels
         config = setup.with_classes(config, labels)
         setup.check_parameters(config)
-        if config.train.init_from:
+        setup.check_step(config)
+        if config.train.init_from and name in names:
             setup.check_origin(config, labels)
         nets[name] = layers(config.model, len(labels))
     for one, other in itertools.combinations(chosen, 2):
@@ -177,7 +181,7 @@ def claim(directory: pathlib.Path, name: str, reference: Config) -> None:
     """
     path = directory / CLAIM
     length = () if STUDIES[name].target_error else ("num_epochs", "num_steps")
-    if not path.exists() or not any(directory.glob(f"*/*/{workdir.CHECKPOINTS}/[0-9]*")):
+    if not path.exists() or not _holds_runs(directory):
         claimed = {"study": name, "config": configs.to_dict(reference)}
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -203,6 +207,14 @@ def claim(directory: pathlib.Path, name: str, reference: Config) -> None:
             f"{directory} holds runs with other settings ({words}), which do not belong in one "
             "table; choose another --workdir"
         )
+
+
+def _holds_runs(directory: pathlib.Path) -> bool:
+    """Whether a run was begun in the folder, or is being begun."""
+    locks = directory.glob(f"*/*/{workdir.LOCK}")
+    return any(directory.glob(f"*/*/{workdir.CONFIG_FILE}")) or any(
+        workdir.holder_of(lock.parent) for lock in locks
+    )
 
 
 def _config(user: Any, settings: Settings) -> Config:

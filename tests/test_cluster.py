@@ -271,7 +271,7 @@ def test_a_cluster_that_is_none_is_a_mistake(tmp_path):
 def test_a_port_that_is_taken_is_told_of(tmp_path):
     code = "import sys; from alexnet_jax import main; sys.exit(main.main(sys.argv))"
     configs = pathlib.Path(__file__).parents[1] / "configs"
-    with socket.create_server(("localhost", 0)) as taken:
+    with socket.create_server(("", 0)) as taken:
         address = f"localhost:{taken.getsockname()[1]}"
         ended = subprocess.run(
             [sys.executable, "-c", code, f"--config={configs / 'quickstart.py'}",

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 
@@ -109,6 +109,24 @@ def test_without_a_folder_to_keep_it_in_a_library_lives_as_long_as_its_process(
 
 
 @needs_compiler
+def test_a_folder_that_may_not_be_looked_into_is_no_reason_to_go_without(
+    folder, source, monkeypatch
+):
+    """As one of another user's, which root may look into."""
+
+    look = pathlib.Path.glob
+
+    def glob(path: pathlib.Path, pattern: str) -> Iterator[pathlib.Path]:
+        if path == folder:
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path, pattern)
+
+    monkeypatch.setattr(pathlib.Path, "glob", glob)
+    monkeypatch.setenv(compiled.KEPT, "")
+    assert compiled.library(COMPILER, source, ["number"], [])[0].number() == 42
+
+
+@needs_compiler
 def test_a_folder_that_may_only_be_read_is_searched_too(folder, source, tmp_path, monkeypatch):
     compiled.library(COMPILER, source, ["number"], [])
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may write anywhere
@@ -127,7 +145,7 @@ def test_nothing_is_loaded_from_where_programs_may_not_run(
     (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     monkeypatch.setattr(tempfile, "tempdir", None)  # forgets what TMPDIR was
-    monkeypatch.delenv(compiled.KEPT, raising=False)
+    monkeypatch.setenv(compiled.KEPT, "")  # to be restored, whatever is kept there
     where, load = pathlib.Path(os.environ[barred]), compiled._loaded
 
     def loaded(path: pathlib.Path, symbols: Sequence[str]) -> ctypes.CDLL:

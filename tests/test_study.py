@@ -208,12 +208,28 @@ def test_a_variant_that_a_trained_net_does_not_fit_is_refused_before_any(
     assert not (tmp_path / "study").exists()
 
 
-def test_a_folder_in_which_nothing_was_trained_takes_other_settings(start, tmp_path, monkeypatch):
+@pytest.mark.parametrize("sign", ["config.json", "lock"])
+def test_a_folder_in_which_nothing_was_trained_takes_other_settings(
+    sign, start, tmp_path, monkeypatch, capsys
+):
+    """And none in which something was, is, or is being begun."""
     monkeypatch.setattr(command.loop, "train", lambda *_: 15)
     for momentum in (0.8, 0.7):
         assert start("lrn", tmp_path, f"--config.optim.momentum={momentum}") == 128 + 15
         claimed = json.loads((tmp_path / "study.json").read_text())
         assert claimed["config"]["optim"]["momentum"] == momentum
+    (tmp_path / "with_lrn" / "42").mkdir(parents=True)
+    (tmp_path / "with_lrn" / "42" / sign).write_text("process 7 on a host, beat 000000003")
+    assert start("lrn", tmp_path, "--config.optim.momentum=0.6") == 2
+    assert "optim.momentum: 0.7 -> 0.6" in capsys.readouterr().err
+
+
+def test_only_variants_to_be_trained_need_fit_the_net_they_start_from(
+    start, trained, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(command.loop, "train", lambda *_: 15)
+    begun = f"--config.train.init_from={trained}"
+    assert start("depth", tmp_path / "study", begun, "--variants=all_layers") == 128 + 15
 
 
 def test_a_signal_that_comes_when_a_run_is_done_stops_the_study(start, tmp_path, monkeypatch):

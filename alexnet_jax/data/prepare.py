@@ -70,7 +70,7 @@ def prepare(
     check_labels(given.labels)
     _check_partial(partial)
     if output.is_dir() and not any(output.iterdir()):
-        _take_place_of(output)
+        _check_replaceable(output)
     elif output.exists():
         manifest = _already(output, given, settings)
         _remove(partial)  # left by a run killed at its very end
@@ -354,11 +354,15 @@ def _check_partial(partial: pathlib.Path) -> None:
         )
 
 
-def _take_place_of(empty: pathlib.Path) -> None:
-    """Remove an empty output folder; raises UserError, before any work, if it has to stay."""
+def _check_replaceable(empty: pathlib.Path) -> None:
+    """Raises UserError if an empty output folder has to stay, such as a mount point."""
+    aside = empty.with_name(f"{empty.name}.aside")
     try:
-        empty.rmdir()
-    except OSError as error:  # such as a mount point
+        os.rename(empty, aside)
+        os.rename(aside, empty)
+    except FileNotFoundError:  # another process looks at the same time
+        pass
+    except OSError as error:
         raise UserError(
             f"--output={empty} cannot be replaced ({error.strerror}); name a folder in it"
         ) from error

@@ -1,6 +1,7 @@
 """Where images come from: folders, TFDS, prepared records, the built-in shapes."""
 
 import dataclasses
+import errno
 import hashlib
 import logging
 import os
@@ -25,6 +26,7 @@ from alexnet_jax.files import expanded
 
 log = logging.getLogger(__name__)
 
+DAMAGED = "if the file is damaged, build the data set again"
 FOLDER_NAMES = {
     "train": ("train",),
     "validation": ("val", "validation", "valid"),
@@ -83,10 +85,8 @@ class Tfds:
         try:
             example = self.examples[int(self.indices[index])]
             return Example(bytes(example["image"]), int(example["label"]), name)
-        except (RuntimeError, TypeError, ValueError) as error:  # of ArrayRecord and of protobuf
-            raise OSError(
-                f"{name} is damaged ({reason(error)}); build the data set again"
-            ) from error
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise OSError(f"{name} cannot be read ({reason(error)}); {DAMAGED}") from error
 
     def name(self, index: int) -> str:
         return f"{self.split}, {self.indices[index]}"
@@ -265,12 +265,21 @@ def _class_folders(root: pathlib.Path, labels: tuple[str, ...]) -> Folder:
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
-    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+    return not _is_round(entry) and entry.is_dir()
 
 
 def _is_file(entry: os.DirEntry) -> bool:
-    """Also for a link, even to itself, for which the entry's own method raises OSError."""
-    return os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()
+    return not _is_round(entry) and entry.is_file()
+
+
+def _is_round(entry: os.DirEntry) -> bool:
+    """Whether it is a link that leads back to itself, for which its other methods raise OSError."""
+    if entry.is_symlink():
+        try:
+            entry.stat()
+        except OSError as error:
+            return error.errno == errno.ELOOP
+    return False
 
 
 def _tfds(name: str, split: str, data: Data) -> Source:
@@ -298,11 +307,11 @@ def _tfds(name: str, split: str, data: Data) -> Source:
             f"data.source=tfds:{name} has images of {np.dtype(features['image'].np_dtype)}; only "
             "uint8 is read"
         )
-    alone = set(splits) == {"train"}
+    filled = [part for part, found in splits.items() if found.num_examples]
+    alone = filled == ["train"]
     part = "train" if alone else split
-    if part not in splits or not splits[part].num_examples:
-        named = [name for name, found in splits.items() if found.num_examples]
-        raise NoSplitError(f"tfds:{name} has no split {split!r}; it has {', '.join(named)}")
+    if part not in filled:
+        raise NoSplitError(f"tfds:{name} has no split {split!r}; it has {', '.join(filled)}")
     try:
         skip: Any = tfds.decode.SkipDecoding
         examples = builder.as_data_source(part, decoders={"image": skip()})
@@ -312,9 +321,7 @@ def _tfds(name: str, split: str, data: Data) -> Source:
             f"reading without TensorFlow needs. {_tfds_way_out(name, where)}"
         ) from error
     except (RuntimeError, ValueError) as error:
-        raise OSError(
-            f"tfds:{name} {part} is damaged ({reason(error)}); build the data set again"
-        ) from error
+        raise OSError(f"tfds:{name} {part} cannot be read ({reason(error)}); {DAMAGED}") from error
     labels = tuple(features["label"].names)
     files = [(os.path.basename(path), os.stat(path)) for path in splits[part].filepaths]
     stamps = [(name, status.st_size, status.st_mtime_ns) for name, status in files]

@@ -469,10 +469,10 @@ def test_an_empty_output_folder_that_must_stay_is_refused_before_any_work(
     """A mount point, which only root can make."""
     (tmp_path / "disk").mkdir()
 
-    def busy(path: pathlib.Path) -> None:
+    def busy(old: pathlib.Path, new: pathlib.Path) -> None:
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
 
-    monkeypatch.setattr(pathlib.Path, "rmdir", busy)
+    monkeypatch.setattr(os, "rename", busy)
     ran = run(f"--input={folder}", f"--output={tmp_path / 'disk'}")
     assert_refused(ran, "disk", os.strerror(errno.EBUSY), "name a folder in it")
     assert os.listdir(tmp_path) == ["disk"]

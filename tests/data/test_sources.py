@@ -1,5 +1,6 @@
 """Folders and TFDS give the examples of a split, all of them and no others, or say why not."""
 
+import errno
 import hashlib
 import json
 import logging
@@ -181,6 +182,29 @@ def test_a_link_to_itself_is_as_one_to_nothing(pictures, tmp_path, caplog):
     assert len(source) == 5
     assert source.labels == ("ant", "bee")
     assert str(tmp_path / "train" / "bee" / "round") in caplog.text
+
+
+def test_a_link_that_cannot_be_followed_is_no_reason_to_train_without(
+    pictures, tmp_path, monkeypatch
+):
+    """Such as into a folder without permission, which root always has."""
+    pictures.folder(tmp_path / "train", {"ant": 3})
+    (tmp_path / "train" / "bee").symlink_to("/nowhere")
+    scan = os.scandir
+
+    class Barred:
+        def __init__(self, entry: os.DirEntry):
+            self.name, self.path, self.is_symlink = entry.name, entry.path, entry.is_symlink
+            self.is_dir = self.is_file = self.stat = (
+                self.refuse if entry.is_symlink() else entry.is_dir
+            )
+
+        def refuse(self, **_: bool) -> None:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "scandir", lambda path: map(Barred, scan(path)))
+    with pytest.raises(PermissionError):
+        opened(tmp_path, "train")
 
 
 def test_hidden_files_and_folders_are_no_images_and_no_classes(pictures, tmp_path, caplog):
@@ -475,9 +499,12 @@ def test_a_tfds_split_that_is_not_there_is_refused_with_those_that_are(jpegs, wr
 
 
 def test_a_tfds_split_of_nothing_is_none(jpegs, write_tfds, tmp_path):
-    write_tfds(tmp_path, "insects", CLASSES, {"train": jpegs["train"], "test": []})
-    with pytest.raises(UserError, match=r"no split 'test'; it has train$"):
+    two = {split: jpegs[split] for split in ("train", "validation")}
+    write_tfds(tmp_path, "insects", CLASSES, two | {"test": []})
+    with pytest.raises(UserError, match=r"no split 'test'; it has train, validation$"):
         tfds_source(tmp_path, "insects", "test")
+    write_tfds(tmp_path, "flies", CLASSES, {"train": jpegs["all"], "test": []})
+    assert len(tfds_source(tmp_path, "flies", "test")) == 9  # of 45, as where train is alone
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
@@ -496,7 +523,9 @@ def test_a_damaged_tfds_file_is_named_in_one_line(jpegs, write_tfds, tmp_path, d
         for index in range(len(source)):
             read.append(source.read(index))
 
-    with pytest.raises(OSError, match=r"^tfds:insects/1.0.0 train.* is damaged \(.+build the data"):
+    with pytest.raises(
+        OSError, match=r"^tfds:insects/1.0.0 train.* cannot be read \(.+build the data"
+    ):
         read_all()
     assert [(found.data, found.label) for found in read] == jpegs["all"][: len(read)]
 
