@@ -44,6 +44,10 @@ def _at_least(least: float) -> Rule:
     return Rule(f"at least {least}", lambda value: value >= least)
 
 
+def _counted(least: int) -> Rule:
+    return Rule(f"from {least} to 2**31 - 1", lambda value: least <= value < 2**31)
+
+
 def _above(bound: float) -> Rule:
     return Rule(f"above {bound}", lambda value: value > bound)
 
@@ -208,12 +212,11 @@ class Optim:
 class Train:
     """How long to train, in what batches."""
 
-    # images, over all devices; paper, section 5
-    batch_size: int = _setting(128, Rule("from 1 to 2**31 - 1", lambda n: 0 < n < 2**31))
+    batch_size: int = _setting(128, _counted(1))  # images, over all devices; paper, section 5
     num_epochs: float = _setting(
         90.0, Rule("above 0 and at most 1e6", lambda n: 0 < n <= 1e6)
     )  # "roughly 90 cycles"
-    num_steps: int = _setting(0, _at_least(0))  # overrides num_epochs when set
+    num_steps: int = _setting(0, _counted(0))  # overrides num_epochs when set
     accumulation_steps: int = _setting(1, _at_least(1))  # parts that a device splits its rows into
     init_from: str = ""  # workdir whose weights to start from; other classes: a new last layer
     max_parameters: int = _setting(500_000_000, _at_least(1))  # a larger net is refused

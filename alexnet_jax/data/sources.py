@@ -1,7 +1,6 @@
 """Where images come from: folders, TFDS, prepared records, the built-in shapes."""
 
 import dataclasses
-import errno
 import hashlib
 import logging
 import os
@@ -221,7 +220,7 @@ def _folder(root: pathlib.Path, split: str, data: Data) -> Source:
 
 def _class_names(root: pathlib.Path) -> tuple[str, ...]:
     names = sorted(
-        entry.name for entry in os.scandir(root) if _is_folder(entry) and entry.name[0] != "."
+        entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."
     )
     if not names:
         raise UserError(
@@ -242,12 +241,12 @@ def _class_folders(root: pathlib.Path, labels: tuple[str, ...]) -> Folder:
             continue
         with os.scandir(root / label) as scan:
             entries = sorted((e for e in scan if e.name[0] != "."), key=lambda entry: entry.name)
-        folders = [entry.path for entry in entries if _is_folder(entry)]
+        folders = [entry.path for entry in entries if entry.is_dir()]
         if folders:
             first = printable(folders[0])
             log.warning("%d folders inside classes are not read: %s", len(folders), first)
-        files = [entry for entry in entries if _is_file(entry)]
-        others = [e.path for e in entries if not (_is_file(e) or _is_folder(e))]
+        files = [entry for entry in entries if entry.is_file()]
+        others = [entry.path for entry in entries if not (entry.is_file() or entry.is_dir())]
         if others:
             log.warning(
                 "%d links to nothing, pipes or devices are not read: %s",
@@ -262,24 +261,6 @@ def _class_folders(root: pathlib.Path, labels: tuple[str, ...]) -> Folder:
             paths.append(entry.path)
             targets.append(target)
     return Folder(labels, np.array(targets), state.hexdigest(), tuple(paths))
-
-
-def _is_folder(entry: os.DirEntry) -> bool:
-    return not _is_round(entry) and entry.is_dir()
-
-
-def _is_file(entry: os.DirEntry) -> bool:
-    return not _is_round(entry) and entry.is_file()
-
-
-def _is_round(entry: os.DirEntry) -> bool:
-    """Whether it is a link that leads back to itself, for which its other methods raise OSError."""
-    if entry.is_symlink():
-        try:
-            entry.stat()
-        except OSError as error:
-            return error.errno == errno.ELOOP
-    return False
 
 
 def _tfds(name: str, split: str, data: Data) -> Source:

@@ -4,9 +4,6 @@ import dataclasses
 import math
 
 from alexnet_jax.config import Train
-from alexnet_jax.errors import UserError
-
-MOST_STEPS = 2**31 - 1  # which a state counts in int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,16 +38,7 @@ class Calendar:
 
 
 def make_calendar(train: Train, num_examples: int, origin: int = 0) -> Calendar:
-    """The calendar of a run of `train.num_steps`, or else of `train.num_epochs`.
-
-    Raises:
-      UserError: more than MOST_STEPS.
-    """
+    """The calendar of a run of `train.num_steps`, or else of `train.num_epochs`."""
     found = Calendar(num_examples, train.batch_size, train.num_steps, origin)
     steps = train.num_steps or found.first_step(train.num_epochs)
-    if steps > MOST_STEPS:
-        raise UserError(
-            f"train.num_steps={train.num_steps}, train.num_epochs={train.num_epochs:g}: these are "
-            f"{steps:,} steps; at most {MOST_STEPS:,} are counted"
-        )
     return dataclasses.replace(found, num_steps=steps)

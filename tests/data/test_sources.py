@@ -1,6 +1,5 @@
 """Folders and TFDS give the examples of a split, all of them and no others, or say why not."""
 
-import errno
 import hashlib
 import json
 import logging
@@ -172,39 +171,6 @@ def test_folders_inside_a_class_are_named_in_a_warning(pictures, tmp_path, caplo
     assert source.labels == ("ant", "bee")
     (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert str(tmp_path / "train" / "bee" / "queens") in warning
-
-
-def test_a_link_to_itself_is_as_one_to_nothing(pictures, tmp_path, caplog):
-    pictures.folder(tmp_path / "train", {"ant": 3, "bee": 2})
-    for link in (tmp_path / "train" / "bee" / "round", tmp_path / "train" / "cat"):
-        link.symlink_to(link.name)
-    source = opened(tmp_path, "train")
-    assert len(source) == 5
-    assert source.labels == ("ant", "bee")
-    assert str(tmp_path / "train" / "bee" / "round") in caplog.text
-
-
-def test_a_link_that_cannot_be_followed_is_no_reason_to_train_without(
-    pictures, tmp_path, monkeypatch
-):
-    """Such as into a folder without permission, which root always has."""
-    pictures.folder(tmp_path / "train", {"ant": 3})
-    (tmp_path / "train" / "bee").symlink_to("/nowhere")
-    scan = os.scandir
-
-    class Barred:
-        def __init__(self, entry: os.DirEntry):
-            self.name, self.path, self.is_symlink = entry.name, entry.path, entry.is_symlink
-            self.is_dir = self.is_file = self.stat = (
-                self.refuse if entry.is_symlink() else entry.is_dir
-            )
-
-        def refuse(self, **_: bool) -> None:
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-
-    monkeypatch.setattr(os, "scandir", lambda path: map(Barred, scan(path)))
-    with pytest.raises(PermissionError):
-        opened(tmp_path, "train")
 
 
 def test_hidden_files_and_folders_are_no_images_and_no_classes(pictures, tmp_path, caplog):
