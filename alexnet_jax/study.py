@@ -211,10 +211,9 @@ def claim(directory: pathlib.Path, name: str, reference: Config) -> None:
 
 def _holds_runs(directory: pathlib.Path) -> bool:
     """Whether a run was begun in the folder, or is being begun."""
+    begun = [*directory.glob(f"*/*/{workdir.CONFIG_FILE}"), *directory.glob(f"*/*/{tables.RESULT}")]
     locks = directory.glob(f"*/*/{workdir.LOCK}")
-    return any(directory.glob(f"*/*/{workdir.CONFIG_FILE}")) or any(
-        workdir.holder_of(lock.parent) for lock in locks
-    )
+    return bool(begun) or any(workdir.holder_of(lock.parent) for lock in locks)
 
 
 def _config(user: Any, settings: Settings) -> Config:

@@ -208,7 +208,7 @@ def test_a_variant_that_a_trained_net_does_not_fit_is_refused_before_any(
     assert not (tmp_path / "study").exists()
 
 
-@pytest.mark.parametrize("sign", ["config.json", "lock"])
+@pytest.mark.parametrize("sign", ["config.json", "result.json", "lock"])
 def test_a_folder_in_which_nothing_was_trained_takes_other_settings(
     sign, start, tmp_path, monkeypatch, capsys
 ):
