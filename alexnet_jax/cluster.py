@@ -54,8 +54,8 @@ def join(coordinator: str, num_processes: int, process_id: int) -> int:
     """
     explicit = coordinator not in ("", "auto")
     host, _, port = coordinator.rpartition(":")
-    reachable = host and re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 2**16
-    if explicit and not (reachable and 0 <= process_id < num_processes):
+    valid = host and re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 2**16
+    if explicit and not (valid and 0 <= process_id < num_processes):
         raise UserError(
             f"--coordinator={coordinator} --num_processes={num_processes} --process_id={process_id}"
             ": must be HOST:PORT of process 0, how many there are, and which of 0, 1, ... this is"

@@ -41,7 +41,7 @@ def status(work: Callable[[], int]) -> int:
 
     0: the whole job is done; 1: a failure; 2: a user error; 130 or 143: ended by a signal.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may lack in its encoding
+    if isinstance(sys.stdout, io.TextIOWrapper):  # which may lack characters of file names
         sys.stdout.reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))

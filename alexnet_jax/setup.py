@@ -72,7 +72,7 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
     if len(source.labels) == 1:
         log.warning("%s has one class: there is nothing to tell apart", config.data.source)
     check_parameters(config)
-    check_step(config)
+    check_step(config.checkpoint.step)
     checkpoints = Saver(directory / workdir.CHECKPOINTS)
     latest = checkpoints.newest_whole(job.broadcast)
     saved = None if latest is None else checkpoints.read_meta(latest)
@@ -127,7 +127,7 @@ def _first_state(config: Config, labels: tuple[str, ...], broadcast: Broadcast) 
     state = initial_state(config.model, len(labels), config.seed)
     if not config.train.init_from:
         return state
-    _, meta, given = _origin_of(config).read_net(-1, broadcast)
+    _, meta, given = _origin_of(config.train.init_from).read_net(-1, broadcast)
     new = _new_layers(config, labels, meta)
     log.info(
         "weights are taken over from %s; new: %s",
@@ -171,13 +171,11 @@ def _check_images(meta: Meta, source: Source, name: str) -> None:
     )
 
 
-def _origin_of(config: Config) -> Checkpoints:
+def _origin_of(init_from: str) -> Checkpoints:
     """The checkpoints of workdir `train.init_from`."""
-    folder = expanded(config.train.init_from) / workdir.CHECKPOINTS
+    folder = expanded(init_from) / workdir.CHECKPOINTS
     if not folder.is_dir():
-        raise UserError(
-            f"train.init_from={config.train.init_from!r} holds no checkpoints; train there"
-        )
+        raise UserError(f"train.init_from={init_from!r} holds no checkpoints; train there")
     return Checkpoints(folder)
 
 
@@ -187,7 +185,7 @@ def check_origin(config: Config, labels: tuple[str, ...], broadcast: Broadcast =
     Raises:
       UserError: there is no checkpoint, its net differs, or a new layer has a rate of 0.
     """
-    origin = _origin_of(config)
+    origin = _origin_of(config.train.init_from)
     _new_layers(config, labels, origin.read_meta(origin.chosen_step(-1, broadcast)))
 
 
@@ -246,11 +244,11 @@ def check_parameters(config: Config) -> None:
         )
 
 
-def check_step(config: Config) -> None:
+def check_step(step: int) -> None:
     """Raises UserError if `checkpoint.step` is set, which training does not follow."""
-    if config.checkpoint.step != -1:
+    if step != -1:
         raise UserError(
-            f"checkpoint.step={config.checkpoint.step}: training goes on from the newest; leave it "
+            f"checkpoint.step={step}: training goes on from the newest; leave it "
             f"at -1, and to go back take later ones out of WORKDIR/{workdir.CHECKPOINTS}"
         )
 

@@ -137,7 +137,7 @@ def check(study: Study, user: Any, seeds: Sequence[int], names: Sequence[str]) -
         labels = labels or sources.open_source(config.data, "train").labels
         config = setup.with_classes(config, labels)
         setup.check_parameters(config)
-        setup.check_step(config)
+        setup.check_step(config.checkpoint.step)
         if config.train.init_from and name in names:
             setup.check_origin(config, labels)
         nets[name] = layers(config.model, len(labels))

@@ -27,7 +27,7 @@ HARMLESS = ("extraneous bytes before marker 0xd9", "Could not determine subsampl
 REVISION = "unknown JFIF revision"  # harmless, but libjpeg reports only its first warning
 WARM = 2**22  # bytes; reusing memory gains nothing where caches cannot hold it
 _own = threading.local()
-# Such images are refused here, in one line.
+# Pillow's limit; MAX_PIXELS is the one here.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 _SCAN, _EXIF, _XMP = b"\xff\xda\0", b"Exif\0\0", b"http:/"
 

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import pathlib
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -356,7 +357,7 @@ def _check_partial(partial: pathlib.Path) -> None:
 
 def _check_replaceable(empty: pathlib.Path) -> None:
     """Raises UserError if an empty output folder has to stay, such as a mount point."""
-    aside = empty.with_name(f"{empty.name}.aside")
+    aside = empty.with_name(f"{empty.name}.{secrets.token_hex(8)}")
     try:
         os.rename(empty, aside)
         os.rename(aside, empty)
