@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from alexnet_jax import loop, setup
-from alexnet_jax.config import Config, Data, Model, stored_size
+from alexnet_jax.config import Config, Data, Model
 from alexnet_jax.data import augment, images, sources, stream, survey, workers
 from alexnet_jax.data.examples import Source
 from alexnet_jax.data.statistics import Statistics
@@ -106,7 +106,7 @@ def _input(batches: Iterator[Any], batch_size: int, data: Data) -> dict[str, Any
 def _stages(source: Source, statistics: Statistics, config: Config, mesh: Mesh) -> dict[str, float]:
     """Microseconds an image takes to be read, decoded, augmented and copied to the devices."""
     data, size, count = config.data, config.model.input_size, STAGE_IMAGES
-    stored = stored_size(data, config.model)
+    stored = statistics.stored_size
     indices = stream.examples_at(config.seed, 0, count, len(source))
     batch = np.empty((count, size, size, 3), np.uint8)
     clock = [time.perf_counter()]

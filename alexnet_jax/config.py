@@ -83,7 +83,11 @@ _SPLIT = Rule(
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """The net. Per-layer tuples follow `LAYERS`; conv6 (preset `conv6`) takes conv5's entries."""
+    """The net.
+
+    Per-layer tuples follow `LAYERS`; conv6 (preset `conv6`) takes conv5's entries, and is padded
+    by 1.
+    """
 
     preset: str = "paper"  # a name in PRESETS
     # The paper's net, or figure 1's four layers, which use only the fields in CIFAR_FIELDS, and of
@@ -371,13 +375,9 @@ def resolve(user: Any) -> Config:
             f"nearest is {nearest(preset, PRESETS)}"
         )
     config = from_dict(values, PRESETS[preset])
-    for field in dataclasses.fields(Model):
+    for field in dataclasses.fields(Model) if config.model.net == "cifar" else ():
         value = getattr(config.model, field.name)
-        if (
-            config.model.net == "cifar"
-            and field.name not in CIFAR_FIELDS
-            and value != field.default
-        ):
+        if field.name not in CIFAR_FIELDS and value != field.default:
             raise UserError(
                 f"model.{field.name}={value!r}: the net of figure 1 has nothing of that; leave it "
                 f"at {field.default!r}, or set another --config.model.preset"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from alexnet_jax import evaluate, figures, predict, report
-from alexnet_jax.config import Config, stored_size
+from alexnet_jax.config import Config
 from alexnet_jax.data import images
 from alexnet_jax.data.examples import Source
 from alexnet_jax.errors import UserError
@@ -19,7 +19,6 @@ from alexnet_jax.predict import Net
 
 GUESSES, QUERIES, NEAREST = 8, 5, 6  # as in figure 4
 MOST_FILES = 64  # in one picture
-RATIO = "update_to_weight/"
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +39,7 @@ def draw(config: Config, directories: Sequence[pathlib.Path]) -> list[str]:
             raise UserError(f"--workdir={directory} holds no {report.METRICS_FILE}; train there")
     net = predict.open_net(config, directories[0])
     found = evaluate.predictions(net, config.eval.split)
-    size = stored_size(net.config.data, net.config.model)
+    size = net.meta.statistics.stored_size
     drawn = {
         "errors": learning(directories, "top1_error", "top-1 error"),
         "loss": learning(directories, "loss", "loss, nats"),
@@ -83,9 +82,9 @@ def names(directories: Sequence[pathlib.Path]) -> dict[str, pathlib.Path]:
 def ratios(directory: pathlib.Path) -> dict[str, Any]:
     """Each layer's update, relative to its weights, by epoch; empty if none is logged."""
     records = report.training_records(directory)
-    names = [name for name in records[-1] if name.startswith(RATIO)]
+    names = [name for name in records[-1] if name.startswith(report.RATIO)]
     lines = {
-        name.removeprefix(RATIO): [(r["epoch"], r[name]) for r in records if r.get(name)]
+        name.removeprefix(report.RATIO): [(r["epoch"], r[name]) for r in records if r.get(name)]
         for name in names
     }
     if not any(lines.values()):

@@ -1,5 +1,6 @@
 """--mode=inspect: a net's layers and counts, and what its split step sends between devices."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -14,15 +15,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from alexnet_jax import config as configs
+from alexnet_jax import setup
 from alexnet_jax.config import Config, stored_size
 from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.mesh import make_mesh, start_devices
 from alexnet_jax.models.layers import Layer
 from alexnet_jax.models.nets import layers
-from alexnet_jax.train import optim
 from alexnet_jax.train.calendar import Calendar
 from alexnet_jax.train.state import make_apply, placed_shapes, state_shapes
-from alexnet_jax.train.step import make_train_step
 
 IMAGENET_CLASSES = 1000  # if the config gives no number; the data is not opened
 BATCH_SIZE = 2  # per device, of the traced and compiled step; the counts do not depend on it
@@ -216,14 +216,11 @@ def training_step(
         config.model.input_size,
         stored_size(config.data, config.model),
     )
-    step = make_train_step(
-        make_apply(model, num_classes, mesh.shape["model"]),
-        optim.make_update(config.optim),
-        optim.make_schedule(config.optim, Calendar(1000, batch_size, 1000)),
-        mesh,
-        seed=config.seed,
-        mean=config.data.mean,
-    )
+    # In one part: a batch of a few rows may not split into more.
+    train = dataclasses.replace(config.train, accumulation_steps=1)
+    apply = make_apply(model, num_classes, mesh.shape["model"])
+    calendar = Calendar(1000, batch_size, 1000)
+    step = setup.make_step(apply, dataclasses.replace(config, train=train), mesh, calendar)
 
     def shaped(spec: P, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))

@@ -25,7 +25,7 @@ from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.errors import FailedError
 from alexnet_jax.mesh import local_columns, local_rows, over_model, put_batch, put_everywhere
 from alexnet_jax.models.nets import layers
-from alexnet_jax.report import PASS, Report, Silent
+from alexnet_jax.report import PASS, RATIO, Report, Silent
 from alexnet_jax.train import optim
 from alexnet_jax.train.state import TrainState, natural_state
 from alexnet_jax.train.step import DeviceBatch, StepResults, TrainStep
@@ -109,7 +109,7 @@ class Interval:
         values = metrics.errors(metrics.added(sums))
         values["gradient_norm"] = float(np.sqrt(np.mean(np.sum(gradients, axis=1))))
         for name, ratio in zip(names, np.mean(ratios, axis=0)):
-            values[f"update_to_weight/{name}"] = float(ratio)
+            values[RATIO + name] = float(ratio)
         values["images_per_second"] = len(ratios) * self.batch_size / seconds
         self.restart()
         return values

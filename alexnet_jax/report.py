@@ -17,6 +17,7 @@ from alexnet_jax.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
 PASS = "num_examples"  # only in records of passes over a split
+RATIO = "update_to_weight/"  # before a layer's name
 AVERAGED = ("steps", "loss", "top1_error")
 
 

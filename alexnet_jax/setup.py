@@ -80,7 +80,7 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
         changed = workdir.check_resume(saved.config, config, allow_config_change)
         validate.check_same_classes(saved.labels, source.labels, config.data.source)
     elif config.train.init_from:
-        check_origin(config, source.labels, job.broadcast)
+        check_init_from(config, source.labels, job.broadcast)
     with job.leader_first():
         source, statistics = survey.surveyed(source, config.data, config.model)
         validation, _ = survey.surveyed(validation, config.data, config.model)
@@ -127,7 +127,7 @@ def _first_state(config: Config, labels: tuple[str, ...], broadcast: Broadcast) 
     state = initial_state(config.model, len(labels), config.seed)
     if not config.train.init_from:
         return state
-    _, meta, given = _origin_of(config.train.init_from).read_net(-1, broadcast)
+    _, meta, given = _checkpoints_of(config.train.init_from).read_net(-1, broadcast)
     new = _new_layers(config, labels, meta)
     log.info(
         "weights are taken over from %s; new: %s",
@@ -171,7 +171,7 @@ def _check_images(meta: Meta, source: Source, name: str) -> None:
     )
 
 
-def _origin_of(init_from: str) -> Checkpoints:
+def _checkpoints_of(init_from: str) -> Checkpoints:
     """The checkpoints of workdir `train.init_from`."""
     folder = expanded(init_from) / workdir.CHECKPOINTS
     if not folder.is_dir():
@@ -179,14 +179,15 @@ def _origin_of(init_from: str) -> Checkpoints:
     return Checkpoints(folder)
 
 
-def check_origin(config: Config, labels: tuple[str, ...], broadcast: Broadcast = local) -> None:
+def check_init_from(config: Config, labels: tuple[str, ...], broadcast: Broadcast = local) -> None:
     """Find out whether a net can start from the newest checkpoint in workdir `train.init_from`.
 
     Raises:
       UserError: there is no checkpoint, its net differs, or a new layer has a rate of 0.
     """
-    origin = _origin_of(config.train.init_from)
-    _new_layers(config, labels, origin.read_meta(origin.chosen_step(-1, broadcast)))
+    checkpoints = _checkpoints_of(config.train.init_from)
+    step = checkpoints.chosen_step(-1, broadcast)
+    _new_layers(config, labels, checkpoints.read_meta(step))
 
 
 def _new_layers(config: Config, labels: tuple[str, ...], meta: Meta) -> list[str]:

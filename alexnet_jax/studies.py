@@ -24,7 +24,8 @@ class Study:
     rates: tuple[float, ...] = ()
     search_epochs: int = 1
     target_error: float = 0.0  # training error; if set, the table gives the epochs to it
-    equal_maps: bool = False  # require last maps of equal size, or two things would differ
+    # Input sizes at which the last maps are alike, if two things would differ where they are not.
+    equal_at: tuple[int, ...] = ()
 
 
 STUDIES: Mapping[str, Study] = {
@@ -49,11 +50,11 @@ STUDIES: Mapping[str, Study] = {
         "Do overlapping pools help? Windows of 3 in steps of 2, or of 2 in steps of 2.",
         {
             "overlapping": {"model.pool_windows": (3, 3, 3), "model.paddings": (0, 2, 1, 1, 1)},
-            # Paddings that make the last maps of equal size at inputs of 224, 128 and 64.
+            # Paddings that make the last maps of equal size, at some inputs.
             "adjacent": {"model.pool_windows": (2, 2, 2), "model.paddings": (0, 1, 1, 1, 0)},
         },
         {"adjacent": "+0.4 / +0.3 (section 3.4)"},
-        equal_maps=True,
+        equal_at=(224, 128, 64),
     ),
     "pool_stride": Study(
         "How far apart should the last pool's windows of 3 be? Overlap and overfitting.",

@@ -139,7 +139,7 @@ def check(study: Study, user: Any, seeds: Sequence[int], names: Sequence[str]) -
         setup.check_parameters(config)
         setup.check_step(config.checkpoint.step)
         if config.train.init_from and name in names:
-            setup.check_origin(config, labels)
+            setup.check_init_from(config, labels)
         nets[name] = layers(config.model, len(labels))
     for one, other in itertools.combinations(chosen, 2):
         if _trained(chosen[one]) == _trained(chosen[other]):
@@ -147,7 +147,7 @@ def check(study: Study, user: Any, seeds: Sequence[int], names: Sequence[str]) -
                 f"variants {one} and {other} are the same with this --config, "
                 f"whose preset is {chosen[one].model.preset!r}; choose another preset"
             )
-    if not study.equal_maps:
+    if not study.equal_at:
         return
     maps = {
         name: [layer.stage_output for layer in net if len(layer.kernel) == 4][-1]
@@ -158,16 +158,22 @@ def check(study: Study, user: Any, seeds: Sequence[int], names: Sequence[str]) -
         if other != size:
             raise UserError(
                 f"model.input_size={chosen[name].model.input_size}: the last maps are {size} in "
-                f"variant {first} and {other} in {name}, and should be alike; "
-                "set --config.model.input_size to 224, 128 or 64"
+                f"variant {first} and {other} in {name}, and should be alike; set "
+                f"--config.model.input_size to one of {', '.join(map(str, study.equal_at))}"
             )
 
 
 def _trained(config: Config) -> Config:
-    """The config, ignoring what has no effect: `random_crop` if a crop is the whole square."""
-    if configs.stored_size(config.data, config.model) > config.model.input_size:
-        return config
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, random_crop=False))
+    """The config, ignoring what has no effect.
+
+    That is `random_crop` if a crop is the whole square, and `lrn` if no layer is normalised.
+    """
+    data, model = config.data, config.model
+    if configs.stored_size(data, model) == model.input_size:
+        data = dataclasses.replace(data, random_crop=False)
+    if not {"lrn", "spatial_lrn"} & {*model.after_conv1, *model.after_conv2, *model.after_conv5}:
+        model = dataclasses.replace(model, lrn=False)
+    return dataclasses.replace(config, data=data, model=model)
 
 
 def claim(directory: pathlib.Path, name: str, reference: Config) -> None:
@@ -278,7 +284,7 @@ def _best_rate(study: Study, user: Any, name: str, directory: pathlib.Path) -> S
             number = _train(config, place)
             if number:
                 raise KeyboardInterrupt(number)
-            found[rate] = report.training_by_epoch(place)[study.search_epochs]
+            *_, found[rate] = report.training_by_epoch(place).values()
         except loop.TrainingError as error:
             log.warning("%s", error)
     if not study.rates:

@@ -223,7 +223,7 @@ def ours(batch: int, dtype: str, what: str) -> tuple[timing.Work, str]:
     rng = np.random.default_rng(0)
     size = 224 if what == "train" else 256
     mean = np.full((256, 256, 3), 120, np.float32)
-    pixels = Statistics(mean, np.ones(3, np.float32), np.eye(3, dtype=np.float32), np.ones(3))
+    pixels = Statistics(mean, *np.ones((2, 3), np.float32), np.eye(3, dtype=np.float32))
     numbers = {
         "image": rng.integers(0, 256, (batch, size, size, 3), np.uint8),
         "label": rng.integers(0, 1000, batch, np.int32),

@@ -247,6 +247,23 @@ def test_reading_changes_nothing(state, meta, tmp_path, caplog):
     assert "metrics/metrics has" in caplog.text
 
 
+@pytest.mark.parametrize("part", ["params", "training"])
+def test_one_that_was_not_sealed_counts_only_if_all_of_it_can_be_read(part, state, meta, tmp_path):
+    save_two(tmp_path, state, meta)
+    (tmp_path / "2" / seals.SEAL).unlink()
+    assert Checkpoints(tmp_path).newest_whole() == 2
+    shutil.rmtree(tmp_path / "2" / part)
+    assert Checkpoints(tmp_path).newest_whole() == 1
+
+
+def test_one_that_is_whole_and_cannot_be_read_ends_the_reading(state, meta, tmp_path):
+    save_two(tmp_path, state, meta)
+    shutil.rmtree(tmp_path / "2" / "params")
+    seals.seal(tmp_path / "2")
+    with pytest.raises(UserError, match=r"2 is damaged .* the others are 1"):
+        Checkpoints(tmp_path).read_net(-1)
+
+
 @pytest.mark.parametrize("moment", ["digest", "read_params"])
 def test_a_run_that_saves_meanwhile_is_read_at_its_newest(
     moment, state, meta, tmp_path, monkeypatch, caplog

@@ -280,6 +280,17 @@ def test_mistakes_are_told_in_one_line(trained, run, capsys, arguments, words):
     assert all(word in line for word in words)
 
 
+def test_nets_of_other_classes_predict_nothing_together(trained, images, run, tmp_path, capsys):
+    shutil.copytree(images, tmp_path / "data")
+    for split in ("train", "val"):
+        (tmp_path / "data" / split / "owl").rename(tmp_path / "data" / split / "rat")
+    other = [f"--config.data.source=folder:{tmp_path / 'data'}", "--config.train.num_steps=1"]
+    assert run(tmp_path / "other", *other) == 0
+    picture = str(next((images / "val" / "cat").iterdir()))
+    assert run(f"{trained},{tmp_path / 'other'}", "--mode=predict", picture) == 2
+    assert "class 2 is 'rat', in the checkpoint 'owl'" in capsys.readouterr().err
+
+
 def test_an_ensemble_trains_nothing(ensemble, run, capsys):
     assert run(",".join(map(str, ensemble[:2]))) == 2
     assert "takes one" in capsys.readouterr().err

@@ -147,6 +147,22 @@ def test_the_rate_of_the_lowest_training_error_is_taken(start, tmp_path, monkeyp
     assert (config["seed"], config["optim"]["learning_rate"]) == (5, float(best))
 
 
+def test_where_a_step_is_longer_than_an_epoch_rates_are_compared_by_the_last(
+    start, tmp_path, monkeypatch, capsys
+):
+    """A batch of 96 is two epochs of 48 images, and counts for the first of them."""
+    search = Study("?", {"only": {}}, {}, rates=(1e-9, 0.01), search_epochs=4)
+    monkeypatch.setitem(STUDIES, "search", search)
+    flags = ["--config.train.batch_size=96", "--config.train.num_steps=1"]
+    assert start("search", tmp_path, *flags) == 0
+    said = capsys.readouterr().out
+    for rate in ("1e-09", "0.01"):
+        lines = (tmp_path / "only" / f"rate_{rate}" / "metrics.jsonl").read_text().splitlines()
+        *_, last = (r for r in map(json.loads, lines) if r["split"] == "train")
+        assert (last["step"], last["epoch"]) == (2, 4)
+        assert f"{rate}: {last['top1_error']:.2%}" in said
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -181,11 +197,16 @@ def test_another_study_does_not_join_the_table(finished, start, capsys):
 @pytest.mark.parametrize(
     ("name", "flags", "words"),
     [
-        ("overlap", ["--config.model.input_size=112"], ["(3, 3, 16)", "(2, 2, 16)"]),
+        (
+            "overlap",
+            ["--config.model.input_size=112"],
+            ["(3, 3, 16)", "(2, 2, 16)", "224, 128, 64"],
+        ),
         ("lrn", ["--seeds=1,4294967296"], ["seed=4294967296", "below 2**32"]),
         ("activation", ["--config.model.net=cifar"], ["model.towers=2", "preset=cifar"]),
         ("lrn", FIGURE1, ["model.lrn=False", "nothing of that"]),
         ("augmentation", FIGURE1, ["variants all and centre_crops are the same"]),
+        ("lrn", ["--config.model.preset=owt"], ["variants with_lrn and without_lrn are the same"]),
         ("lrn", ["--config.train.batch_size=7", "--config.train.accumulation_steps=2"], ["7"]),
         ("lrn", ["--config.train.init_from=/nowhere"], ["/nowhere", "holds no checkpoints"]),
     ],
@@ -331,6 +352,36 @@ def written(workdir: pathlib.Path, errors: list[float], steps_an_epoch: int = 2)
 def test_epochs_to_a_training_error_are_read_off_the_curve(errors, epochs, tmp_path):
     found = tables.epochs_to(written(tmp_path, errors), 0.25)
     assert found == (pytest.approx(epochs) if epochs else None)
+
+
+def test_the_table_of_figure_1_has_the_epochs_to_its_target(tmp_path):
+    """ReLU reaches 25 % halfway from 30 to 20, tanh does so an epoch later: 3.5 / 2.5."""
+    passes = {split: {"split": split, "top1_error": 0.2, "top5_error": 0.1, "loss": 1.0,
+                      "num_examples": 50} for split in ("train", "validation")}  # fmt: skip
+    for name, errors in (("relu", [0.5, 0.3, 0.2]), ("tanh", [0.5, 0.4, 0.3, 0.2])):
+        for seed in (1, 2):
+            place = written(tmp_path / name / str(seed), errors)
+            result = {"seed": seed, "config": {"optim": {"learning_rate": 0.003}}, **passes}
+            (place / tables.RESULT).write_text(json.dumps(result))
+    tables.write(tmp_path, "figure1")
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    head, _, relu, tanh = (
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"
+    )
+    assert len(head) == len(relu) == len(tanh)
+    found = dict(zip(head, relu)), dict(zip(head, tanh))
+    assert [row["epochs to 25%"] for row in found] == ["2.50", "3.50"]
+    assert [row["rate"] for row in found] == ["0.003", "0.003"]
+    assert "1.40 times the epochs" in lines[-1]
+    assert [row["epochs_to_target"] for row in rows(tmp_path / "runs.csv")] == [
+        "2.5",
+        "2.5",
+        "3.5",
+        "3.5",
+    ]
+    written(tmp_path / "tanh" / "2", [0.5, 0.4, 0.3])
+    tables.write(tmp_path, "figure1")
+    assert "| by 1 of 2 | 0.003 |" in (tmp_path / "table.md").read_text()
 
 
 def test_an_epoch_that_is_not_over_does_not_count(tmp_path):

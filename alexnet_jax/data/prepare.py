@@ -276,9 +276,7 @@ def _finish(
             "broken": broken,
             "shards": shards,
         }
-    statistics = total.statistics()
-    mean = statistics.mean_image.astype(np.float64).mean((0, 1)).astype(np.float32)
-    write_arrays(data / records.STATISTICS, sync=True, **statistics._asdict(), channel_mean=mean)
+    write_arrays(data / records.STATISTICS, sync=True, **total.statistics()._asdict())
     texts = {records.LABELS: "".join(f"{label}\n" for label in given.labels), **given.files()}
     for name, text in texts.items():
         (data / name).write_text(text, encoding="utf-8")

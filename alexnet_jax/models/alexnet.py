@@ -2,8 +2,8 @@
 
 A device owns `towers // shards` of the towers. Everything is local but `exchange`, which is the
 identity where one device owns both and an all-gather over the mesh axis where it does not. It is
-called where the paper's GPUs communicate (figure 2): before conv3, fc6, fc7 and fc8; and once more
-for the logits, whose classes are split over the towers too.
+called where the paper's GPUs communicate (figure 2): before conv3, fc6, fc7 and fc8 (and conv6, in
+the preset that has it); and once more for the logits, whose classes are split over the towers too.
 
 Parameters are global arrays of the natural shapes, tower 0 first on the last axis. A device's
 share of each is a contiguous part of that axis, so checkpoints do not depend on the split.

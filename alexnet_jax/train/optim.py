@@ -56,22 +56,21 @@ def make_update(optim: Optim) -> Update:
 
       On a CPU one pass over memory does it all, in place; elsewhere it is `make_optimizer`'s chain.
     """
-    optimizer = make_optimizer(optim)
+    optimizer, own = make_optimizer(optim), layer_rates(optim)
 
     def update(good: Array, params: Params, opt_state: Any, gradients: Params, rates: Rates):
-        if native.available(*jax.tree.leaves(params)):
-            velocities = optax.tree_utils.tree_get(opt_state, "trace")
-            weights, velocities, squares = _in_place(
-                optim, good, params, velocities, gradients, rates
-            )
-            return weights, optax.tree_utils.tree_set(opt_state, trace=velocities), squares
-
-        own = layer_rates(optim)
-        moves = {
-            layer: {kind: good & (_rate(rates, own, layer, kind) > 0) for kind in kinds}
+        velocities = optax.tree_utils.tree_get(opt_state, "trace")
+        own_rates = {
+            layer: {kind: _rate(rates, own, layer, kind) for kind in kinds}
             for layer, kinds in params.items()
         }
-        velocities = optax.tree_utils.tree_get(opt_state, "trace")
+        moves = jax.tree.map(lambda rate: good & (rate > 0), own_rates)
+        if native.available(*jax.tree.leaves(params)):
+            params, velocities, squares = _in_place(
+                optim, params, velocities, gradients, own_rates, moves
+            )
+            return params, optax.tree_utils.tree_set(opt_state, trace=velocities), squares
+
         updates, opt_state = optimizer.update(gradients, opt_state, params, rates=rates)
         moved = (
             optax.apply_updates(params, updates),
@@ -99,23 +98,26 @@ def square(leaf: Array) -> Array:
 
 
 def _in_place(
-    optim: Optim, good: Array, params: Params, velocities: Params, gradients: Params, rates: Rates
+    optim: Optim,
+    params: Params,
+    velocities: Params,
+    gradients: Params,
+    rates: Params,
+    moves: Params,
 ) -> tuple[Params, Params, dict[str, tuple[Array, Array]]]:
-    own = layer_rates(optim)
+    """The update, where `moves`, () bool for each array, at its own rate, () float32."""
     weights: Params = {layer: {} for layer in params}
     moved: Params = {layer: {} for layer in params}
     squares = {}
     for layer, kinds in params.items():
         for kind, leaf in kinds.items():
             decay = optim.weight_decay if kind == "kernel" else 0.0
-            rate = jnp.asarray(_rate(rates, own, layer, kind), jnp.float32)
-            moves = good & (rate > 0)
             weights[layer][kind], moved[layer][kind], sums = native.update(
                 leaf,
                 velocities[layer][kind],
                 gradients[layer][kind],
-                rate,
-                moves,
+                rates[layer][kind],
+                moves[layer][kind],
                 momentum=float(optim.momentum),
                 decay=float(decay),
             )
@@ -131,7 +133,8 @@ def layer_rates(optim: Optim) -> Mapping[str, float]:
 
 
 def _rate(rates: Rates, own: Mapping[str, float], layer: str, kind: str) -> Array:
-    return rates.get(f"{layer}_{kind}", rates[kind]) * own.get(layer, 1.0)
+    rate = rates.get(f"{layer}_{kind}", rates[kind]) * own.get(layer, 1.0)
+    return jnp.asarray(rate, jnp.float32)
 
 
 def _kernels(params: Any) -> Any:

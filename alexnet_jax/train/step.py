@@ -258,7 +258,7 @@ def _averaged(
         return None, metrics.log_probabilities(apply(params, images, None))
 
     _, log_probs = lax.scan(one_crop, None, crops)  # (crops, b, classes)
-    return jax.nn.logsumexp(log_probs, axis=0) - jnp.log(num_crops)
+    return jax.nn.logsumexp(log_probs, axis=0) - jnp.log(len(crops))
 
 
 def _test_images(stored: Array, crop: Array, statistics: Statistics, size: int, mean: str) -> Array:
