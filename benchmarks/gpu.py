@@ -10,6 +10,10 @@ begins. OUT/results.json and OUT/results.md hold the results of all parts ever r
 OUT/parts holds each part's output, log and trace. --limit is divided among the named parts in
 proportion, and what one leaves goes to the others. Records, runs and checkpoints, some gigabytes,
 are written to --work, OUT/work by default. --tiny only shows that everything works.
+
+On a machine that is lent for ten minutes at a time, with the same OUT and --work: `gpu.sh OUT
+--limit=500`; `train ... --limit=560` (unfinished runs continue when named again, PyTorch's start
+anew); `step-more --limit=350`; `step-tf32 flags`.
 """
 
 import argparse
@@ -27,12 +31,14 @@ from typing import Any, NamedTuple
 
 HERE = pathlib.Path(__file__).resolve().parent
 # The most important first: time may run out.
-FAST_FORMS = ["compile+channels_last", "compile+channels_last+shifts"]
+FAST_FORMS = ["compile+channels_last", "compile+channels_last+shifts+towers"]
 SOME_FORMS = [*FAST_FORMS, "channels_last", "eager"]
-ALL_FORMS = [*FAST_FORMS, "graphs", "compile", "channels_last", "eager"]
+MORE_FORMS = [*FAST_FORMS, "graphs"]
+ALL_FORMS = [*MORE_FORMS, "compile+channels_last+shifts", "compile", "channels_last", "eager"]
 FLAGS = [
     "--xla_gpu_deterministic_ops=true",
     "--xla_gpu_exclude_nondeterministic_ops=true",
+    "--xla_gpu_autotune_level=4",  # XLA's own choice: what another compilation alone changes
     "--xla_gpu_enable_command_buffer=",  # none
     "--xla_gpu_autotune_level=0",
     "--xla_gpu_enable_latency_hiding_scheduler=true",
@@ -131,7 +137,7 @@ def measuring(out: pathlib.Path, work: pathlib.Path, tiny: bool) -> dict[str, Pa
     else:
         step += ["--rounds=5", "--seconds=0.5"]
         forms = [*step, "--batch", "1024", "--forms", *SOME_FORMS]
-        more = [*step, "--batch", "128", "256", "2048", "--keep=1", "--forms", *FAST_FORMS]
+        more = [*step, "--batch", "128", "256", "2048", "--keep=1", "--forms", *MORE_FORMS]
         every = [*step, "--batch", "1024", "--forms", *ALL_FORMS]
         flags = [*step, "--batch", "128", "--forms", *(f"--xla={flag}" for flag in FLAGS)]
         checks, operations, trace = [], ["--batch=1024", "--rounds=5"], ["--batch=1024"]
@@ -141,12 +147,12 @@ def measuring(out: pathlib.Path, work: pathlib.Path, tiny: bool) -> dict[str, Pa
     bf16, tf32 = ["--dtype=bfloat16"], ["--dtype=tf32"]
     return {
         "step-bf16": Part("a training step beside PyTorch's", 145, [*forms, *bf16]),
-        "ops": Part("operations and their floors", 100, ["ops.py", *operations, *bf16, "--step"]),
-        "end-to-end": Part(
-            "the stream and the step", 95, ["end_to_end.py", "--limit={limit}", *at, *stream]
-        ),
+        "ops": Part("operations and their floors", 85, ["ops.py", *operations, *bf16, "--step"]),
         "profile": Part(
-            "a trace of ten steps", 35, ["step_trace.py", f"--output={out}/parts/trace", *trace]
+            "a trace of ten steps", 30, ["step_trace.py", f"--output={out}/parts/trace", *trace]
+        ),
+        "end-to-end": Part(  # last, since it has most use for what the others leave
+            "the stream and the step", 110, ["end_to_end.py", "--limit={limit}", *at, *stream]
         ),
         "correctness": Part(
             "every operation against the oracle", 110, ["check_ops.py", *checks], timed=False
@@ -155,10 +161,10 @@ def measuring(out: pathlib.Path, work: pathlib.Path, tiny: bool) -> dict[str, Pa
             "the same bits each time", 110, ["determinism.py", *at, *bits], timed=False
         ),
         "step-tf32": Part("the same, float32 by TF32 products", 145, [*forms, *tf32], usual=False),
-        "step-more": Part("more sizes", 260, [*more, *bf16], usual=False),
-        "step-every": Part("more forms of PyTorch", 270, [*every, *bf16], usual=False),
+        "step-more": Part("more sizes", 400, [*more, *bf16], usual=False),
+        "step-every": Part("more forms of PyTorch", 360, [*every, *bf16], usual=False),
         "flags": Part(
-            "XLA's flags, one at a time, each to a step", 260, [*flags, *bf16], usual=False
+            "XLA's flags, one at a time, each to a step", 300, [*flags, *bf16], usual=False
         ),
         "ops-tf32": Part(
             "operations, TF32", 100, ["ops.py", *operations, *tf32, "--step"], usual=False
@@ -166,7 +172,9 @@ def measuring(out: pathlib.Path, work: pathlib.Path, tiny: bool) -> dict[str, Pa
         "forms": Part(
             "ways to say a convolution", 130, ["forms.py", *operations, *bf16], usual=False
         ),
-        "memory": Part("the peak of a step", 250, ["memory.py", *memory, *bf16], usual=False),
+        "memory": Part(
+            "the peak of a step", 250, ["memory.py", *memory, *bf16], usual=False, timed=False
+        ),
     }
 
 
@@ -178,7 +186,7 @@ def training(out: pathlib.Path, work: pathlib.Path, options: Any) -> dict[str, P
         small += ["--config.train.num_steps=6", "--config.train.batch_size=8"]
         form = ["--form=eager"]
     parts = {}
-    for name, seconds in (("caltech101", 400), ("cifar10", 500)):
+    for name, seconds in (("caltech101", 250), ("cifar10", 350)):
         source, run = getattr(options, name), work / "runs" / name
         ours = ["real_run.py", f"--recipe={name}", f"--source={source}", f"--workdir={run}"]
         ours += [f"--figures={out}/parts/{name}", *small]

@@ -313,7 +313,12 @@ def torch_conv(x, kernel, *, stride, padding, groups):
 
 
 def torch_norm(x):
-    return torch_nets.response_norm(x, torch_nets.band(x.shape[1] // 2).to(x.device))
+    return torch_nets.response_norm(x, torch_band(x.shape[1] // 2, x.device), groups=2)
+
+
+@functools.cache
+def torch_band(maps, device):
+    return torch_nets.band(maps).to(device)
 
 
 def torch_pool(x):

@@ -3,8 +3,8 @@
   python benchmarks/real_run.py --recipe=caltech101 --source=folder:PATH --workdir=RUN
       [--figures=FOLDER] [--json FILE] [--config.SECTION.FIELD=VALUE ...]
 
-Trains (or continues: a run ended by a time limit loses nothing), evaluates ten crops, draws
-RUN/figures, and copies them to FOLDER. SIGTERM reaches whatever is running: training saves, and the
+Trains (or continues: a run ended by a time limit loses nothing), evaluates ten crops, and draws
+errors and conv1's kernels in FOLDER. SIGTERM reaches whatever is running: training saves, and the
 results so far are reported; the status is 143. `torch_train.py --workdir=RUN` then trains PyTorch
 the same way.
 """
@@ -12,14 +12,17 @@ the same way.
 import argparse
 import json
 import pathlib
-import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import time
 
-from alexnet_jax import report
+import jax
+
+from alexnet_jax import config as configs
+from alexnet_jax import figures, gallery, predict, report
+from alexnet_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARED = {
@@ -33,7 +36,7 @@ SHARED = {
 }
 # Changes to configs/NAME.py; both use a cosine schedule, so that the end is known beforehand.
 RECIPES = {
-    "caltech101": {"train.num_epochs": 200, "eval.every_epochs": 5},
+    "caltech101": {"train.num_epochs": 200, "eval.every_epochs": 10},
     "cifar10": {"train.num_epochs": 40, "eval.every_epochs": 2},
 }
 
@@ -64,19 +67,26 @@ def main() -> int:
     print(table(found), flush=True)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))
-    if done.returncode:
-        return status(done)
-    done = subprocess.run([*command, "--mode=figures"], stdout=sys.stderr)
-    if done.returncode:
-        print("\nThe figures could not be drawn; the log says why.")
-    elif options.figures:
-        shutil.copytree(options.workdir / "figures", options.figures, dirs_exist_ok=True)
+    if options.figures and not done.returncode:
+        draw(options.workdir, options.figures)
     return status(done)
 
 
 def status(done: subprocess.CompletedProcess) -> int:
     """As a shell reports it: 128 plus the signal's number for a process ended by one."""
     return done.returncode if done.returncode >= 0 else 128 - done.returncode
+
+
+def draw(workdir: pathlib.Path, folder: pathlib.Path) -> None:
+    """Errors by epoch and conv1's kernels. (--mode=figures would search all images for some.)"""
+    jax.config.update("jax_platforms", "cpu")
+    config = configs.from_dict(json.loads((workdir / "config.json").read_text()))
+    try:
+        errors = gallery.learning([workdir], "top1_error", "top-1 error")
+        figures.save(errors, folder / "errors")
+        figures.save(gallery.kernels(predict.open_net(config, workdir)), folder / "kernels")
+    except UserError as error:
+        print(f"\nThe figures could not be drawn: {error}")
 
 
 def levels(workdir: pathlib.Path) -> dict:

@@ -49,6 +49,7 @@ class Paper(nn.Module):
     ):
         super().__init__()
         self.memory_format, self.shifts = memory_format(form), "shifts" in form
+        self.towers = 2 if "towers" in form else 1  # apart, or as groups of one array
         c1, c2, c3, c4, c5, f6, f7 = widths
         self.overhang = (11 - size) % 4
         side = (size + self.overhang - 11) // 4 + 1
@@ -74,17 +75,25 @@ class Paper(nn.Module):
         x = F.pad(x, (0, self.overhang, 0, self.overhang)).contiguous(
             memory_format=self.memory_format
         )
-        x = F.max_pool2d(self.norm(F.relu(self.conv1(x)), self.band1), 3, 2)
-        x = F.max_pool2d(self.norm(F.relu(self.conv2(x)), self.band2), 3, 2)
-        x = F.relu(self.conv3(x))
-        x = F.relu(self.conv4(x))
-        x = F.max_pool2d(F.relu(self.conv5(x)), 3, 2)
+        x = space_to_depth(self.conv1, x) if self.towers == 2 else self.conv1(x)
+        parts = x.chunk(self.towers, 1)
+        parts = [F.max_pool2d(self.norm(F.relu(part), self.band1), 3, 2) for part in parts]
+        parts = apart(self.conv2, parts)
+        parts = [F.max_pool2d(self.norm(F.relu(part), self.band2), 3, 2) for part in parts]
+        x = F.relu(self.conv3(torch.cat(parts, 1) if self.towers == 2 else parts[0]))
+        parts = [F.relu(part) for part in apart(self.conv4, x.chunk(self.towers, 1))]
+        parts = [F.max_pool2d(F.relu(part), 3, 2) for part in apart(self.conv5, parts)]
+        x = torch.cat(parts, 1) if self.towers == 2 else parts[0]
         x = self.drop(F.relu(self.fc6(x.flatten(1))))
         x = self.drop(F.relu(self.fc7(x)))
         return self.fc8(x)
 
     def norm(self, x: Tensor, band: Tensor) -> Tensor:
-        return response_norm_by_shifts(x) if self.shifts else response_norm(x, band)
+        """Of both towers, or of one if they are apart."""
+        groups = 2 // self.towers
+        if self.shifts:
+            return response_norm_by_shifts(x, groups)
+        return response_norm(x, band[: x.shape[1]], groups)
 
     def drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, 0.5) * 0.5 if self.training else x * 0.5
@@ -96,19 +105,34 @@ def band(maps: int) -> Tensor:
     return near.float().repeat(2, 1)[:, :, None, None]
 
 
-def response_norm(x: Tensor, band: Tensor) -> Tensor:
+def space_to_depth(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """conv1 as a 3x3 convolution over blocks of 4x4 pixels, whose twelfth row and column are 0."""
+    sides = [0, -x.shape[3] % 4, 0, -x.shape[2] % 4]
+    blocks = F.pixel_unshuffle(F.pad(x, sides), 4)
+    return F.conv2d(blocks, F.pixel_unshuffle(F.pad(conv.weight, (0, 1, 0, 1)), 4), conv.bias)
+
+
+def apart(conv: nn.Conv2d, parts: Sequence[Tensor]) -> list[Tensor]:
+    """A convolution of two groups, each of its own array; or of one array that holds both."""
+    if len(parts) == 1:
+        return [conv(parts[0])]
+    leaves = zip(parts, conv.weight.chunk(2), conv.bias.chunk(2))
+    return [F.conv2d(x, weight, bias, padding=conv.padding) for x, weight, bias in leaves]
+
+
+def response_norm(x: Tensor, band: Tensor, groups: int) -> Tensor:
     """Within each tower, in the layout of x.
 
     `F.local_response_norm` needs a different layout of the towers, and was slower in every form.
     """
-    total = 2 + 1e-4 * F.conv2d(x * x, band.to(x.dtype), groups=2)
+    total = 2 + 1e-4 * F.conv2d(x * x, band.to(x.dtype), groups=groups)
     return x * (total.rsqrt() * total.sqrt().rsqrt()).to(x.dtype)
 
 
-def response_norm_by_shifts(x: Tensor) -> Tensor:
+def response_norm_by_shifts(x: Tensor, groups: int) -> Tensor:
     """The same as sums of shifted squares, in float32, which `torch.compile` can fuse."""
-    maps = x.shape[1] // 2
-    squares = F.pad(x.float().square().unflatten(1, (2, maps)), (0, 0, 0, 0, 2, 2))
+    maps = x.shape[1] // groups
+    squares = F.pad(x.float().square().unflatten(1, (groups, maps)), (0, 0, 0, 0, 2, 2))
     total = 2 + 1e-4 * sum(squares.narrow(2, shift, maps) for shift in range(5))
     return x * (total.rsqrt() * total.sqrt().rsqrt()).flatten(1, 2).to(x.dtype)
 

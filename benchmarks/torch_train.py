@@ -169,11 +169,13 @@ class Run:
         return dict(zip(("loss", "top1_error", "top5_error"), (sums / count).tolist()))
 
     def put(self, *arrays: np.ndarray) -> list[torch.Tensor]:
-        tensors = (torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
-        return [
-            (tensor.long() if tensor.dtype == torch.int32 else tensor).to(self.device)
-            for tensor in tensors
-        ]
+        found = []
+        for array in arrays:
+            tensor = torch.from_numpy(np.ascontiguousarray(array))
+            tensor = tensor.long() if tensor.dtype == torch.int32 else tensor
+            tensor = tensor.pin_memory() if self.device == "cuda" else tensor
+            found.append(tensor.to(self.device, non_blocking=True))  # pinned, it waits for nothing
+        return found
 
 
 def weight(name: str, kernel: np.ndarray, maps: int) -> torch.Tensor:
