@@ -24,7 +24,7 @@ from PIL import Image
 from alexnet_jax import config as configs
 from alexnet_jax import main as command
 from alexnet_jax.data import workers
-from alexnet_jax.ops import native
+from alexnet_jax.ops import gpu, native
 
 CACHE = pathlib.Path(tempfile.gettempdir()) / f"alexnet_jax_tests_{getpass.getuser()}"
 
@@ -68,13 +68,18 @@ class _InThread:
 
 @pytest.fixture(params=["native", "XLA's", "a TPU's"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The forms of operations: this package's own, those without a compiler, those for a TPU."""
+    """The forms of operations: this package's own, those without a compiler, those for a TPU.
+
+    Where a test asks for "a GPU's", also those, of operations without a Pallas kernel.
+    """
     if request.param == "native" and not native.available():
         pytest.skip("no C++ compiler")
     if request.param != "native":
         monkeypatch.setattr(native, "available", lambda *arrays: False)
     if request.param == "a TPU's":
         monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    if request.param == "a GPU's":
+        monkeypatch.setattr(gpu, "is_gpu", lambda: True)
     return request.param
 
 
