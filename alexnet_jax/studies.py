@@ -24,7 +24,7 @@ class Study:
     rates: tuple[float, ...] = ()
     search_epochs: int = 1
     target_error: float = 0.0  # training error; if set, the table gives the epochs to it
-    # Input sizes at which the last maps are alike, if two things would differ where they are not.
+    # Some input sizes at which the last maps are alike; elsewhere two things would differ.
     equal_at: tuple[int, ...] = ()
 
 

@@ -164,15 +164,18 @@ def check(study: Study, user: Any, seeds: Sequence[int], names: Sequence[str]) -
 
 
 def _trained(config: Config) -> Config:
-    """The config, ignoring what has no effect.
+    """The config, ignoring what studies vary without effect.
 
-    That is `random_crop` if a crop is the whole square, and `lrn` if no layer is normalised.
+    That is `random_crop` if a crop is the whole square, `lrn` if no layer is normalised, and
+    `dropout_after` at a rate of 0.
     """
     data, model = config.data, config.model
     if configs.stored_size(data, model) == model.input_size:
         data = dataclasses.replace(data, random_crop=False)
     if not {"lrn", "spatial_lrn"} & {*model.after_conv1, *model.after_conv2, *model.after_conv5}:
         model = dataclasses.replace(model, lrn=False)
+    if not model.dropout_rate:
+        model = dataclasses.replace(model, dropout_after=())
     return dataclasses.replace(config, data=data, model=model)
 
 

@@ -11,9 +11,9 @@ OUT/parts holds each part's output, log and trace. --limit is divided among the 
 proportion, and what one leaves goes to the others. Records, runs and checkpoints, some gigabytes,
 are written to --work, OUT/work by default. --tiny only shows that everything works.
 
-On a machine that is lent for ten minutes at a time, with the same OUT and --work: `gpu.sh OUT
---limit=500`; `train ... --limit=560` (unfinished runs continue when named again, PyTorch's start
-anew); `step-more --limit=350`; `step-tf32 flags`.
+Where each command may take ten minutes, with the same OUT and --work: `gpu.sh OUT --limit=500`;
+`train ... --limit=560` (unfinished runs continue when named again, PyTorch's start anew);
+`step-more`; `step-tf32 flags`; `ops-tf32 memory`.
 """
 
 import argparse
@@ -33,8 +33,11 @@ HERE = pathlib.Path(__file__).resolve().parent
 # The most important first: time may run out.
 FAST_FORMS = ["compile+channels_last", "compile+channels_last+shifts+towers"]
 SOME_FORMS = [*FAST_FORMS, "channels_last", "eager"]
-MORE_FORMS = [*FAST_FORMS, "graphs"]
-ALL_FORMS = [*MORE_FORMS, "compile+channels_last+shifts", "compile", "channels_last", "eager"]
+MORE_FORMS = [*FAST_FORMS, "graphs+shifts+towers"]
+ALL_FORMS = [
+    *MORE_FORMS,
+    *("compile+channels_last+shifts", "graphs", "compile", "channels_last", "eager"),
+]
 FLAGS = [
     "--xla_gpu_deterministic_ops=true",
     "--xla_gpu_exclude_nondeterministic_ops=true",
@@ -137,7 +140,7 @@ def measuring(out: pathlib.Path, work: pathlib.Path, tiny: bool) -> dict[str, Pa
     else:
         step += ["--rounds=5", "--seconds=0.5"]
         forms = [*step, "--batch", "1024", "--forms", *SOME_FORMS]
-        more = [*step, "--batch", "128", "256", "2048", "--keep=1", "--forms", *MORE_FORMS]
+        more = [*step, "--batch", "128", "2048", "256", "--forms", *MORE_FORMS]
         every = [*step, "--batch", "1024", "--forms", *ALL_FORMS]
         flags = [*step, "--batch", "128", "--forms", *(f"--xla={flag}" for flag in FLAGS)]
         checks, operations, trace = [], ["--batch=1024", "--rounds=5"], ["--batch=1024"]
@@ -147,12 +150,12 @@ def measuring(out: pathlib.Path, work: pathlib.Path, tiny: bool) -> dict[str, Pa
     bf16, tf32 = ["--dtype=bfloat16"], ["--dtype=tf32"]
     return {
         "step-bf16": Part("a training step beside PyTorch's", 145, [*forms, *bf16]),
-        "ops": Part("operations and their floors", 85, ["ops.py", *operations, *bf16, "--step"]),
+        "ops": Part("operations and their floors", 100, ["ops.py", *operations, *bf16, "--step"]),
         "profile": Part(
-            "a trace of ten steps", 30, ["step_trace.py", f"--output={out}/parts/trace", *trace]
+            "a trace of ten steps", 25, ["step_trace.py", f"--output={out}/parts/trace", *trace]
         ),
-        "end-to-end": Part(  # last, since it has most use for what the others leave
-            "the stream and the step", 110, ["end_to_end.py", "--limit={limit}", *at, *stream]
+        "end-to-end": Part(  # last of the timed: it has most use for what the others leave
+            "the stream and the step", 100, ["end_to_end.py", "--limit={limit}", *at, *stream]
         ),
         "correctness": Part(
             "every operation against the oracle", 110, ["check_ops.py", *checks], timed=False
@@ -161,8 +164,8 @@ def measuring(out: pathlib.Path, work: pathlib.Path, tiny: bool) -> dict[str, Pa
             "the same bits each time", 110, ["determinism.py", *at, *bits], timed=False
         ),
         "step-tf32": Part("the same, float32 by TF32 products", 145, [*forms, *tf32], usual=False),
-        "step-more": Part("more sizes", 400, [*more, *bf16], usual=False),
-        "step-every": Part("more forms of PyTorch", 360, [*every, *bf16], usual=False),
+        "step-more": Part("more sizes", 540, [*more, *bf16], usual=False),
+        "step-every": Part("more forms of PyTorch", 450, [*every, *bf16], usual=False),
         "flags": Part(
             "XLA's flags, one at a time, each to a step", 300, [*flags, *bf16], usual=False
         ),
@@ -172,9 +175,7 @@ def measuring(out: pathlib.Path, work: pathlib.Path, tiny: bool) -> dict[str, Pa
         "forms": Part(
             "ways to say a convolution", 130, ["forms.py", *operations, *bf16], usual=False
         ),
-        "memory": Part(
-            "the peak of a step", 250, ["memory.py", *memory, *bf16], usual=False, timed=False
-        ),
+        "memory": Part("the peak of a step", 250, ["memory.py", *memory, *bf16], usual=False),
     }
 
 

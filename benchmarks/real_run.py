@@ -4,9 +4,9 @@
       [--figures=FOLDER] [--json FILE] [--config.SECTION.FIELD=VALUE ...]
 
 Trains (or continues: a run ended by a time limit loses nothing), evaluates ten crops, and draws
-errors and conv1's kernels in FOLDER. SIGTERM reaches whatever is running: training saves, and the
-results so far are reported; the status is 143. `torch_train.py --workdir=RUN` then trains PyTorch
-the same way.
+errors and conv1's kernels in FOLDER. SIGTERM reaches training, which saves, or evaluation; the
+results so far are reported, and the status is 143. `torch_train.py --workdir=RUN` then trains
+PyTorch the same way.
 """
 
 import argparse

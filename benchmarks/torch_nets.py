@@ -138,13 +138,13 @@ def response_norm_by_shifts(x: Tensor, groups: int) -> Tensor:
 
 
 def memory_format(form: str) -> torch.memory_format:
-    last = "channels_last" in form or form == "graphs"
+    last = "channels_last" in form or "graphs" in form
     return torch.channels_last if last else torch.contiguous_format
 
 
 def compiled(call: Any, form: str) -> Any:
     """A function or a net, compiled if the form says so."""
-    if form == "graphs":
+    if "graphs" in form:
         return torch.compile(call, mode="reduce-overhead")
     return torch.compile(call) if "compile" in form else call
 

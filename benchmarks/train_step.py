@@ -13,7 +13,7 @@ of XLA's flags. A contender that fails is named, and the others continue.
 On a GPU both use the first of CUDA_VISIBLE_DEVICES; dtype `float32` multiplies in full precision,
 `tf32` as TF32, and in `bfloat16` PyTorch uses autocast. In forms with `+shifts`, PyTorch's
 normalisation is computed by shifted sums, not a convolution; in forms with `+towers`, its conv1 by
-space-to-depth and its towers one by one, as this package does on a GPU. The form `graphs` is
+space-to-depth and its towers one by one, as this package does on a GPU. Forms with `graphs` are
 channels_last compiled with mode="reduce-overhead".
 """
 
@@ -42,6 +42,7 @@ FORMS = (
     "compile+channels_last+shifts",
     "compile+channels_last+shifts+towers",
     "graphs",
+    "graphs+shifts+towers",
 )
 OURS = "this package"
 
@@ -53,7 +54,6 @@ def main() -> None:
     parser.add_argument("--what", nargs="+", default=["train", "evaluate"])
     parser.add_argument("--forms", nargs="*", default=FORMS[:4], choices=FORMS)
     parser.add_argument("--xla", action="append", default=[], help="a flag, or several with spaces")
-    parser.add_argument("--keep", type=int, help="of PyTorch's forms, after the first batch")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=4, help="at least, of each measurement")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds of the whole")
@@ -64,32 +64,24 @@ def main() -> None:
         work(options.worker, options.what[0], options.batch[0], options.dtype, options.seconds)
         return
     options.limit += time.perf_counter()
-    found, forms, longest = [], options.forms, 0.0
+    found, longest = [], 0.0
     for what in options.what:
         for batch in options.batch:
             if time.perf_counter() + longest > options.limit:
                 print(f"\n{what}, batch {batch}: left out: no time", flush=True)
                 continue
-            names = [*contenders(forms), *(f"{OURS}, {flag}" for flag in options.xla)]
+            names = [*contenders(options.forms), *(f"{OURS}, {flag}" for flag in options.xla)]
             one = measured(options, what, batch, names, longest)
             longest = max([longest, *one["warm_after"].values()])
             found.append({"what": what, "batch": batch, "dtype": options.dtype, **one})
             print(table(found[-1]), flush=True)
             if options.json:
                 options.json.write_text(json.dumps(found, indent=1))
-            if options.keep:
-                forms = fastest(one["rates"], options.keep) or forms
 
 
 def contenders(forms: Sequence[str]) -> list[str]:
     """This package, and PyTorch's `forms` if it is installed."""
     return [OURS, *(forms if importlib.util.find_spec("torch") else [])]
-
-
-def fastest(rates: dict[str, list[float]], count: int) -> list[str]:
-    """PyTorch's forms with the highest medians."""
-    medians = {name: statistics.median(rates[name]) for name in rates if name in FORMS}
-    return sorted(medians, key=medians.__getitem__, reverse=True)[:count]
 
 
 class Contender:
@@ -142,7 +134,8 @@ def measured(
     `warm_after`, the seconds until it was compiled and warm, or had failed.
 
     A contender is not started if it would not be warm within the limit when taking as long as the
-    slowest so far, or as `longest`, the slowest of earlier calls.
+    slowest so far, or as `longest`, the slowest of earlier calls; and is ended if it is not warm by
+    then, so that those before it are still timed.
     """
     devices, failed, warm_after = {}, {}, {}
     there = {name: Contender(name, what, batch, options.dtype, options.seconds) for name in names}
@@ -163,11 +156,14 @@ def measured(
             leave(name, "left out: no time")
             continue
         late = min(options.limit - started, threading.TIMEOUT_MAX)
-        killing = threading.Timer(late, there[name].process.kill)  # or the others were not timed
+        killing = threading.Timer(late, there[name].process.kill)
+        killing.daemon = True
         killing.start()
         devices[name] = ask(name)
         killing.cancel()
         warm_after[name] = time.perf_counter() - started
+        if name in failed and time.perf_counter() >= options.limit:
+            failed[name] = "ended: not warm in time"
     rates = {name: [] for name in there}
     for turn in range(options.rounds):  # the first, however late it is
         for name in list(there):

@@ -70,7 +70,7 @@ class _InThread:
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The forms of operations: this package's own, those without a compiler, those for a TPU.
 
-    Where a test asks for "a GPU's", also those, of operations without a Pallas kernel.
+    A test may also ask for "a GPU's": what XLA is given there, where it is no Pallas kernel.
     """
     if request.param == "native" and not native.available():
         pytest.skip("no C++ compiler")
@@ -80,6 +80,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     if request.param == "a GPU's":
         monkeypatch.setattr(gpu, "is_gpu", lambda: True)
+        monkeypatch.setattr(gpu, "available", lambda *shape, **rule: False)
     return request.param
 
 

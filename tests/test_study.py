@@ -12,6 +12,7 @@ import pytest
 from alexnet_jax import report, tables
 from alexnet_jax import study as command
 from alexnet_jax.errors import UserError
+from alexnet_jax.models.nets import layers
 from alexnet_jax.studies import STUDIES, Study
 
 FIGURE1 = ["--config.model.preset=cifar", "--config.model.input_size=32"]
@@ -207,6 +208,7 @@ def test_another_study_does_not_join_the_table(finished, start, capsys):
         ("lrn", FIGURE1, ["model.lrn=False", "nothing of that"]),
         ("augmentation", FIGURE1, ["variants all and centre_crops are the same"]),
         ("lrn", ["--config.model.preset=owt"], ["variants with_lrn and without_lrn are the same"]),
+        ("dropout", ["--config.model.dropout_rate=0"], ["dropout and no_dropout are the same"]),
         ("lrn", ["--config.train.batch_size=7", "--config.train.accumulation_steps=2"], ["7"]),
         ("lrn", ["--config.train.init_from=/nowhere"], ["/nowhere", "holds no checkpoints"]),
     ],
@@ -432,6 +434,15 @@ def test_a_variant_above_the_parameter_limit_is_refused_before_any_is_trained(
     assert f"{convolutions + connected[1]:,} parameters" in error
     assert f"--config.train.max_parameters={convolutions + connected[1]}" in error
     assert not workdir.exists()
+
+
+@pytest.mark.parametrize("size", STUDIES["overlap"].equal_at)
+def test_with_and_without_overlap_the_last_maps_are_alike(size, configured):
+    one, other = (
+        layers(configured("paper", {**variant, "model.input_size": size}).model, 10)[4]
+        for variant in STUDIES["overlap"].variants.values()
+    )
+    assert one.stage_output == other.stage_output
 
 
 def test_pool_strides_change_the_last_pool_alone_unless_told_otherwise():

@@ -251,13 +251,14 @@ def test_every_mesh_trains_as_one_device_does(case, run, reference, problem, dif
     check_run(run(*case), reference(case[-1]), problem(case[-1]).batches, difference)
 
 
-@pytest.mark.parametrize("kernels", ["a TPU's"], indirect=True)
-def test_four_devices_train_as_one_does_with_a_tpus_forms(
+@pytest.mark.parametrize("kernels", ["a TPU's", "a GPU's"], indirect=True)
+def test_four_devices_train_as_one_does_with_other_platforms_forms(
     reference, problem, difference, run, kernels
 ):
     expected = reference(7)
     found = run.__wrapped__(2, 2, 2, 7)
-    assert "stablehlo.select_and_scatter" in found.lowered  # it is theirs
+    assert ("select_and_scatter" in found.lowered) == (kernels == "a TPU's")
+    assert ("stride = [4, 4]" not in found.lowered) == (kernels == "a GPU's")
     check_run(found, expected, problem(7).batches, difference)
 
 
