@@ -221,7 +221,7 @@ def run(problem):
 # ------------------------------------------------------------------------- against one device
 
 
-def check_run(found: Run, expected: Reference, batches, difference) -> None:
+def check_run(found: Run, expected: Reference, batches, difference, norms: float = 1e-4) -> None:
     for number, (result, logits) in enumerate(zip(found.results, expected.logits)):
         labels = batches[number]["label"]
         place = np.argmax(np.argsort(-logits, axis=1) == labels[:, None], axis=1)
@@ -237,7 +237,7 @@ def check_run(found: Run, expected: Reference, batches, difference) -> None:
             gradient, update, weight = (tree[number][layer] for tree in trees)
             parts = [gradient.values(), [update["kernel"]], [weight["kernel"]]]
             sums = [sum(np.sum(leaf**2) for leaf in leaves) for leaves in parts]
-            assert [np.sum(value) for value in squares] == pytest.approx(sums, rel=1e-4), layer
+            assert [np.sum(value) for value in squares] == pytest.approx(sums, rel=norms), layer
     assert difference(found.grads, expected.grads[0]) < TOLERANCE
     assert found.last.step == STEPS
     assert difference(found.last.params, expected.params) < TOLERANCE
@@ -259,7 +259,9 @@ def test_four_devices_train_as_one_does_with_other_platforms_forms(
     found = run.__wrapped__(2, 2, 2, 7)
     assert ("select_and_scatter" in found.lowered) == (kernels == "a TPU's")
     assert ("stride = [4, 4]" not in found.lowered) == (kernels == "a GPU's")
-    check_run(found, expected, problem(7).batches, difference)
+    # A GPU's sums of squares are added one by one by a CPU, thousands of them in float32.
+    norms = 1e-3 if kernels == "a GPU's" else 1e-4
+    check_run(found, expected, problem(7).batches, difference, norms)
 
 
 @pytest.mark.slow
