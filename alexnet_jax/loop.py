@@ -8,7 +8,7 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -152,6 +152,7 @@ def _steps(run: setup.Run, first: int, report: Silent, job: Job) -> int:
     batches = device_batches(
         run.source, meta.statistics, config, run.mesh, first, calendar.num_steps, meta.origin
     )
+    held_out = _held_out(run)
     batch = next(batches)
     train_step = _compiled(run.train_step, (state, batch, statistics, scale), report)
     report.start_clock(first)
@@ -174,7 +175,9 @@ def _steps(run: setup.Run, first: int, report: Silent, job: Job) -> int:
                 _say_initial_loss(values["loss"], len(meta.labels), report)
         if passes:
             rate = values["learning_rate"]
-            error, meta = _validated(run, meta, state, statistics, step, rate, report, job)
+            error, meta = _validated(
+                run, meta, state, held_out, statistics, step, rate, report, job
+            )
             scale = np.float32(optim.plateau_scale(meta.plateau, config.optim))
         if saves:
             job.progress(f"the saving of step {step}")
@@ -194,6 +197,7 @@ def _validated(
     run: setup.Run,
     meta: Meta,
     state: TrainState,
+    held_out: Iterable[DeviceBatch],
     statistics: Statistics,
     step: int,
     learning_rate: float,
@@ -202,16 +206,7 @@ def _validated(
 ) -> tuple[float, Meta]:
     """Run and record a validation pass; returns top-1 error, and `meta` with the new plateau."""
     started = time.perf_counter()
-    sums = validate.validate(
-        run.eval_step,
-        state.params,
-        run.validation,
-        statistics,
-        run.config.data,
-        validate.batch_size(run.config, run.mesh),
-        run.mesh,
-        job.progress,
-    )
+    sums = validate.validate(run.eval_step, state.params, held_out, statistics, job.progress)
     values = metrics.errors(sums)
     if not math.isfinite(values["loss"]):
         raise TrainingError(f"step {step}: the validation loss is {values['loss']}; {WAY_OUT}")
@@ -225,6 +220,21 @@ def _validated(
     if plateau.drops > meta.plateau.drops:
         report.say(f"no better for {run.config.optim.plateau_patience} passes: the rate drops")
     return values["top1_error"], dataclasses.replace(meta, plateau=plateau)
+
+
+def _held_out(run: setup.Run) -> Iterable[DeviceBatch]:
+    """The validation split's batches, of which every iteration is a pass."""
+    stored = run.meta.statistics.stored_size
+
+    def sent() -> Iterator[DeviceBatch]:
+        batch_size = validate.batch_size(run.config, run.mesh)
+        return validate.device_batches(
+            run.validation, run.config.data, stored, batch_size, run.mesh
+        )
+
+    squares = (len(run.source) + len(run.validation), stored, stored, 3)
+    stay = run.config.data.on_device and resident.fits(squares, resident.memory(run.mesh))
+    return resident.Batches(sent, stay)
 
 
 def device_batches(

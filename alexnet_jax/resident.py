@@ -1,9 +1,11 @@
-"""A training split that stays on the devices, and is cropped and mirrored there.
+"""Images that stay on the devices, for data that fits.
 
-For data that fits: each step sends only indices, labels, and what was drawn for augmentation.
+A training split is cropped and mirrored there: each step sends only indices, labels, and what was
+drawn for augmentation. A validation split stays as it arrives in the first pass.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from alexnet_jax.data import stream
 from alexnet_jax.data.examples import Source
 from alexnet_jax.errors import UserError
 from alexnet_jax.mesh import put_everywhere
+from alexnet_jax.train.step import DeviceBatch
 
 READ_AT_ONCE = 256  # images
 SHARE = 0.6  # of a device's memory, at most; the rest is for the net
@@ -38,8 +41,7 @@ def load(source: Source, data: Data, stored: int, size: int, mesh: Mesh) -> Fini
       UserError: the squares do not fit on a device.
     """
     shape = (len(source), stored, stored, 3)
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in mesh.local_devices]
-    check_fits(shape, min((limit for limit in limits if limit), default=None))
+    check_fits(shape, memory(mesh))
     squares = np.empty(shape, np.uint8)
     rows = stream.Rows(READ_AT_ONCE, range(READ_AT_ONCE))
     batches = stream.evaluation_batches(source, data, stored=stored, rows=rows)
@@ -56,10 +58,40 @@ def load(source: Source, data: Data, stored: int, size: int, mesh: Mesh) -> Fini
     return finish
 
 
+class Batches:
+    """Batches on the devices, sent anew in every iteration, or only in the first if they `stay`."""
+
+    def __init__(self, send: Callable[[], Iterable[DeviceBatch]], stay: bool):
+        self.send, self.stay = send, stay
+        self.kept: list[DeviceBatch] = []
+
+    def __iter__(self) -> Iterator[DeviceBatch]:
+        if self.kept:
+            yield from self.kept
+            return
+        sent = []
+        for batch in self.send():
+            if self.stay:
+                sent.append(batch)
+            yield batch
+        self.kept = sent  # all of them, not what an interrupted iteration saw
+
+
+def memory(mesh: Mesh) -> int | None:
+    """Bytes of the smallest device of this process; None if they do not say."""
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in mesh.local_devices]
+    return min((limit for limit in limits if limit), default=None)
+
+
+def fits(shape: tuple[int, ...], limit: int | None) -> bool:
+    """Whether uint8 squares of `shape` take at most SHARE of a device's `limit` bytes."""
+    return limit is None or math.prod(shape) <= SHARE * limit
+
+
 def check_fits(shape: tuple[int, ...], limit: int | None) -> None:
-    """Raises UserError if uint8 squares of `shape` take over SHARE of a device's `limit` bytes."""
-    needed = np.prod(shape, dtype=np.int64)
-    if limit is not None and needed > SHARE * limit:
+    """Raises UserError unless the squares fit."""
+    if limit is not None and not fits(shape, limit):
+        needed = math.prod(shape)
         raise UserError(
             f"data.on_device: {shape[0]:,} squares of {shape[1]} pixels a side take "
             f"{needed / 1e9:.1f} GB, more than {SHARE:.0%} of a device's {limit / 1e9:.1f}; "

@@ -1,6 +1,6 @@
 """A validation pass during training: every example of a split once, centre or ten crops."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
@@ -16,35 +16,42 @@ from alexnet_jax.errors import UserError
 from alexnet_jax.mesh import local_rows, put_batch
 from alexnet_jax.models.layers import Params
 from alexnet_jax.train.state import Apply
-from alexnet_jax.train.step import EvalStep, make_eval_step
+from alexnet_jax.train.step import DeviceBatch, EvalStep, make_eval_step
 
 
 def validate(
     eval_step: EvalStep,
     params: Params,
-    source: Source,
+    batches: Iterable[DeviceBatch],
     statistics: Statistics,
-    data: Data,
-    batch_size: int,
-    mesh: Mesh,
     at: Callable[[str], None] = lambda place: None,
 ) -> metrics.Sums:
-    """Sums over every example of `source`, float64 on the host.
+    """Sums over every example of `batches`, float64 on the host.
 
     Args:
       statistics: of the split the net was trained on, on every device of the mesh.
-      batch_size: global; need not divide the number of examples.
       at: called with a description of each batch.
     """
-    rows = stream.Rows(batch_size, local_rows(mesh, batch_size))
-    stored = statistics.stored_size
-    batches = stream.evaluation_batches(source, data, stored=stored, rows=rows)
     parts: list[Array] = []
     for batch in batches:
         at(f"validation batch {len(parts) + 1}")
-        parts.append(eval_step(params, put_batch(batch, mesh), statistics))
+        parts.append(eval_step(params, batch, statistics))
         jax.block_until_ready(parts[-3:][0])  # at most this many batches in flight
     return metrics.added([np.asarray(part.addressable_data(0))[:, 0] for part in parts])
+
+
+def device_batches(
+    source: Source, data: Data, stored: int, batch_size: int, mesh: Mesh
+) -> Iterator[DeviceBatch]:
+    """Batches of every example, once, being sent to the devices.
+
+    Args:
+      stored: pixels a side of the stored squares.
+      batch_size: global; need not divide the number of examples: the last batch is padded.
+    """
+    rows = stream.Rows(batch_size, local_rows(mesh, batch_size))
+    for batch in stream.evaluation_batches(source, data, stored=stored, rows=rows):
+        yield put_batch(batch, mesh)
 
 
 def check_same_classes(trained: tuple[str, ...], given: tuple[str, ...], where: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from alexnet_jax import command, loop, mesh, resident
+from alexnet_jax import command, loop, mesh, report, resident
 from alexnet_jax.config import Config, Data, Train
 from alexnet_jax.data import sources, survey
 from alexnet_jax.errors import UserError
@@ -52,6 +52,50 @@ def test_a_crop_is_numpys(configured):
     for row, (which, (top, left), flip) in enumerate(zip(index, offset, mirror)):
         window = squares[which, top : top + 6, left : left + 6]
         np.testing.assert_array_equal(found[row], window[:, ::-1] if flip else window)
+
+
+@pytest.mark.parametrize(("stay", "sent"), [(True, 2), (False, 3)])
+def test_batches_that_stay_are_sent_once(stay, sent):
+    """But for a pass that was interrupted, of which nothing stays."""
+    calls = []
+
+    def send():
+        calls.append(len(calls))
+        return iter([{"label": jax.numpy.full(2, number)} for number in range(3)])
+
+    batches = resident.Batches(send, stay)
+    next(iter(batches))
+    for _ in range(2):
+        assert [int(batch["label"][0]) for batch in batches] == [0, 1, 2]
+    assert len(calls) == sent
+
+
+@pytest.mark.parametrize(("room", "reads"), [(63, 1), (62, 2)])
+def test_validation_passes_over_images_that_stay_find_the_same(
+    room, reads, run, tmp_path, monkeypatch
+):
+    """48 images to train on and 15 to validate on, which stay if there is room for all of them."""
+    found, lengths = {}, []
+    batches = loop.stream.evaluation_batches
+
+    def read(source, *arguments, **options):
+        lengths.append(len(source))
+        return batches(source, *arguments, **options)
+
+    monkeypatch.setattr(loop.stream, "evaluation_batches", read)
+    monkeypatch.setattr(resident, "memory", lambda mesh: room * 41 * 41 * 3 / resident.SHARE)
+    for on_device in (False, True):
+        workdir = tmp_path / str(on_device)
+        lengths.clear()
+        asked = ("--config.train.num_steps=12", f"--config.data.on_device={on_device}")
+        assert run(workdir, *asked) == 0
+        found[on_device] = [
+            (record["step"], record["loss"], record["top1_error"], record["num_examples"])
+            for record in report.evaluation_records(workdir)
+        ]
+        assert lengths.count(15) == (reads if on_device else 2)
+    assert found[True] == found[False]
+    assert [(step, examples) for step, *_, examples in found[True]] == [(6, 15), (12, 15)]
 
 
 def test_squares_that_do_not_fit_are_refused_with_their_size():
