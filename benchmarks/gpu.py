@@ -149,21 +149,21 @@ def measuring(out: pathlib.Path, work: pathlib.Path, tiny: bool) -> dict[str, Pa
     at = [f"--work={work}"]
     bf16, tf32 = ["--dtype=bfloat16"], ["--dtype=tf32"]
     return {
-        "step-bf16": Part("a training step beside PyTorch's", 145, [*forms, *bf16]),
-        "ops": Part("operations and their floors", 100, ["ops.py", *operations, *bf16, "--step"]),
+        "step-bf16": Part("a training step beside PyTorch's", 195, [*forms, *bf16]),
+        "ops": Part("operations and their floors", 95, ["ops.py", *operations, *bf16, "--step"]),
         "profile": Part(
-            "a trace of ten steps", 25, ["step_trace.py", f"--output={out}/parts/trace", *trace]
+            "a trace of ten steps", 15, ["step_trace.py", f"--output={out}/parts/trace", *trace]
         ),
         "end-to-end": Part(  # last of the timed: it has most use for what the others leave
-            "the stream and the step", 100, ["end_to_end.py", "--limit={limit}", *at, *stream]
+            "the stream and the step", 95, ["end_to_end.py", "--limit={limit}", *at, *stream]
         ),
         "correctness": Part(
-            "every operation against the oracle", 110, ["check_ops.py", *checks], timed=False
+            "every operation against the oracle", 80, ["check_ops.py", *checks], timed=False
         ),
         "determinism": Part(
-            "the same bits each time", 110, ["determinism.py", *at, *bits], timed=False
+            "the same bits each time", 80, ["determinism.py", *at, *bits], timed=False
         ),
-        "step-tf32": Part("the same, float32 by TF32 products", 145, [*forms, *tf32], usual=False),
+        "step-tf32": Part("the same, float32 by TF32 products", 195, [*forms, *tf32], usual=False),
         "step-more": Part("more sizes", 540, [*more, *bf16], usual=False),
         "step-every": Part("more forms of PyTorch", 450, [*every, *bf16], usual=False),
         "flags": Part(

@@ -64,19 +64,25 @@ def main() -> None:
         work(options.worker, options.what[0], options.batch[0], options.dtype, options.seconds)
         return
     options.limit += time.perf_counter()
-    found, longest = [], 0.0
+    found, slowest = [], {}
     for what in options.what:
         for batch in options.batch:
-            if time.perf_counter() + longest > options.limit:
+            if time.perf_counter() + slowest.get(OURS, 0) > options.limit:
                 print(f"\n{what}, batch {batch}: left out: no time", flush=True)
                 continue
             names = [*contenders(options.forms), *(f"{OURS}, {flag}" for flag in options.xla)]
-            one = measured(options, what, batch, names, longest)
-            longest = max([longest, *one["warm_after"].values()])
+            one = measured(options, what, batch, names, slowest)
             found.append({"what": what, "batch": batch, "dtype": options.dtype, **one})
             print(table(found[-1]), flush=True)
             if options.json:
                 options.json.write_text(json.dumps(found, indent=1))
+
+
+def kind(name: str) -> str:
+    """Contenders of a kind take about as long to be warm."""
+    if name.startswith(OURS):
+        return OURS
+    return "compiled" if name in FORMS[2:] else "eager"
 
 
 def contenders(forms: Sequence[str]) -> list[str]:
@@ -128,14 +134,18 @@ class Contender:
 
 
 def measured(
-    options: argparse.Namespace, what: str, batch: int, names: Sequence[str], longest: float
+    options: argparse.Namespace,
+    what: str,
+    batch: int,
+    names: Sequence[str],
+    slowest: dict[str, float],
 ) -> dict[str, dict]:
     """`rates`, images a second of each contender, one entry a round; `devices`; `failed`, why;
     `warm_after`, the seconds until it was compiled and warm, or had failed.
 
     A contender is not started if it would not be warm within the limit when taking as long as the
-    slowest so far, or as `longest`, the slowest of earlier calls; and is ended if it is not warm by
-    then, so that those before it are still timed.
+    slowest of its kind so far, which `slowest` holds; and is ended if it is not warm by then, so
+    that those before it are still timed.
     """
     devices, failed, warm_after = {}, {}, {}
     there = {name: Contender(name, what, batch, options.dtype, options.seconds) for name in names}
@@ -152,7 +162,7 @@ def measured(
 
     for name in names:  # compiled and warm before the next begins
         started = time.perf_counter()
-        if started + max([longest, *warm_after.values()]) > options.limit:
+        if started + slowest.get(kind(name), 0) > options.limit:
             leave(name, "left out: no time")
             continue
         late = min(options.limit - started, threading.TIMEOUT_MAX)
@@ -162,6 +172,7 @@ def measured(
         devices[name] = ask(name)
         killing.cancel()
         warm_after[name] = time.perf_counter() - started
+        slowest[kind(name)] = max(slowest.get(kind(name), 0), warm_after[name])
         if name in failed and time.perf_counter() >= options.limit:
             failed[name] = "ended: not warm in time"
     rates = {name: [] for name in there}
