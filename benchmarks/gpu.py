@@ -13,7 +13,7 @@ are written to --work, OUT/work by default. --tiny only shows that everything wo
 
 Where each command may take ten minutes, with the same OUT and --work: `gpu.sh OUT --limit=500`;
 `train ... --limit=560` (unfinished runs continue when named again, PyTorch's start anew);
-`step-more`; `step-tf32 flags`; `ops-tf32 memory`.
+`step-more`; `step-tf32 flags`; `copies ops-tf32 memory`.
 """
 
 import argparse
@@ -137,6 +137,7 @@ def measuring(out: pathlib.Path, work: pathlib.Path, tiny: bool) -> dict[str, Pa
         checks, operations, trace = ["--batch=1"], ["--batch=2", "--rounds=1"], ["--batch=2"]
         bits = ["--size=73", "--steps=12", "--batch=8", *small]
         stream, memory = ["--size=73", "--batch", "8", *small], ["--batch", "2", "--forms", "eager"]
+        sent = ["--batch=16", "--rounds=1"]
     else:
         step += ["--rounds=5", "--seconds=0.5"]
         forms = [*step, "--batch", "1024", "--forms", *SOME_FORMS]
@@ -144,7 +145,7 @@ def measuring(out: pathlib.Path, work: pathlib.Path, tiny: bool) -> dict[str, Pa
         every = [*step, "--batch", "1024", "--forms", *ALL_FORMS]
         flags = [*step, "--batch", "128", "--forms", *(f"--xla={flag}" for flag in FLAGS)]
         checks, operations, trace = [], ["--batch=1024", "--rounds=5"], ["--batch=1024"]
-        bits, stream = ["--at_once"], ["--batch", "1024"]
+        bits, stream, sent = ["--at_once"], ["--batch", "1024"], ["--batch=1024"]
         memory = ["--batch", "128", "1024", "--forms", *FAST_FORMS, "eager"]
     at = [f"--work={work}"]
     bf16, tf32 = ["--dtype=bfloat16"], ["--dtype=tf32"]
@@ -175,6 +176,7 @@ def measuring(out: pathlib.Path, work: pathlib.Path, tiny: bool) -> dict[str, Pa
         "forms": Part(
             "ways to say a convolution", 130, ["forms.py", *operations, *bf16], usual=False
         ),
+        "copies": Part("ways to send a batch", 40, ["copies.py", *sent], usual=False),
         "memory": Part("the peak of a step", 250, ["memory.py", *memory, *bf16], usual=False),
     }
 
