@@ -32,8 +32,9 @@ def bench(config: Config) -> dict[str, Any]:
     """Measure training speed; saves nothing.
 
     Returns:
-      `input`, `step` and `both`, each with images_per_second. `input` also has the rate per
-      worker, and the microseconds an image takes in each stage on one core; `both` has `waited`,
+      `input`, `step` and `both`, each with images_per_second. `input` also has the rate without
+      sending batches to the devices, the rate per worker, and the microseconds an image takes in
+      each stage on one core; `both` has `waited`,
       the fraction of its time beyond what the step alone takes; `step` has the fraction that it
       reaches of a matrix product's speed, measured in the same run. As in training, steps are
       dispatched without waiting for the one before.
@@ -44,12 +45,14 @@ def bench(config: Config) -> dict[str, Any]:
     setup.check_parameters(config)
     source, statistics = survey.surveyed(source, config.data, config.model)
 
-    def batches() -> contextlib.closing[Any]:
-        return contextlib.closing(loop.device_batches(source, statistics, config, mesh, 0, ENDLESS))
+    def batches(open_stream: Callable[..., Any] = loop.device_batches) -> contextlib.closing[Any]:
+        return contextlib.closing(open_stream(source, statistics, config, mesh, 0, ENDLESS))
 
     found: dict[str, Any] = {"batch_size": batch_size, "device": jax.devices()[0].device_kind}
+    with batches(loop.host_batches) as stream_of:
+        unsent = _arriving(stream_of)
     with batches() as stream_of:
-        found["input"] = _input(stream_of, batch_size, config.data)
+        found["input"] = _input(_arriving(stream_of), unsent, batch_size, config.data)
         batch = next(stream_of)
     found["input"]["stages"] = _stages(source, statistics, config, mesh)
     advance = make_advance(config, mesh, statistics, len(source.labels), len(source), batch)
@@ -78,7 +81,7 @@ def table(found: dict[str, Any]) -> str:
             f"{found['device']}, batches of {found['batch_size']}",
             f"input alone   {given['images_per_second']:10,.1f} images/s, "
             f"{given['images_per_second_per_worker']:,.1f} by each of {given['workers']} "
-            f"{given['kind']}",
+            f"{given['kind']}; {given['unsent_images_per_second']:,.1f} if not sent to the devices",
             f"              microseconds an image, one core: {times}",
             f"step alone    {found['step']['images_per_second']:10,.1f} images/s, "
             f"{found['step']['share_of_matmul']:.0%} of a matrix product's speed",
@@ -88,15 +91,20 @@ def table(found: dict[str, Any]) -> str:
     )
 
 
-def _input(batches: Iterator[Any], batch_size: int, data: Data) -> dict[str, Any]:
-    """The input stream alone, including the copy to the devices."""
+def _arriving(batches: Iterator[Any]) -> float:
+    """Seconds between batches, of which the first two start the workers."""
     jax.block_until_ready([next(batches), next(batches)])
-    seconds = _repeated(lambda: jax.block_until_ready(next(batches)))
+    return _repeated(lambda: jax.block_until_ready(next(batches)))
+
+
+def _input(seconds: float, unsent: float, batch_size: int, data: Data) -> dict[str, Any]:
+    """The input stream alone, by the seconds a batch takes to reach the devices and the host."""
     count, kind = workers.count(data.workers), workers.kind(data, ENDLESS * batch_size)
     if data.on_device:
         count, kind = 1, "threads"  # which only says what the devices are to crop
     return {
         "images_per_second": batch_size / seconds,
+        "unsent_images_per_second": batch_size / unsent,
         "images_per_second_per_worker": batch_size / seconds / count,
         "workers": count,
         "kind": kind,

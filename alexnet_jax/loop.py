@@ -247,27 +247,41 @@ def device_batches(
     origin: int = 0,
 ) -> Generator[DeviceBatch, None, None]:
     """Training batches first .. last - 1, being sent to the devices; batch 0 is at `origin`."""
-    size, batch_size = config.model.input_size, config.train.batch_size
-    batches = stream.train_batches(
+    batches = host_batches(source, statistics, config, mesh, first, last, origin)
+    finish: resident.Finish | None = None
+    if config.data.on_device:
+        stored, size = statistics.stored_size, config.model.input_size
+        finish = resident.load(source, config.data, stored, size, mesh)
+
+    with contextlib.closing(batches):
+        for batch in batches:
+            placed = put_batch(batch, mesh)
+            yield finish(placed) if finish else placed
+
+
+def host_batches(
+    source: Source,
+    statistics: Statistics,
+    config: Config,
+    mesh: Mesh,
+    first: int,
+    last: int,
+    origin: int = 0,
+) -> stream.Batches:
+    """This process's rows of the same batches, not sent; without pixels if these stay there."""
+    batch_size = config.train.batch_size
+    return stream.train_batches(
         source,
         statistics,
         config.data,
         seed=config.seed,
-        size=size,
+        size=config.model.input_size,
         rows=stream.Rows(batch_size, local_rows(mesh, batch_size)),
         start_step=first,
         stop_step=last,
         origin=origin,
         pixels=not config.data.on_device,
     )
-    finish: resident.Finish | None = None
-    if config.data.on_device:
-        finish = resident.load(source, config.data, statistics.stored_size, size, mesh)
-
-    with contextlib.closing(batches):
-        for batch in batches:
-            placed = put_batch(batch, mesh)
-            yield finish(placed) if finish else placed
 
 
 def _compiled(step: TrainStep, arguments: tuple, report: Silent) -> TrainStep:

@@ -29,13 +29,14 @@ def main() -> int:
     started, table = time.perf_counter(), []
     records = prepared(options.work, options.size)
     print(f"records ready after {time.perf_counter() - started:.0f} s; {options.dtype}\n")
-    print("| batch | images | input alone | step alone | both | waited | of a matrix product |")
-    print("|---|---|---|---|---|---|---|")
+    rates = "input, not sent | input alone | step alone | both"
+    print(f"| batch | images | {rates} | waited | of a matrix product |")
+    print("|---|---|---|---|---|---|---|---|")
     for batch in options.batch:
         for on_device in (True, False):
             place = f"| {batch} | {'on the device' if on_device else 'read'} |"
             if time.perf_counter() - started > options.limit:
-                print(f"{place} left out: no time | | | | |")
+                print(f"{place} left out: no time | | | | | |")
                 continue
             flags = [
                 f"--config.data.source=records:{records}",
@@ -48,9 +49,10 @@ def main() -> int:
             if options.json:
                 options.json.write_text(json.dumps(table, indent=1))
             if "failed" in found:
-                print(f"{place} {found['failed']} | | | | |", flush=True)
+                print(f"{place} {found['failed']} | | | | | |", flush=True)
                 continue
-            rates = (found[name]["images_per_second"] for name in ("input", "step", "both"))
+            rates = [found[name]["images_per_second"] for name in ("input", "step", "both")]
+            rates.insert(0, found["input"]["unsent_images_per_second"])
             shares = (found["both"]["waited"], found["step"]["share_of_matmul"])
             cells = [*(f"{rate:,.0f}" for rate in rates), *(f"{share:.1%}" for share in shares)]
             print(f"{place} {' | '.join(cells)} |", flush=True)

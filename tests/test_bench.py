@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import bench
+from alexnet_jax import bench, loop
 from alexnet_jax import main as command
 from alexnet_jax.data import sources
 from alexnet_jax.errors import UserError
@@ -53,6 +53,7 @@ def test_a_slow_input_is_what_the_devices_wait_for(config, short, monkeypatch):
     found = bench.bench(config)
     most = 2 / NAP  # images a second that two workers can read
     assert 0.6 * most < found["input"]["images_per_second"] <= 1.3 * most
+    assert 0.6 * most < found["input"]["unsent_images_per_second"] <= 1.3 * most
     assert 0.6 * most < found["both"]["images_per_second"] <= 1.3 * most
     assert found["input"]["images_per_second_per_worker"] == pytest.approx(
         found["input"]["images_per_second"] / 2
@@ -64,6 +65,19 @@ def test_a_slow_input_is_what_the_devices_wait_for(config, short, monkeypatch):
     assert waited > 0
     json.dumps(found)
     assert "the devices waited" in bench.table(found)
+
+
+def test_a_slow_copy_to_the_devices_is_told_from_slow_reading(config, short, monkeypatch):
+    put = loop.put_batch
+
+    def slow(*arguments):
+        time.sleep(4 * NAP)
+        return put(*arguments)
+
+    monkeypatch.setattr(loop, "put_batch", slow)
+    found = bench.bench(config)["input"]
+    assert 0.6 * 8 / (4 * NAP) < found["images_per_second"] <= 8 / (4 * NAP)
+    assert found["unsent_images_per_second"] > 2 * found["images_per_second"]
 
 
 def test_a_slow_step_waits_for_nothing(config, short, monkeypatch):
