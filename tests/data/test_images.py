@@ -16,7 +16,7 @@ import simplejpeg
 from PIL import ExifTags, Image
 
 from alexnet_jax import compiled
-from alexnet_jax.data import images, native
+from alexnet_jax.data import images, native, statistics
 
 HEIGHT, WIDTH = 61, 87
 ORIENTATION = 0x0112  # the EXIF tag
@@ -595,6 +595,33 @@ def test_what_does_not_fit_is_refused_before_memory_is_touched(pictures):
             native.resize(image, outputs, first, False, out)
     with pytest.raises(ValueError, match="is no window"):
         native.resize(image, (10, 15), (0, 0), False, out[:, :4])
+    pixels, products = np.zeros((8, 8, 3), np.int64), np.zeros((3, 3), np.int64)
+    for sums in [
+        (pixels[:7], products),
+        (pixels.astype(np.int32), products),
+        (np.zeros((8, 16, 3), np.int64)[:, ::2], products),
+        (pixels, products[:2]),
+        (pixels, products.T[::-1]),
+    ]:
+        with pytest.raises(ValueError, match="neither an image nor"):
+            native.add(out, *sums)
+    assert not pixels.any()
+    assert not products.any()
+
+
+@pytest.mark.parametrize("values", [(0, 256), (255, 256)])
+@pytest.mark.parametrize("size", [1, 7, 64, 300])
+def test_sums_are_those_of_integers_that_never_overflow(form, size, values):
+    """300 x 300 white pixels have a sum of squares beyond 32 bits."""
+    images_of = np.random.default_rng(size).integers(*values, (3, size, 2 * size, 3), np.uint8)
+    sums = statistics.Sums(size)
+    for image in images_of:
+        sums.add(image[:, ::2])
+    used = images_of[:, :, ::2]
+    exact = used.reshape(-1, 3).astype(object)  # Python's integers
+    assert sums.count == 3
+    np.testing.assert_array_equal(sums.pixels, used.astype(np.int64).sum(0))
+    np.testing.assert_array_equal(sums.products, exact.T @ exact)
 
 
 def test_a_jpeg_with_an_orientation_is_turned_before_it_is_mirrored(pictures):

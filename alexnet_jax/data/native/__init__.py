@@ -1,6 +1,7 @@
 """The workers' pixel operations in C++, without holding the interpreter lock.
 
-Call only if `available`; `data.images` computes the same without them, bit for bit.
+Call only if `available`; `data.images` and `data.statistics` compute the same without them, bit for
+bit.
 """
 
 import ctypes
@@ -19,6 +20,7 @@ _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 ARGUMENTS = {
     "copy": [*[_POINTER, _NUMBER] * 2, *[_NUMBER] * 3],
     "resize": [_POINTER, *[_NUMBER] * 9, _POINTER, _NUMBER],
+    "add": [_POINTER, _NUMBER, _POINTER, _POINTER],
 }
 
 
@@ -67,6 +69,27 @@ def resize(
         raise ValueError(f"{out.shape} at {first} is no window of {image.shape} made {outputs}")
     place, to = (image.ctypes.data, image.strides[0]), (out.ctypes.data, out.strides[0])
     _library().resize(*place, height, width, tall, wide, top, left, side, int(mirror), *to)
+
+
+def add(image: np.ndarray, pixels: np.ndarray, products: np.ndarray) -> None:
+    """Add an image to `pixels`, and the products of its channels to `products`.
+
+    Args:
+      image: (h, w, 3) uint8.
+      pixels, products: (h, w, 3) and (3, 3) int64, contiguous.
+
+    Raises:
+      ValueError: these are not such arrays.
+    """
+    image = np.ascontiguousarray(image)
+    for array, dtype, shape in (
+        (image, np.uint8, (*image.shape[:2], 3)),
+        (pixels, np.int64, image.shape),
+        (products, np.int64, (3, 3)),
+    ):
+        if array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
+            raise ValueError(f"{array.shape} {array.dtype} is neither an image nor its sums")
+    _library().add(image.ctypes.data, image.size // 3, pixels.ctypes.data, products.ctypes.data)
 
 
 def _checked(array: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-// Copies, mirrors, shrinks and enlarges windows of RGB images. No fused multiply-adds (the compiler
+// Copies, mirrors, shrinks, enlarges and sums up windows of RGB images. No fused multiply-adds (the compiler
 // is told -ffp-contract=off), so that the results are those of numpy, bit for bit.
 
 #include <algorithm>
@@ -293,6 +293,25 @@ int64_t resize(const uint8_t* from, int64_t pitch, int64_t height, int64_t width
       default: return Across<0>(across, line, side, to);
     }
   });
+  Finish();
+  return 0;
+}
+
+// Adds an image of `count` pixels to the sums of every pixel, and the products of its channels,
+// 3 x 3, to theirs.
+int64_t add(const uint8_t* image, int64_t count, int64_t* pixels, int64_t* products) {
+  constexpr int64_t kSome = 1 << 16;  // as many squares of bytes fit into 32 bits
+  for (int64_t i = 0; i < kChannels * count; ++i) pixels[i] += image[i];
+  for (const uint8_t* end = image + kChannels * count; image < end;) {
+    const uint8_t* until = std::min(end, image + kChannels * kSome);
+    uint32_t rr = 0, rg = 0, rb = 0, gg = 0, gb = 0, bb = 0;
+    for (; image < until; image += kChannels) {
+      const uint32_t r = image[0], g = image[1], b = image[2];
+      rr += r * r, rg += r * g, rb += r * b, gg += g * g, gb += g * b, bb += b * b;
+    }
+    const uint32_t found[] = {rr, rg, rb, rg, gg, gb, rb, gb, bb};
+    for (int64_t i = 0; i < kChannels * kChannels; ++i) products[i] += found[i];
+  }
   Finish();
   return 0;
 }
