@@ -167,7 +167,7 @@ class Data:
     workers: int = _setting(0, _at_least(0))  # that read and decode; 0: one per core
     worker_kind: str = _setting("auto", _one_of("auto", "threads", "processes"))
     prefetch: int = _setting(4, _at_least(1))  # batches ready ahead of the step
-    on_device: bool = False  # images stay on the devices, which crop the training split's
+    on_device: bool = False  # images stay on the devices; the training split must fit
     cache_dir: str = "~/.cache/alexnet_jax"  # drawn shapes, statistics, compiled programs
     tfds_dir: str = ""  # where TFDS looks; "": TFDS_DATA_DIR or ~/tensorflow_datasets
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from alexnet_jax.config import Data
@@ -40,22 +40,36 @@ def load(source: Source, data: Data, stored: int, size: int, mesh: Mesh) -> Fini
     Raises:
       UserError: the squares do not fit on a device.
     """
-    shape = (len(source), stored, stored, 3)
-    check_fits(shape, memory(mesh))
-    squares = np.empty(shape, np.uint8)
+    check_fits((len(source), stored, stored, 3), memory(mesh))
+    count = -(-len(source) // READ_AT_ONCE) * READ_AT_ONCE  # the last part is padded
+    make, write = _filling((count, stored, stored, 3), mesh)
+    squares = make()
     rows = stream.Rows(READ_AT_ONCE, range(READ_AT_ONCE))
     batches = stream.evaluation_batches(source, data, stored=stored, rows=rows)
-    for first, batch in zip(range(0, len(source), READ_AT_ONCE), batches):
-        part = squares[first : first + READ_AT_ONCE]
-        part[:] = batch["image"][: len(part)]
-    placed = put_everywhere(squares, mesh)
+    for first, batch in zip(range(0, count, READ_AT_ONCE), batches, strict=True):
+        part = put_everywhere(batch["image"], mesh)
+        squares = write(squares, part, np.int32(first))
+        part.block_until_ready()  # its memory is then free for further images
     cut = make_cut(mesh, size)
 
     def finish(batch: dict[str, Array]) -> dict[str, Array]:
         rest = {name: values for name, values in batch.items() if name != "index"}
-        return {"image": cut(placed, batch["index"], batch["offset"], batch["mirror"]), **rest}
+        return {"image": cut(squares, batch["index"], batch["offset"], batch["mirror"]), **rest}
 
     return finish
+
+
+def _filling(
+    shape: tuple[int, ...], mesh: Mesh
+) -> tuple[Callable[[], Array], Callable[[Array, Array, np.int32], Array]]:
+    """Functions that make an array of zeros on every device, and write rows of it in place."""
+
+    def write(whole: Array, part: Array, first: np.int32) -> Array:
+        return lax.dynamic_update_slice_in_dim(whole, part, first, axis=0)
+
+    everywhere = NamedSharding(mesh, P())
+    make = jax.jit(lambda: jnp.zeros(shape, jnp.uint8), out_shardings=everywhere)
+    return make, jax.jit(write, donate_argnums=0, out_shardings=everywhere)
 
 
 class Batches:

@@ -50,7 +50,7 @@ def main() -> None:
     busy = sum(spent for spent, _ in kernels.values())
     print(
         f"batch {options.batch}, {options.dtype}, on {device}: {seconds * 1e3:.3f} ms a step while "
-        f"watched, {busy * 1e3:.3f} ms in kernels, {len(kernels)} of them\n"
+        f"watched, {busy * 1e3:.3f} ms in {sum(calls for _, calls in kernels.values()):g} kernels\n"
     )
     print("| kernel | ms a step | of the kernels | calls a step |\n|---|---|---|---|")
     for name, (spent, calls) in list(kernels.items())[: options.top]:

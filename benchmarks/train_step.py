@@ -144,8 +144,8 @@ def measured(
     `warm_after`, the seconds until it was compiled and warm, or had failed.
 
     A contender is not started if it would not be warm within the limit when taking as long as the
-    slowest of its kind so far, which `slowest` holds; and is ended if it is not warm by then, so
-    that those before it are still timed.
+    slowest of its kind so far, which `slowest` keeps from call to call; and is ended if it is not
+    warm by then, so that those before it are still timed.
     """
     devices, failed, warm_after = {}, {}, {}
     there = {name: Contender(name, what, batch, options.dtype, options.seconds) for name in names}

@@ -17,9 +17,10 @@ from alexnet_jax.errors import UserError
 @pytest.mark.parametrize("shards", [1, 2])
 @pytest.mark.parametrize("preset", ["paper", "source2012"])
 def test_batches_are_those_of_the_stream_byte_for_byte(
-    configured, images, tmp_path, shards, preset
+    configured, images, tmp_path, monkeypatch, shards, preset
 ):
-    """Over the end of an epoch, of 48 images, and split over four devices."""
+    """Over the end of an epoch, of 48 images put there in three parts, on four devices."""
+    monkeypatch.setattr(resident, "READ_AT_ONCE", 20)
     batches = {}
     for on_device in (False, True):
         config = configured(preset, {

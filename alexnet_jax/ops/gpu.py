@@ -2,7 +2,7 @@
 
 A thread holds eight or more adjacent maps, at one pixel or a few, in registers; the neighbours it
 also needs were read by adjacent threads and come from the cache. XLA's fusions, with a thread per
-number, recompute the neighbours of every number: on an H200 normalisation takes 3.5 to 4 times as
+number, recompute the neighbours of every number: on an H200 normalisation takes 3.5 to 5 times as
 long as its memory traffic, the pools' gradients eight times. With these kernels normalisation takes
 a tenth to a fifth longer than its memory traffic, the pools' gradients no longer.
 """
