@@ -268,7 +268,7 @@ def host_batches(
     last: int,
     origin: int = 0,
 ) -> stream.Batches:
-    """This process's rows of the same batches, not sent; without pixels if these stay there."""
+    """This process's rows of the same batches, on the host; `index`, not pixels, if those stay."""
     batch_size = config.train.batch_size
     return stream.train_batches(
         source,

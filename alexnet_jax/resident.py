@@ -4,6 +4,7 @@ A training split is cropped and mirrored there: each step sends only indices, la
 drawn for augmentation. A validation split stays as it arrives in the first pass.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 
@@ -46,10 +47,11 @@ def load(source: Source, data: Data, stored: int, size: int, mesh: Mesh) -> Fini
     squares = make()
     rows = stream.Rows(READ_AT_ONCE, range(READ_AT_ONCE))
     batches = stream.evaluation_batches(source, data, stored=stored, rows=rows)
-    for first, batch in zip(range(0, count, READ_AT_ONCE), batches, strict=True):
-        part = put_everywhere(batch["image"], mesh)
-        squares = write(squares, part, np.int32(first))
-        part.block_until_ready()  # its memory is then free for further images
+    with contextlib.closing(batches):
+        for first, batch in zip(range(0, count, READ_AT_ONCE), batches, strict=True):
+            part = put_everywhere(batch["image"], mesh)
+            squares = write(squares, part, np.int32(first))
+            part.block_until_ready()  # or parts would pile up in transfer
     cut = make_cut(mesh, size)
 
     def finish(batch: dict[str, Array]) -> dict[str, Array]:

@@ -50,10 +50,10 @@ class Sums:
         self.count += 1
         if native.available():
             native.add(square, self.pixels, self.products)
-            return
-        self.pixels += square
-        flat = square.reshape(-1, 3).astype(np.float64)
-        self.products += (flat.T @ flat).astype(np.int64)  # exact: below 2**53
+        else:
+            self.pixels += square
+            flat = square.reshape(-1, 3).astype(np.float64)
+            self.products += (flat.T @ flat).astype(np.int64)  # exact: below 2**53
 
     def merge(self, other: "Sums") -> None:
         self.count += other.count

@@ -605,6 +605,9 @@ def test_what_does_not_fit_is_refused_before_memory_is_touched(pictures):
     ]:
         with pytest.raises(ValueError, match="neither an image nor"):
             native.add(out, *sums)
+    for wrong in (out.astype(np.uint16), out[:, :, 0], np.zeros((8, 8, 4), np.uint8)):
+        with pytest.raises(ValueError, match="neither an image nor"):
+            native.add(wrong, np.zeros(wrong.shape, np.int64), products)
     assert not pixels.any()
     assert not products.any()
 
