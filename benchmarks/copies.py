@@ -89,7 +89,8 @@ def seconds(send: Callable[[np.ndarray], jax.Array], memory: np.ndarray) -> floa
             arriving.popleft().block_until_ready()
         spent = time.perf_counter() - started
         if count >= SLOTS and spent > 0.5:
-            return spent / count  # what was sent but the last, which is still on its way
+            arriving.pop().block_until_ready()  # or it would slow the next way down
+            return spent / count
     raise AssertionError
 
 

@@ -55,6 +55,20 @@ def test_a_crop_is_numpys(configured):
         np.testing.assert_array_equal(found[row], window[:, ::-1] if flip else window)
 
 
+def test_images_are_written_in_place_on_every_device(configured):
+    """A split that nearly fills the devices leaves no room for a copy."""
+    devices = mesh.make_mesh(configured().mesh, configured().model)
+    make, write = resident._filling((6, 5, 5, 3), devices)
+    before, part = make(), np.full((2, 5, 5, 3), 7, np.uint8)
+    places = [shard.data.unsafe_buffer_pointer() for shard in before.addressable_shards]
+    after = write(before, mesh.put_everywhere(part, devices), np.int32(4))
+    assert [shard.data.unsafe_buffer_pointer() for shard in after.addressable_shards] == places
+    assert len(places) == devices.size > 1
+    for shard in after.addressable_shards:
+        np.testing.assert_array_equal(shard.data[:4], 0)
+        np.testing.assert_array_equal(shard.data[4:], part)
+
+
 @pytest.mark.parametrize(("stay", "sent"), [(True, 2), (False, 3)])
 def test_batches_that_stay_are_sent_once(stay, sent):
     """But for a pass that was interrupted, of which nothing stays."""
