@@ -103,6 +103,11 @@ STUDIES: Mapping[str, Study] = {
         {"relu": {"model.activation": "relu"}, "tanh": {"model.activation": "tanh"}},
         {"tanh": "learns several times more slowly (section 3.1)"},
     ),
+    "precision": Study(
+        "Does a net trained in bfloat16 end worse than one in float32?",
+        {"float32": {"model.dtype": "float32"}, "bfloat16": {"model.dtype": "bfloat16"}},
+        {},
+    ),
     "depth": Study(
         "Does every middle layer count?",
         {"all_layers": {"model.without": ()}}
