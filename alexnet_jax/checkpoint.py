@@ -28,7 +28,7 @@ from alexnet_jax import config as configs
 from alexnet_jax import seals
 from alexnet_jax.config import Config
 from alexnet_jax.data.statistics import Statistics
-from alexnet_jax.errors import FailedError, UserError
+from alexnet_jax.errors import FailedError, UserError, reason
 from alexnet_jax.models.layers import Params
 from alexnet_jax.train.optim import Plateau
 from alexnet_jax.train.state import TrainState, state_shapes
@@ -416,8 +416,7 @@ def _save_errors(step: int) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SaveError(f"saving step {step} failed: {reason}") from error
+        raise SaveError(f"saving step {step} failed: {reason(error)}") from error
 
 
 def _plateau_to_json(plateau: Plateau) -> dict[str, Any]:

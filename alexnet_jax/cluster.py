@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 from jax._src import distributed  # the rank before devices are started, and the service's store
 
-from alexnet_jax.errors import UserError, exit_status
+from alexnet_jax.errors import UserError, exit_status, reason
 
 # A variable that a launcher sets -> the one that holds its number of processes.
 LAUNCHERS = {
@@ -89,9 +89,8 @@ def join(coordinator: str, num_processes: int, process_id: int) -> int:
                 heartbeat_timeout_seconds=PATIENCE,
             )
         except (RuntimeError, ValueError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"no other processes are found ({reason}); give each of them "
+                f"no other processes are found ({reason(error)}); give each of them "
                 "--coordinator=HOST:PORT --num_processes=N --process_id=0, 1, ..."
             ) from error
         finally:

@@ -23,7 +23,7 @@ from ml_collections import config_flags
 from alexnet_jax import config as configs
 from alexnet_jax.config import Config
 from alexnet_jax.errors import FailedError, UserError, exit_status, reason
-from alexnet_jax.files import expanded
+from alexnet_jax.files import expanded, writing
 
 # How absl's messages about ill-typed values begin -> what the value must be.
 ILL_TYPED = {
@@ -164,15 +164,11 @@ def file_to_write(flag: str, text: str, *suffixes: str) -> pathlib.Path:
     path = expanded(text)
     if path.suffix not in suffixes:
         raise UserError(f"--{flag}={text}: must end in {' or '.join(suffixes)}")
-    try:
+    with writing(f"--{flag}={text}", "choose another"):
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    except OSError as error:
-        raise UserError(
-            f"--{flag}={text} cannot be written ({error.strerror}); choose another"
-        ) from error
     return path
 
 

@@ -27,6 +27,17 @@ def expanded(text: str) -> pathlib.Path:
 
 
 @contextlib.contextmanager
+def writing(what: str, way_out: str) -> Iterator[None]:
+    """Turns an OSError into the UserError that `what`, a flag or field, cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{what} cannot be written ({error.strerror or error}); {way_out}"
+        ) from error
+
+
+@contextlib.contextmanager
 def whole(path: pathlib.Path, sync: bool = False) -> Iterator[pathlib.Path]:
     """A temporary path to write to, which replaces `path` if nothing was raised.
 

@@ -39,6 +39,7 @@ OF_MODES = {
     "layer": ("features",),
     "figure": ("predict",),
     "json": ("inspect",),
+    "allow_config_change": ("train",),
 }
 BY_SEVERAL = ("train", "eval")
 

@@ -1,5 +1,6 @@
 """Predictions of trained nets for images: probabilities, best labels, features."""
 
+import concurrent.futures
 import dataclasses
 import logging
 import os
@@ -13,16 +14,16 @@ from jax.sharding import Mesh
 
 from alexnet_jax.checkpoint import Broadcast, Checkpoints, Meta, local
 from alexnet_jax.config import Config, changes, stored_size
-from alexnet_jax.data import images, sources, stream, survey
+from alexnet_jax.data import images, sources, survey, workers
 from alexnet_jax.data.examples import Source
 from alexnet_jax.errors import FailedError, UserError, printable
 from alexnet_jax.files import write_arrays
-from alexnet_jax.mesh import local_rows, make_mesh, put_batch, put_everywhere
+from alexnet_jax.mesh import make_mesh, put_everywhere
 from alexnet_jax.models.layers import Params
 from alexnet_jax.models.nets import layers
 from alexnet_jax.train.state import make_apply, put
 from alexnet_jax.train.step import EvalStep, make_features_step, make_predict_step
-from alexnet_jax.validate import batch_size, check_same_classes
+from alexnet_jax.validate import batch_size, check_same_classes, device_batches
 from alexnet_jax.workdir import CHECKPOINTS
 
 log = logging.getLogger(__name__)
@@ -152,12 +153,10 @@ def feature_batches(net: Net, source: Source, layer: str) -> Iterator[np.ndarray
 def _outputs(net: Net, source: Source, step: EvalStep) -> Iterator[np.ndarray]:
     """The output of `step` for each global batch, padding included."""
     size = batch_size(net.config, net.mesh)
-    rows = stream.Rows(size, local_rows(net.mesh, size))
     stored = net.meta.statistics.stored_size
     statistics = put_everywhere(net.meta.statistics, net.mesh)
-    for batch in stream.evaluation_batches(source, net.config.data, stored=stored, rows=rows):
-        placed = put_batch(batch, net.mesh)
-        output = step(net.params, placed, statistics)
+    for batch in device_batches(source, net.config.data, stored, size, net.mesh):
+        output = step(net.params, batch, statistics)
         yield np.asarray(multihost_utils.process_allgather(output, tiled=True))
 
 
@@ -202,17 +201,16 @@ def predict_files(
     predictors, labels, words = [], (), ()
     for directory in directories:
         net = open_net(config, directory)
-        check_same_classes(labels or net.meta.labels, net.meta.labels, f"--workdir={directory}")
+        name, way_out = f"--workdir={directory}", "an ensemble needs the same"
+        mine = net.meta.labels
+        check_same_classes(labels or mine, mine, name, str(directories[0]), way_out)
         labels, words = net.meta.labels, words or net.meta.words
         predictors.append(predictor(net))
     for first in range(0, len(files), FILES_AT_ONCE):
-        some, broken = files[first : first + FILES_AT_ONCE], {}
-        for path in some:
-            try:
-                images.decode(sources.read_file(path), path)
-            except images.ImageError as error:
-                broken[path] = {"file": path, "error": str(error)}
-        whole = tuple(path for path in some if path not in broken)
+        some = files[first : first + FILES_AT_ONCE]
+        with concurrent.futures.ThreadPoolExecutor(workers.count(config.data.workers)) as pool:
+            problems = dict(zip(some, pool.map(_problem, some)))
+        whole = tuple(path for path in some if not problems[path])
         source = sources.Folder(labels, np.zeros(len(whole), np.int64), "", whole)
         found = averaged([predict(source) for predict in predictors]) if whole else np.empty(0)
         check_finite(found, directories)
@@ -220,7 +218,17 @@ def predict_files(
             {"file": path, **best_labels(row, labels, words)}
             for path, row in zip(whole, np.exp(found))
         )
-        yield from (broken[path] if path in broken else next(best) for path in some)
+        for path in some:
+            yield {"file": path, "error": problems[path]} if problems[path] else next(best)
+
+
+def _problem(path: str) -> str:
+    """Why an image file cannot be read; "" if it can."""
+    try:
+        images.decode(sources.read_file(path), path)
+    except images.ImageError as error:
+        return str(error)
+    return ""
 
 
 def best_labels(
@@ -303,5 +311,5 @@ def _fitting_mesh(config: Config) -> Mesh:
     try:
         return make_mesh(config.mesh, config.model)
     except UserError as error:
-        log.warning("%s: evaluating without splitting the towers", error)
+        log.warning("%s; until then all devices share the batch", error)
         return make_mesh(Config().mesh, config.model)

@@ -27,7 +27,7 @@ from alexnet_jax.cluster import Job
 from alexnet_jax.config import Config
 from alexnet_jax.data import sources
 from alexnet_jax.errors import UserError
-from alexnet_jax.files import expanded, write_text
+from alexnet_jax.files import expanded, write_text, writing
 from alexnet_jax.models.nets import layers
 from alexnet_jax.studies import STUDIES, Settings, Study
 
@@ -192,15 +192,11 @@ def claim(directory: pathlib.Path, name: str, reference: Config) -> None:
     length = () if STUDIES[name].target_error else ("num_epochs", "num_steps")
     if not path.exists() or not _holds_runs(directory):
         claimed = {"study": name, "config": configs.to_dict(reference)}
-        try:
+        with writing(f"--workdir={directory}", "choose another"):
             directory.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps(claimed, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(
-                f"--workdir={directory} cannot be written ({error.strerror}); choose another"
-            ) from error
         return
-    claimed = json.loads(path.read_text(encoding="utf-8"))
+    claimed = tables.read_json(path)
     if claimed["study"] != name:
         raise UserError(f"{directory} holds study {claimed['study']!r}; choose another --workdir")
     old = dataclasses.replace(configs.from_dict(claimed["config"]), seed=reference.seed)
@@ -267,7 +263,7 @@ def _is_done(config: Config, directory: pathlib.Path) -> bool:
     path = directory / tables.RESULT
     if not path.exists():
         return False
-    done = configs.from_dict(json.loads(path.read_text(encoding="utf-8"))["config"])
+    done = configs.from_dict(tables.read_json(path)["config"])
     length = [(c.train.num_epochs, c.train.num_steps) for c in (done, config)]
     return length[0] == length[1] and not any(configs.changes(done, config))
 
@@ -293,7 +289,10 @@ def _best_rate(study: Study, user: Any, name: str, directory: pathlib.Path) -> S
     if not study.rates:
         return {}
     if not found:
-        raise UserError(f"{name}: none of the learning rates {study.rates} trains")
+        raise loop.TrainingError(
+            f"{name}: at none of the learning rates {study.rates} can training go on; change "
+            "--config, or the rates in studies.py"
+        )
     best = min(found, key=lambda rate: found[rate]["top1_error"])
     tried = ", ".join(f"{rate:g}: {value['top1_error']:.2%}" for rate, value in found.items())
     print(f"{name}: training error by learning rate: {tried}; taken: {best:g}", flush=True)

@@ -12,7 +12,7 @@ import numpy as np
 import scipy.stats
 
 from alexnet_jax import figures, report
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import UserError, reason
 from alexnet_jax.files import write_text
 from alexnet_jax.studies import STUDIES, Study
 
@@ -40,7 +40,7 @@ def read_runs(directory: pathlib.Path, study: Study) -> list[Done]:
     found = []
     for name in study.variants:
         for path in (directory / name).glob(f"*/{RESULT}"):
-            result = json.loads(path.read_text(encoding="utf-8"))
+            result = read_json(path)
             epochs = epochs_to(path.parent, study.target_error) if study.target_error else None
             found.append(Done(name, result["seed"], result, epochs))
     counts = {tuple(done.result[split]["num_examples"] for split in SPLITS) for done in found}
@@ -52,6 +52,20 @@ def read_runs(directory: pathlib.Path, study: Study) -> list[Done]:
         )
     order = list(study.variants)
     return sorted(found, key=lambda done: (order.index(done.variant), done.seed))
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """What a study wrote.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged ({reason(error)}); remove it, and the same command makes it anew"
+        ) from error
 
 
 def epochs_to(directory: pathlib.Path, target: float) -> float | None:

@@ -54,17 +54,23 @@ def device_batches(
         yield put_batch(batch, mesh)
 
 
-def check_same_classes(trained: tuple[str, ...], given: tuple[str, ...], where: str) -> None:
-    """Raises UserError unless a net for classes `trained` can be evaluated on classes `given`."""
+def check_same_classes(
+    trained: tuple[str, ...],
+    given: tuple[str, ...],
+    where: str,
+    other: str = "the checkpoint",
+    way_out: str = "use the data the net was trained for",
+) -> None:
+    """Raises UserError unless the classes `trained`, of `other`, and `given`, of `where`, agree."""
     if trained == given:
         return
     if len(trained) != len(given):
-        detail = f"{len(given)} classes, the checkpoint {len(trained)}"
+        detail = f"{len(given)} classes, {other} {len(trained)}"
     else:
         pairs = ((i, a, b) for i, (a, b) in enumerate(zip(given, trained)) if a != b)
         place, mine, theirs = next(pairs)
-        detail = f"class {place} is {mine!r}, in the checkpoint {theirs!r}"
-    raise UserError(f"{where} has other classes: {detail}; use the data the net was trained for")
+        detail = f"class {place} is {mine!r}, in {other} {theirs!r}"
+    raise UserError(f"{where} has other classes: {detail}; {way_out}")
 
 
 def batch_size(config: Config, mesh: Mesh) -> int:

@@ -16,7 +16,7 @@ from alexnet_jax import config as configs
 from alexnet_jax.cluster import Job, this_process
 from alexnet_jax.config import Config
 from alexnet_jax.errors import UserError
-from alexnet_jax.files import write_text
+from alexnet_jax.files import write_text, writing
 
 log = logging.getLogger(__name__)
 
@@ -31,14 +31,10 @@ def make(workdir: pathlib.Path) -> None:
     Raises:
       UserError: it cannot.
     """
-    try:
+    with writing(f"--workdir={workdir}", "choose another"):
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / CHECKPOINTS).mkdir(exist_ok=True)
         tempfile.TemporaryFile(dir=workdir).close()
-    except OSError as error:
-        raise UserError(
-            f"--workdir={workdir} cannot be written ({error.strerror}); choose another"
-        ) from error
 
 
 @contextlib.contextmanager

@@ -162,7 +162,10 @@ def test_ten_crops_of_the_training_split_are_evaluated_too(trained, run, capsys)
 
 def test_evaluation_uses_the_devices_there_are(trained, run, capsys):
     assert run(trained, "--mode=eval", "--config.mesh.model=2", "--config.mesh.data=64") == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["num_examples"] == 15
+    out, said = capsys.readouterr()
+    assert json.loads(out.splitlines()[-1])["num_examples"] == 15
+    assert "mesh.data=64 takes 128 devices" in said
+    assert "until then all devices share the batch" in said
 
 
 def test_a_run_in_two_parts_is_the_undisturbed_run_bit_for_bit(trained, run, tmp_path):
@@ -550,6 +553,7 @@ def test_other_classes_are_refused(trained, run, images, tmp_path, capsys):
         (["stray"], ["stray"]),
         (["--output=x.npz"], ["--output is for --mode=eval and features", "--mode=train"]),
         (["--figure=x.png", "--mode=eval"], ["--figure is for --mode=predict", "--mode=eval"]),
+        (["--allow_config_change", "--mode=eval"], ["--allow_config_change is for --mode=train"]),
         (["--config.train.batch_size=6", "--config.mesh.data=4"], ["train.batch_size=6", "4"]),
         (["--config.mesh.data=3", "--config.mesh.model=2"], ["JAX_NUM_CPU_DEVICES=6", "4 (cpu)"]),
         (["--config.model.preset=caffenet", "--config.mesh.model=2"], ["--config.mesh.model=1"]),

@@ -288,7 +288,8 @@ def test_nets_of_other_classes_predict_nothing_together(trained, images, run, tm
     assert run(tmp_path / "other", *other) == 0
     picture = str(next((images / "val" / "cat").iterdir()))
     assert run(f"{trained},{tmp_path / 'other'}", "--mode=predict", picture) == 2
-    assert "class 2 is 'rat', in the checkpoint 'owl'" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"class 2 is 'rat', in {trained} 'owl'; an ensemble needs the same" in error
 
 
 def test_an_ensemble_trains_nothing(ensemble, run, capsys):

@@ -310,6 +310,27 @@ def test_a_run_that_diverges_is_told_at_the_end_and_the_others_are_made(
     assert [(row["variant"], row["n"]) for row in rows(tmp_path / "table.csv")] == [("calm", "1")]
 
 
+def test_a_study_at_none_of_whose_rates_training_goes_on_has_failed(
+    start, tmp_path, monkeypatch, capsys
+):
+    wild = Study("?", {"one": {}, "other": {"seed": 1}}, {}, rates=(1e30, 1e31))
+    monkeypatch.setitem(STUDIES, "wild", wild)
+    assert start("wild", tmp_path) == 1
+    assert "one: at none of the learning rates (1e+30, 1e+31)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["study.json", "with_lrn/1/result.json"])
+def test_a_damaged_file_of_a_study_is_named_and_made_anew(name, finished, start, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "study")
+    (tmp_path / "study" / name).write_text("")
+    again = "lrn", tmp_path / "study", "--seeds=1", "--variants=with_lrn"
+    assert start(*again) == 2
+    assert f"{name} is damaged" in capsys.readouterr().err
+    (tmp_path / "study" / name).unlink()
+    assert start(*again) == 0
+    assert (tmp_path / "study" / name).read_bytes() == (finished / name).read_bytes()
+
+
 def test_a_record_counts_for_the_epoch_it_begins_in(tmp_path):
     """487 images in batches of 128: epochs end within steps 4, 8 and 12, at 1.05, 2.10, 3.15."""
     logged = {1: 0.9, 4: 0.6, 6: 0.5, 8: 0.3, 12: 0.2}

@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from alexnet_jax.data import native
 from alexnet_jax.data.examples import Example
-from alexnet_jax.errors import FailedError, printable
+from alexnet_jax.errors import FailedError, printable, reason
 
 MAX_BYTES = 2**28  # a larger file is not a picture and would exhaust memory
 MAX_PIXELS = 100_000_000  # a larger claim is taken for an attack or a broken header
@@ -75,7 +75,7 @@ def decode(data: bytes | np.ndarray, name: str, fleeting: bool = False) -> np.nd
     except (ImageError, MemoryError):  # lack of memory does not make an image broken
         raise
     except Exception as error:  # on damaged data Pillow may raise anything
-        detail = " ".join(str(error).split())[:120] or type(error).__name__
+        detail = reason(error)
         if isinstance(error, UnidentifiedImageError):
             detail = "of no known format" if data else "empty file"
         raise ImageError(f"{name}: not a whole image ({detail})") from error

@@ -21,7 +21,7 @@ from alexnet_jax.data.examples import (
     taken,
 )
 from alexnet_jax.errors import UserError, printable, reason
-from alexnet_jax.files import expanded
+from alexnet_jax.files import expanded, writing
 
 log = logging.getLogger(__name__)
 
@@ -150,13 +150,8 @@ def find_source(data: Data, split: str) -> Source:
         directory = shapes.shapes_directory(expanded(data.cache_dir))
         if not directory.exists():
             log.info("drawing the built-in shapes, once, into %s", directory)
-        try:
+        with writing(f"data.cache_dir={data.cache_dir!r}", "set --config.data.cache_dir=DIR"):
             shapes.write_shapes(directory)
-        except OSError as error:
-            raise UserError(
-                f"data.cache_dir={data.cache_dir!r} cannot be written ({error}); "
-                "set --config.data.cache_dir=DIR"
-            ) from error
         return _folder(directory, split, data)
     kind, _, name = data.source.partition(":")
     if kind == "tfds":
@@ -234,7 +229,10 @@ def _class_names(root: pathlib.Path) -> tuple[str, ...]:
 def _class_folders(root: pathlib.Path, labels: tuple[str, ...]) -> Folder:
     unknown = set(_class_names(root)) - set(labels)
     if unknown:
-        raise UserError(f"{root} has class {min(unknown)!r}, which the training split lacks")
+        raise UserError(
+            f"{root} has class {min(unknown)!r}, which the training split lacks; take its folder "
+            "away, or give the class training images"
+        )
     paths, targets, state = [], [], hashlib.sha256(repr(labels).encode())
     for target, label in enumerate(labels):
         if not (root / label).is_dir():

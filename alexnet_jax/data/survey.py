@@ -4,14 +4,12 @@ A survey's result is kept in the cache folder, under a name that changes with th
 """
 
 import concurrent.futures
-import contextlib
 import functools
 import hashlib
 import logging
 import pathlib
 import tempfile
 import threading
-from collections.abc import Iterator
 
 import numpy as np
 from tqdm import tqdm
@@ -22,7 +20,7 @@ from alexnet_jax.data.examples import Source
 from alexnet_jax.data.records import Records
 from alexnet_jax.data.statistics import Statistics, Sums, read_statistics
 from alexnet_jax.errors import UserError
-from alexnet_jax.files import expanded, read_arrays, write_arrays
+from alexnet_jax.files import expanded, read_arrays, write_arrays, writing
 
 log = logging.getLogger(__name__)
 
@@ -67,11 +65,13 @@ def survey(
     path = expanded(cache_dir) / "surveys" / f"{key[:32]}.npz"
     found = _kept(path, stored_size, len(source))
     if found is None:
-        with _writing(path.parent), tempfile.TemporaryFile(dir=path.parent):
-            pass  # better to fail before the scan than after
+        written = f"data.cache_dir={cache_dir!r}", "set --config.data.cache_dir=DIR"
+        with writing(*written):  # better to fail before the scan than after
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path.parent).close()
         log.info("surveying %d images, once; kept in %s", len(source), path.parent)
         found = _found(*_scan(source, stored_size, num_workers))
-        with _writing(path.parent):
+        with writing(*written):
             write_arrays(path, sync=False, **found)
     broken = found.pop("broken")
     if len(broken):
@@ -81,7 +81,10 @@ def survey(
         whole = np.setdiff1d(np.arange(len(source)), broken)
         lost = np.setdiff1d(source.targets, source.targets[whole])
         if len(lost):
-            raise UserError(f"class {source.labels[lost[0]]!r} has no image that can be read")
+            raise UserError(
+                f"class {source.labels[lost[0]]!r} has no image that can be read; replace its "
+                "images, or take the class out"
+            )
         source = source.take(whole)
     del found["messages"]
     return source, Statistics(**found)
@@ -114,7 +117,7 @@ def _scan(source: Source, size: int, num_workers: int) -> tuple[Sums, list[tuple
 def _found(sums: Sums, broken: list[tuple[int, str]]) -> dict[str, np.ndarray]:
     if sums.count == 0:
         first = f", e.g. {broken[0][1]}" if broken else ""
-        raise UserError(f"none of {len(broken)} images can be read{first}")
+        raise UserError(f"none of {len(broken)} images can be read{first}; replace them")
     return {
         **sums.statistics()._asdict(),
         "broken": np.array([index for index, _ in broken], np.int64),
@@ -134,15 +137,3 @@ def _kept(path: pathlib.Path, size: int, count: int) -> dict[str, np.ndarray] | 
     except ValueError as error:
         log.warning("%s is damaged (%s); surveying again", path, error)
         return None
-
-
-@contextlib.contextmanager
-def _writing(folder: pathlib.Path) -> Iterator[None]:
-    """Creates the cache folder, and turns OSErrors into UserErrors."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise UserError(
-            f"data.cache_dir: {folder} cannot be written ({error}); set --config.data.cache_dir=DIR"
-        ) from error

@@ -68,9 +68,8 @@ def make_update(optim: Optim) -> Update:
         }
         moves = jax.tree.map(lambda rate: good & (rate > 0), own_rates)
         if native.available(*jax.tree.leaves(params)):
-            params, velocities, squares = _in_place(
-                optim, params, velocities, gradients, own_rates, moves
-            )
+            trees = params, velocities, gradients, own_rates, moves
+            params, velocities, squares = _in_place(optim, *trees)
             return params, optax.tree_utils.tree_set(opt_state, trace=velocities), squares
 
         updates, opt_state = optimizer.update(gradients, opt_state, params, rates=rates)
@@ -117,24 +116,19 @@ def _in_place(
     moves: Params,
 ) -> tuple[Params, Params, dict[str, tuple[Array, Array]]]:
     """The update, where `moves`, () bool for each array, at its own rate, () float32."""
-    weights: Params = {layer: {} for layer in params}
-    moved: Params = {layer: {} for layer in params}
-    squares = {}
-    for layer, kinds in params.items():
-        for kind, leaf in kinds.items():
-            decay = optim.weight_decay if kind == "kernel" else 0.0
-            weights[layer][kind], moved[layer][kind], sums = native.update(
-                leaf,
-                velocities[layer][kind],
-                gradients[layer][kind],
-                rates[layer][kind],
-                moves[layer][kind],
-                momentum=float(optim.momentum),
-                decay=float(decay),
-            )
-            if kind == "kernel":
-                squares[layer] = (sums[0], sums[1])
-    return weights, moved, squares
+
+    def one(path: Any, *leaves: Array) -> tuple[Array, Array, Array]:
+        decay = optim.weight_decay if path[-1].key == "kernel" else 0.0
+        return native.update(*leaves, momentum=float(optim.momentum), decay=float(decay))
+
+    trees = params, velocities, gradients, rates, moves
+    found = jax.tree.map_with_path(one, *trees)
+    weights, moved, sums = jax.tree.transpose(jax.tree.structure(params), None, found)
+    return (
+        weights,
+        moved,
+        {layer: (kinds["kernel"][0], kinds["kernel"][1]) for layer, kinds in sums.items()},
+    )
 
 
 def layer_rates(optim: Optim) -> Mapping[str, float]:
