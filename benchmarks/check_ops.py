@@ -13,7 +13,6 @@ with PyTorch in float64. Ends with status 1 if a limit is exceeded.
 import argparse
 import concurrent.futures
 import functools
-import json
 import os
 import pathlib
 import sys
@@ -66,8 +65,7 @@ def main() -> int:
         add("the net's logits and loss", {"float32": outputs})
         # One unit on the other side of a ReLU moves a gradient by hundredths.
         add("its gradients and three updates", {"float32": changes}, {"float32": 0.05})
-    if options.json:
-        options.json.write_text(json.dumps(table, indent=1))
+    timing.keep(options.json, table)
     print(f"\nToo far away: {'; '.join(bad)}." if bad else "\nAll are as near as they must be.")
     return int(bool(bad))
 

@@ -12,7 +12,6 @@ their own thread. Parts are joined on the device. Mapped memory is page-locked b
 import argparse
 import collections
 import functools
-import json
 import mmap
 import pathlib
 import statistics
@@ -22,6 +21,7 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+import timing
 
 SLOTS = 4  # batches in memory
 PARTS = (4, 8, 16)
@@ -58,8 +58,7 @@ def main() -> None:
         print(f"| {name} | {' | '.join(f'{cell:,.0f}' for cell in cells)} | {bandwidth:.1f} |")
     for name, reason in failed.items():
         print(f"| {name} | failed: {reason} | | | |")
-    if options.json:
-        options.json.write_text(json.dumps({"rates": rates, "failed": failed}, indent=1))
+    timing.keep(options.json, {"rates": rates, "failed": failed})
 
 
 def slots(shape: tuple[int, ...]) -> np.ndarray:

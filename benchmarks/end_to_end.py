@@ -14,6 +14,8 @@ import subprocess
 import sys
 import time
 
+import timing
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
@@ -46,8 +48,7 @@ def main() -> int:
             ]
             found = bench(*flags, *more)
             table.append({"batch": batch, "on_device": on_device, **found})
-            if options.json:
-                options.json.write_text(json.dumps(table, indent=1))
+            timing.keep(options.json, table)
             if "failed" in found:
                 print(f"{place} {found['failed']} | | | | | |", flush=True)
                 continue

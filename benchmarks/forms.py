@@ -10,7 +10,6 @@ medians of rounds in which every form of a row runs in turn.
 
 import argparse
 import functools
-import json
 import pathlib
 from collections.abc import Callable
 
@@ -52,8 +51,7 @@ def main() -> None:
             order = sorted(found, key=lambda name: found[name])
             cells = [f"{name} {found[name] * 1e3:,.3f}" for name in order]
             print(f"| {row.name} | {way} | {'; '.join(cells)} |", flush=True)
-            if options.json:
-                options.json.write_text(json.dumps(about | {"forms": table}, indent=1))
+            timing.keep(options.json, about | {"forms": table})
 
 
 def convolutions(row: rows_of.Row) -> dict[str, tuple[Callable, tuple[int, ...]]]:

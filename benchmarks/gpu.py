@@ -30,6 +30,8 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import timing
+
 HERE = pathlib.Path(__file__).resolve().parent
 # The most important first: time may run out.
 FAST_FORMS = ["compile+channels_last", "compile+channels_last+shifts+towers"]
@@ -113,7 +115,7 @@ def main() -> int:
         for name, one in run({name: chosen[name] for name in turn}, out / "parts", limit):
             found["parts"][name] = one
             print(f"{name}: {one['outcome']} after {one['seconds']:.0f} s", flush=True)
-            results.write_text(json.dumps(found, indent=1))
+            timing.keep(results, found)
             (out / "results.md").write_text(page(found, known, out / "parts"))
         left, waiting = left - (time.perf_counter() - started), waiting - seconds
     print(out / "results.md")

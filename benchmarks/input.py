@@ -14,7 +14,6 @@ import collections
 import concurrent.futures
 import io
 import itertools
-import json
 import pathlib
 import random
 import statistics
@@ -25,6 +24,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import simplejpeg
+import timing
 from PIL import Image
 
 from alexnet_jax.config import Data
@@ -63,9 +63,8 @@ def main() -> None:
             f"| {kind} | {name} | {medians[kind, name]:,.0f} | {min(values):,.0f} "
             f"| {max(values):,.0f} |"
         )
-    if options.json:
-        table = {f"{kind}: {name}": values for (kind, name), values in rates.items()}
-        options.json.write_text(json.dumps(table, indent=1))
+    table = {f"{kind}: {name}": values for (kind, name), values in rates.items()}
+    timing.keep(options.json, table)
 
 
 def make_contenders(
@@ -80,7 +79,6 @@ def make_contenders(
     data = {"original jpeg": f"folder:{folder.parents[1]}"}
     for kind, flags in KINDS.items():
         output = scratch / kind
-        (folder.parents[1] / "val").exists() or (folder.parents[1] / "val").symlink_to("train")
         prepare(["prepare", f"--input={folder.parents[1]}", f"--output={output}", *flags])
         data[kind] = f"records:{output}"
     contenders = {}

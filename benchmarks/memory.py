@@ -9,7 +9,6 @@ the start, that of a process that finds its programs compiled.
 """
 
 import argparse
-import json
 import os
 import pathlib
 import resource
@@ -42,9 +41,8 @@ def main() -> None:
         table[name] = [measured(name, batch, options.dtype, times) for batch in options.batch]
         cells = (f" {found / 1e6:,.0f} |" if found else " failed |" for found in table[name])
         print(f"| {name} |{''.join(cells)}", flush=True)
-        if options.json:
-            text = {"dtype": options.dtype, "batch": options.batch, "bytes": table}
-            options.json.write_text(json.dumps(text, indent=1))
+        about = {"dtype": options.dtype, "batch": options.batch}
+        timing.keep(options.json, about | {"bytes": table})
 
 
 def on_gpu() -> bool:

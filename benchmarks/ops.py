@@ -15,7 +15,6 @@ On a GPU many short calls are timed at once; the time to send a call there is in
 
 import argparse
 import functools
-import json
 import os
 import pathlib
 import statistics
@@ -84,8 +83,7 @@ def main() -> None:
         table.append({"operation": name, "pass": way, **found})
         cells = [found.get(column) for column in ("floor", "ours", "plain", "torch")]
         print(f"| {name} | {way} | {' | '.join(map(milliseconds, cells))} |", flush=True)
-        if options.json:
-            options.json.write_text(json.dumps(about | {"seconds": table}, indent=1))
+        timing.keep(options.json, about | {"seconds": table})
 
     def add_rows(rows: list[Row]) -> None:
         for row in rows:

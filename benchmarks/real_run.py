@@ -19,6 +19,7 @@ import sys
 import time
 
 import jax
+import timing
 
 from alexnet_jax import config as configs
 from alexnet_jax import figures, gallery, predict, report
@@ -65,8 +66,7 @@ def main() -> int:
         if not done.returncode:
             found["ten crops"] = json.loads(done.stdout.splitlines()[-1])
     print(table(found), flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
+    timing.keep(options.json, found)
     if options.figures and not done.returncode:
         draw(options.workdir, options.figures)
     return status(done)

@@ -10,7 +10,6 @@ nest, it only shows that this works.
 
 import argparse
 import collections
-import json
 import pathlib
 import shutil
 import tempfile
@@ -56,9 +55,8 @@ def main() -> None:
     for name, (spent, calls) in list(kernels.items())[: options.top]:
         share = f"{spent * 1e3:.3f} | {spent / busy:.1%} | {calls:g}"
         print(f"| `{name[:80].replace('|', ' ')}` | {share} |")
-    if options.json:
-        text = {"seconds": seconds, "batch": options.batch, "kernels": kernels}
-        options.json.write_text(json.dumps(text, indent=1))
+    about = {"seconds": seconds, "batch": options.batch}
+    timing.keep(options.json, about | {"kernels": kernels})
 
 
 def totals(trace: pathlib.Path) -> dict[str, tuple[float, float]]:

@@ -1,9 +1,13 @@
-"""Shared by the benchmarks: timing, and the precision of products."""
+"""Shared by the benchmarks: timing, the precision of products, and keeping what was found."""
 
+import json
+import pathlib
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
+
+from alexnet_jax.files import write_text
 
 DTYPES = ("float32", "tf32", "bfloat16")
 LEAST = 0.03  # seconds timed as one, enough that what a device's queue hides does not matter
@@ -24,6 +28,12 @@ def set_precision(dtype: str) -> str:
     if dtype == "float32" and jax.default_backend() == "gpu":
         jax.config.update("jax_default_matmul_precision", "highest")
     return array_type(dtype)
+
+
+def keep(path: pathlib.Path | None, found: Any) -> None:
+    """Write what was found so far, where --json says; whole, whenever this process is ended."""
+    if path:
+        write_text(path, json.dumps(found, indent=1))
 
 
 class Work:

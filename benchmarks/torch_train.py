@@ -19,13 +19,14 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
+import timing
 import torch
 import torch.nn.functional as F  # noqa: N812  (so PyTorch calls it)
 import torch_nets
 import train_step
 
 from alexnet_jax import config as configs
-from alexnet_jax import figures, files, report
+from alexnet_jax import figures, report
 from alexnet_jax.config import Config
 from alexnet_jax.data import sources, stream, survey
 from alexnet_jax.models.nets import layers
@@ -50,8 +51,7 @@ def main() -> None:
     for record in trained(config, options.form, options.workdir / "pytorch.jsonl"):
         found["PyTorch"].append(record)
         print(row("PyTorch", found["PyTorch"]), flush=True)
-        if options.json:
-            files.write_text(options.json, json.dumps(found, indent=1))  # or it keeps the last
+        timing.keep(options.json, found)
     if options.figure:
         figures.save(figures.curves(
             {}, {name: [(record["epoch"], record["top1_error"]) for record in records]

@@ -22,7 +22,6 @@ import contextlib
 import functools
 import importlib
 import importlib.util
-import json
 import os
 import pathlib
 import statistics
@@ -74,8 +73,7 @@ def main() -> None:
             one = measured(options, what, batch, names, slowest)
             found.append({"what": what, "batch": batch, "dtype": options.dtype, **one})
             print(table(found[-1]), flush=True)
-            if options.json:
-                options.json.write_text(json.dumps(found, indent=1))
+            timing.keep(options.json, found)
 
 
 def kind(name: str) -> str:
