@@ -4,7 +4,7 @@
 #
 #   PYTHON=.venv/bin/python tests/faults/slurm.sh [FOLDER]
 #
-# As root on Debian or Ubuntu; two to four minutes on two cores. Runs launch/slurm.sbatch on the
+# As root on Debian or Ubuntu; one and a half to four minutes on two cores. Runs launch/slurm.sbatch on the
 # CPU, the daemons on loopback. All that is written lies in FOLDER, a new one in /tmp by default;
 # what was started is ended, by its id.
 set -euo pipefail
