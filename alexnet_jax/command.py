@@ -41,6 +41,8 @@ def status(work: Callable[[], int]) -> int:
 
     0: the whole job is done; 1: a failure; 2: a user error; 130 or 143: ended by a signal.
     """
+    if sys.stderr is None:  # it was closed before the start
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # which may lack characters of file names
         sys.stdout.reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler(sys.stderr)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, get_type_hints
 
 import ml_collections
+import numpy as np
 from ml_collections import config_dict
 
 from alexnet_jax.errors import UserError
@@ -481,6 +482,7 @@ def stored_size(data: Data, model: Model) -> int:
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
     """`value` as the field's type: whole floats pass as ints, lists as tuples."""
+    value = value.item() if isinstance(value, np.generic) else value
     if hint is float and type(value) is int:
         return float(value)
     if hint is int and type(value) is float and value.is_integer():

@@ -1,5 +1,6 @@
 """Building the device mesh; placing batches and parameters on it."""
 
+import contextlib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -26,7 +27,8 @@ def start_devices(cpu_count: int, at_least: bool = False) -> None:
     """
     asked = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
     if cpu_count and asked < (cpu_count if at_least else 1):
-        jax.config.update("jax_num_cpu_devices", cpu_count)
+        with contextlib.suppress(RuntimeError):  # in a process that has started them: as they are
+            jax.config.update("jax_num_cpu_devices", cpu_count)
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:

@@ -98,10 +98,11 @@ def open_split(net: Net, split: str) -> Source:
     """
     source = sources.open_source(net.config.data, split)
     check_same_classes(net.meta.labels, source.labels, net.config.data.source)
-    if net.meta.pool and source.pool and source.pool != net.meta.pool:
+    if net.meta.pool and source.pool != net.meta.pool:
+        why = "holds other files than" if source.pool else "is not split as the data"
         log.warning(
-            "%s holds other files than the net was trained with, so that it is split otherwise: "
-            "images of its %s split may be among those trained on", net.config.data.source, split,
+            "%s %s the net was trained with: images of its %s split may be among those trained on",
+            net.config.data.source, why, split,
         )  # fmt: skip
     return survey.surveyed(source, net.config.data, net.config.model)[0]
 

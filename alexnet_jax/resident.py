@@ -123,7 +123,7 @@ def make_cut(mesh: Mesh, size: int) -> Callable[[Array, Array, Array, Array], Ar
 
     def local_cut(squares: Array, index: Array, offset: Array, mirror: Array) -> Array:
         def one(index: Array, offset: Array, mirror: Array) -> Array:
-            start = (index, offset[0], offset[1], 0)
+            start = (index, offset[0], offset[1], np.int32(0))
             window = lax.dynamic_slice(squares, start, (1, size, size, 3))[0]
             return jnp.where(mirror, window[:, ::-1], window)  # (s, s, 3)
 

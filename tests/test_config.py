@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from alexnet_jax import config as configs
@@ -258,6 +259,15 @@ FREE = """
     train.accumulation_steps train.init_from train.max_parameters train.log_every_steps
     train.deterministic eval.batch_size eval.every_epochs checkpoint.every_steps checkpoint.step
 """
+
+
+def test_numpy_scalars_are_numbers():
+    user = configs.blank()
+    user.optim.learning_rate = np.float64(0.02)
+    user.optim.layer_rates = (np.float32(0.5),) * 8
+    found = configs.resolve(user)
+    assert (found.optim.learning_rate, found.optim.layer_rates) == (0.02, (0.5,) * 8)
+    assert type(found.optim.learning_rate) is type(found.optim.layer_rates[0]) is float
 
 
 def test_every_change_is_refused_asked_for_or_free():

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -158,6 +159,20 @@ def test_ten_crops_of_the_training_split_are_evaluated_too(trained, run, capsys)
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (found["num_examples"], found["num_crops"], found["split"]) == (48, 10, "train")
     assert np.isfinite(found["loss"])
+
+
+@pytest.mark.parametrize("setting", ["JAX_ENABLE_X64=1", "JAX_DEFAULT_PRNG_IMPL=rbg"])
+def test_a_run_is_the_same_whatever_numbers_and_keys_jax_makes_by_default(
+    setting, trained, run, tmp_path
+):
+    name, value = setting.lower().split("=")
+    before = getattr(jax.config, name)
+    jax.config.update(name, type(before)(value))
+    try:
+        assert run(tmp_path, "--config.train.num_steps=6") == 0
+    finally:
+        jax.config.update(name, before)
+    assert_equal(final_state(tmp_path), final_state(trained))
 
 
 def test_evaluation_uses_the_devices_there_are(trained, run, capsys):
@@ -509,6 +524,13 @@ def test_a_platform_that_is_not_there_is_told_in_a_line(tmp_path):
     )  # fmt: skip
     assert found.returncode == 2
     assert found.stderr.splitlines()[-1].startswith("error: JAX_PLATFORMS=nowhere: JAX cannot")
+
+
+def test_without_a_terminal_for_errors_a_run_goes_on(config_file, tmp_path):
+    flags = [f"--config={config_file}", f"--workdir={tmp_path}", "--config.train.num_steps=2"]
+    command = shlex.join([sys.executable, "-m", "alexnet_jax.main", *flags])
+    assert subprocess.run(["sh", "-c", f"{command} 2>&-"], timeout=100).returncode == 0
+    assert records(tmp_path, "validation")
 
 
 def test_the_plateau_leaves_other_schedules_alone(run, tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 import re
 
+import jax
 import numpy as np
 import pytest
 
@@ -34,6 +35,12 @@ def test_a_net_that_reads_across_its_towers_does_not_split_unless_it_does_not_no
     with pytest.raises(UserError, match="normalises across the towers"):
         mesh.make_mesh(two, caffenet)
     assert mesh.make_mesh(two, dataclasses.replace(caffenet, lrn=False)).shape["model"] == 2
+
+
+def test_devices_that_are_started_stay_as_they_are():
+    count = len(jax.devices())
+    mesh.start_devices(count + 1, at_least=True)
+    assert len(jax.devices()) == count
 
 
 def test_inspection_takes_the_devices_that_the_config_names(configured):

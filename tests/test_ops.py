@@ -579,6 +579,13 @@ def test_units_are_dropped_at_the_rate_and_independently(rate):
         assert abs(products.mean()) < 5 / np.sqrt(products.size), name
 
 
+def test_masks_do_not_depend_on_how_wide_jax_makes_its_numbers():
+    narrow = mask(range(100), shape=(200,), rate=0.3)
+    with jax.enable_x64(True):
+        wide = mask(range(100), shape=(200,), rate=0.3)
+    np.testing.assert_array_equal(wide, narrow)
+
+
 def test_rate_0_keeps_every_unit():
     assert mask(range(4), rate=0.0).all()
 

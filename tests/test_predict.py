@@ -17,6 +17,7 @@ from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.config import Config, Data
 from alexnet_jax.data import images as pictures
 from alexnet_jax.data import sources
+from alexnet_jax.prepare import main as prepare
 
 ROOT = pathlib.Path(__file__).parent.parent
 CLASSES = ("cat", "dog", "owl")
@@ -332,3 +333,8 @@ def test_a_split_is_that_of_training_or_it_is_told(images, run, capsys, tmp_path
     assert "is split otherwise" in capsys.readouterr().err
     assert run(tmp_path / "42", data, "--mode=eval") == 0
     assert "images of its validation split may be among those trained on" in capsys.readouterr().err
+    prepared = f"{tmp_path / 'records'}"
+    assert prepare(["prepare", f"--input={folder}", f"--output={prepared}", "--size=41"]) == 0
+    capsys.readouterr()
+    assert run(tmp_path / "42", f"--config.data.source=records:{prepared}", "--mode=eval") == 0
+    assert f"records:{prepared} is not split as the data" in capsys.readouterr().err

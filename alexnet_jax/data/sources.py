@@ -146,6 +146,8 @@ def find_source(data: Data, split: str) -> Source:
       NoLabelsError: the split has no labels.
       UserError: there is no such data set or class.
     """
+    if split not in FOLDER_NAMES:
+        raise UserError(f"split {split!r}: must be one of {', '.join(FOLDER_NAMES)}")
     if data.source == "shapes":
         directory = shapes.shapes_directory(expanded(data.cache_dir))
         if not directory.exists():
@@ -214,9 +216,12 @@ def _folder(root: pathlib.Path, split: str, data: Data) -> Source:
 
 
 def _class_names(root: pathlib.Path) -> tuple[str, ...]:
-    names = sorted(
-        entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."
-    )
+    with os.scandir(root) as scan:
+        entries = [entry for entry in scan if entry.name[0] != "."]
+    for entry in entries:
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            raise UserError(f"{entry.path} is a link to nothing; mend it, or take it away")
+    names = sorted(entry.name for entry in entries if entry.is_dir())
     if not names:
         raise UserError(
             f"{root} has no class folders: it should hold one for each class, or train/ and val/ "

@@ -12,6 +12,8 @@ import tempfile
 import threading
 
 import numpy as np
+import PIL
+import simplejpeg
 from tqdm import tqdm
 
 from alexnet_jax.config import Data, Model, stored_size
@@ -61,7 +63,9 @@ def survey(
     Raises:
       UserError: a class has no whole image, or the cache folder cannot be written.
     """
-    key = hashlib.sha256(f"{VERSION} {stored_size} {source.fingerprint}".encode()).hexdigest()
+    decoders = f"{PIL.__version__} {simplejpeg.__version__}"  # others may read what these cannot
+    key = f"{VERSION} {decoders} {stored_size} {source.fingerprint}"
+    key = hashlib.sha256(key.encode()).hexdigest()
     path = expanded(cache_dir) / "surveys" / f"{key[:32]}.npz"
     found = _kept(path, stored_size, len(source))
     if found is None:
@@ -75,7 +79,9 @@ def survey(
             write_arrays(path, sync=False, **found)
     broken = found.pop("broken")
     if len(broken):
-        log.warning("%d of %d images are broken and left out:", len(broken), len(source))
+        log.warning(
+            "%d of %d images are broken and left out, as %s says:", len(broken), len(source), path
+        )
         for message in found["messages"]:
             log.warning("  %s", message)
         whole = np.setdiff1d(np.arange(len(source)), broken)

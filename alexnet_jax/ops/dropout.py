@@ -25,7 +25,8 @@ def keep_mask(
     key = jax.random.fold_in(key, layer)
 
     def one(row: Array, tower: Array) -> Array:
-        return jax.random.bits(jax.random.fold_in(jax.random.fold_in(key, tower), row), shape)
+        key_of_row = jax.random.fold_in(jax.random.fold_in(key, tower), row)
+        return jax.random.bits(key_of_row, shape, jnp.uint32)  # with x64 they would have 64 bits
 
     over_towers = jax.vmap(one, in_axes=(None, 0), out_axes=-2)
     bits = jax.vmap(over_towers, in_axes=(0, None))(rows, towers)  # (b, ..., t, c)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from alexnet_jax.data.statistics import Statistics
@@ -45,7 +46,7 @@ def normalise(
 
     def mean_at(place: Array, flip: Array) -> Array:
         window = lax.dynamic_slice(
-            jnp.asarray(statistics.mean_image), (place[0], place[1], 0), (size, size, 3)
+            jnp.asarray(statistics.mean_image), (*place, np.int32(0)), (size, size, 3)
         )
         return jnp.where(flip, window[:, ::-1], window)
 

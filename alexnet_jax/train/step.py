@@ -129,7 +129,8 @@ def make_train_step(
         return sums.loss / (shards * batch_size), sums
 
     def local_step(state: TrainState, batch: DeviceBatch, statistics: Statistics, scale: Array):
-        key = jax.random.fold_in(jax.random.key(seed), DROPOUT_STREAM)
+        # Not whatever JAX_DEFAULT_PRNG_IMPL says: others depend on how rows are split.
+        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), DROPOUT_STREAM)
         key = jax.random.fold_in(key, state.step)
         count = batch["label"].shape[0]
         first = lax.axis_index("data") * count if replicas > 1 else 0

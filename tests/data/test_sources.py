@@ -156,6 +156,19 @@ def test_a_class_that_a_line_of_text_cannot_hold_is_refused(name, pictures, tmp_
         sources.open_source(Data(source=f"folder:{tmp_path}"), "train")
 
 
+def test_a_class_that_is_a_link_to_nothing_is_not_passed_over(pictures, tmp_path):
+    pictures.folder(tmp_path / "train", {"cat": 2})
+    (tmp_path / "train" / "dog").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"train/dog is a link to nothing; mend it"):
+        opened(tmp_path, "train")
+
+
+def test_a_split_of_another_name_is_refused(pictures, tmp_path):
+    pictures.folder(tmp_path / "train", {"cat": 2})
+    with pytest.raises(UserError, match="'val': must be one of train, validation, test"):
+        opened(tmp_path, "val")
+
+
 def test_a_split_in_capitals_is_not_passed_over(pictures, tmp_path):
     for part in ("train", "Val", "test"):
         pictures.folder(tmp_path / part, COUNTS)

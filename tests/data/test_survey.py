@@ -262,6 +262,14 @@ def test_not_one_whole_image_at_all_is_an_error_that_names_one(pictures, tmp_pat
         look(tmp_path / "set", tmp_path / "cache")
 
 
+@pytest.mark.parametrize("decoder", ["PIL", "simplejpeg"])
+def test_another_decoder_looks_again_at_what_was_broken(decoder, root, tmp_path, monkeypatch):
+    _, _, reads = look(root, tmp_path)
+    assert look(root, tmp_path)[2] == 0
+    monkeypatch.setattr(f"{decoder}.__version__", "99.9")
+    assert look(root, tmp_path)[2] == reads > 0
+
+
 def test_a_changed_file_is_surveyed_again(pictures, tmp_path):
     paths = pictures.folder(tmp_path / "set/train", {"ant": 4, "bee": 4})
     _, before, _ = look(tmp_path / "set", tmp_path / "cache")
