@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from alexnet_jax import config as configs
 from alexnet_jax.config import Config
@@ -143,16 +143,20 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
         field = re.match(r"--?config\.([^=]+)", argument)
         if field and field[1] not in names:
             raise UserError(configs.no_field(field[1]))
+    whole = False
     try:
         rest = values(argv)
-        whole = values.config is not None and "model" in values.config  # loads it, if not yet done
+        config = values.config
+        if not isinstance(config, Config | None):  # `in` raises what went wrong in the file
+            whole = isinstance(config, ConfigDict) & all(name in config for name in configs.blank())
     except Exception as error:  # from absl, or anything the config file raises
         raise UserError(_flag_error(error)) from error
-    if not values.help and values.config is None:
+    if not values.help and not values["config"].present:
         raise UserError("--config is missing; try --config=configs/quickstart.py")
     if not values.help and not whole:
         raise UserError(
-            "the file of --config returns no config; begin it with blank(), as configs/"
+            f"the file of --config returns no whole config but {type(config).__name__}; begin it "
+            "with blank(), as configs/"
         )
     return rest[1:]
 

@@ -662,6 +662,15 @@ def test_a_config_file_that_gives_no_config_is_a_mistake(config_file, tmp_path, 
         path = tmp_path / "broken.py"
         path.write_text(text)
         assert f"{path}, {words}" in command_line(capsys, f"--config={path}", workdir)
+    for text, kind in {
+        "c": "NoneType",
+        "return c.to_dict()": "dict",
+        "from alexnet_jax.config import resolve\n  return resolve(c)": "Config",
+        "del c.data\n  return c": "ConfigDict",
+    }.items():
+        path.write_text(f"{begun}c.unlock()\n  {text}")
+        wrong = command_line(capsys, f"--config={path}", workdir)
+        assert f"returns no whole config but {kind}; begin it with blank()" in wrong
     path.write_text(f"{begun}c.batch_size = 3")
     wrong = command_line(capsys, f"--config={path}", workdir)
     assert "config field 'batch_size' does not exist; nearest is train.batch_size" in wrong
