@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from alexnet_jax.checkpoint import Broadcast, Checkpoints, Meta, local
+from alexnet_jax.command import keep_compiled
 from alexnet_jax.config import Config, changes, stored_size
 from alexnet_jax.data import images, sources, survey, workers
 from alexnet_jax.data.examples import Source
@@ -46,7 +47,8 @@ def open_net(config: Config, directory: pathlib.Path, broadcast: Broadcast = loc
     """The checkpoint of `directory` that `checkpoint.step` names.
 
     The net, its classes and the preprocessing are the checkpoint's, whatever `config` says. If
-    the config's mesh does not fit the available devices, all of them share the batch.
+    the config's mesh does not fit the available devices, all of them share the batch. What is
+    compiled from now on is kept in `data.cache_dir`, as the commands do.
 
     Args:
       broadcast: `Job.broadcast`, if all ranks of a job open it.
@@ -56,6 +58,7 @@ def open_net(config: Config, directory: pathlib.Path, broadcast: Broadcast = loc
     """
     if not (directory / CHECKPOINTS).is_dir():
         raise UserError(f"--workdir={directory} holds no checkpoints; train there first")
+    keep_compiled(config.data.cache_dir)
     checkpoints = Checkpoints(directory / CHECKPOINTS)
     step, meta, params = checkpoints.read_net(config.checkpoint.step, broadcast)
     _say_taken(config, meta)

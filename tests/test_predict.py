@@ -6,6 +6,8 @@ import os
 import pathlib
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import oracle
@@ -312,6 +314,22 @@ def test_classes_without_examples_take_no_place_in_the_table():
         ["class", str(2 * number), "2", "0.0%"] for number in range(1, 20)
     ]
     assert last.startswith("... of 30 classes")
+
+
+def test_what_a_net_opened_from_python_compiles_is_kept(trained, tmp_path):
+    code = f"""
+import pathlib
+import jax
+from alexnet_jax import config, predict
+cache = config.Config(data=config.Data(cache_dir={str(tmp_path)!r}))
+predict.open_net(cache, pathlib.Path({str(trained)!r}))
+print(jax.config.jax_compilation_cache_dir)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.splitlines()[-1] == str(tmp_path / "compiled")
 
 
 def test_a_split_is_that_of_training_or_it_is_told(images, run, capsys, tmp_path):
