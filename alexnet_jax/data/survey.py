@@ -79,11 +79,10 @@ def survey(
             write_arrays(path, sync=False, **found)
     broken = found.pop("broken")
     if len(broken):
-        log.warning(
-            "%d of %d images are broken and left out, as %s says:", len(broken), len(source), path
-        )
+        log.warning("%d of %d images are broken and left out:", len(broken), len(source))
         for message in found["messages"]:
             log.warning("  %s", message)
+        log.warning("(remembered in %s; remove it to have them read again)", path)
         whole = np.setdiff1d(np.arange(len(source)), broken)
         lost = np.setdiff1d(source.targets, source.targets[whole])
         if len(lost):
