@@ -4,9 +4,9 @@
 
 trains it with ReLU and with tanh, each at the best of five learning rates after six epochs. ReLU
 reached 25 % training error after 6.82 epochs (rate .003), tanh after 45.23 (rate .01), 6.6 times as
-many. An epoch takes 38 seconds on one CPU core, and the study at most 162 epochs, 1 h 45 min. For
-ReLU alone, `--variants=relu --config.train.num_epochs=10` is enough. A single net, at the preset's
-rate of .001:
+many. The study took 2 h 10 min on one CPU core that did other work besides; for ReLU alone,
+`--variants=relu --config.train.num_epochs=10` is enough. A single net, at the preset's rate of
+.001:
 
     python -m alexnet_jax.main --config=configs/figure1.py --workdir=runs/figure1
 """

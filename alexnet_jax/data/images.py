@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import PIL
 import simplejpeg
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
@@ -79,6 +80,11 @@ def decode(data: bytes | np.ndarray, name: str, fleeting: bool = False) -> np.nd
         if isinstance(error, UnidentifiedImageError):
             detail = "of no known format" if data else "empty file"
         raise ImageError(f"{name}: not a whole image ({detail})") from error
+
+
+def decoders() -> str:
+    """The versions of the libraries that decode; others may read images that these cannot."""
+    return f"Pillow {PIL.__version__}, simplejpeg {simplejpeg.__version__}"
 
 
 def oddities(example: Example) -> tuple[str, ...]:

@@ -12,8 +12,6 @@ import tempfile
 import threading
 
 import numpy as np
-import PIL
-import simplejpeg
 from tqdm import tqdm
 
 from alexnet_jax.config import Data, Model, stored_size
@@ -63,8 +61,7 @@ def survey(
     Raises:
       UserError: a class has no whole image, or the cache folder cannot be written.
     """
-    decoders = f"{PIL.__version__} {simplejpeg.__version__}"  # others may read what these cannot
-    key = f"{VERSION} {decoders} {stored_size} {source.fingerprint}"
+    key = f"{VERSION} {images.decoders()} {stored_size} {source.fingerprint}"
     key = hashlib.sha256(key.encode()).hexdigest()
     path = expanded(cache_dir) / "surveys" / f"{key[:32]}.npz"
     found = _kept(path, stored_size, len(source))

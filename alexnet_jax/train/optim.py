@@ -121,14 +121,10 @@ def _in_place(
         decay = optim.weight_decay if path[-1].key == "kernel" else 0.0
         return native.update(*leaves, momentum=float(optim.momentum), decay=float(decay))
 
-    trees = params, velocities, gradients, rates, moves
-    found = jax.tree.map_with_path(one, *trees)
+    found = jax.tree.map_with_path(one, params, velocities, gradients, rates, moves)
     weights, moved, sums = jax.tree.transpose(jax.tree.structure(params), None, found)
-    return (
-        weights,
-        moved,
-        {layer: (kinds["kernel"][0], kinds["kernel"][1]) for layer, kinds in sums.items()},
-    )
+    squares = {name: (kinds["kernel"][0], kinds["kernel"][1]) for name, kinds in sums.items()}
+    return weights, moved, squares
 
 
 def layer_rates(optim: Optim) -> Mapping[str, float]:
