@@ -34,7 +34,7 @@ from alexnet_jax.train.optim import Plateau
 from alexnet_jax.train.state import TrainState, state_shapes
 
 # A failed save raises; the hundreds of lines that Orbax logs about it help nobody.
-logging.getLogger("absl").setLevel(logging.CRITICAL)
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 # TensorStore leaks the metrics it reports, and Orbax asks at every save: 300 KB each time.
 tensorstore.experimental_collect_matching_metrics = lambda *prefix: []

@@ -199,7 +199,12 @@ def _flag_error(error: Exception) -> str:
             name, value = ill_typed[1], ill_typed[2]
             return f"{name}={value!r}: must be {words}; set --config.{name}=..."
     if "get_config" in text:
-        return "the --config file has no get_config(); write it as those of configs/ are"
+        return (
+            "the --config file has no get_config(), or none that takes what follows a colon; "
+            "write it as those of configs/ are"
+        )
+    if text.startswith("FrozenConfigDict"):
+        return "the --config file returns a FrozenConfigDict; begin it with blank(), as configs/"
     if isinstance(error, OSError):
         missing = re.search(r"No such file or directory: '(.*?)'", text)
         return f"--config={missing[1]}: no such file" if missing else text

@@ -1,10 +1,11 @@
 """Figures, one per function, legible in print and to colour-blind readers."""
 
+import functools
 import importlib.util
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -28,6 +29,8 @@ STYLE: Any = {
 }
 
 Curve = Sequence[tuple[float, float]]  # (epoch, value)
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Guess(NamedTuple):
@@ -40,16 +43,6 @@ class Guess(NamedTuple):
     right: str | None  # the right class, marked among the five; None if unknown
 
 
-def save(figure: Any, path: pathlib.Path) -> list[str]:
-    """Write a figure as PNG and SVG, whatever the path's suffix; returns the file names."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
-    for file in written:
-        metadata = {"Date": None} if file.suffix == ".svg" else {}
-        figure.savefig(file, dpi=200, metadata=metadata)
-    return [str(file) for file in written]
-
-
 def check_installed() -> None:
     """Raises UserError if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
@@ -58,17 +51,44 @@ def check_installed() -> None:
         )
 
 
+def in_style(drawing: Callable[P, T]) -> Callable[P, T]:
+    """`drawing` in `STYLE`, which other figures of the process, as in a notebook, do not get."""
+
+    @functools.wraps(drawing)
+    def styled(*args: P.args, **kwargs: P.kwargs) -> T:
+        check_installed()
+        import matplotlib
+
+        with matplotlib.rc_context(STYLE):
+            return drawing(*args, **kwargs)
+
+    return styled
+
+
+@in_style
+def save(figure: Any, path: pathlib.Path) -> list[str]:
+    """Write a figure to a path ending in .png or .svg, or without suffix to both.
+
+    Returns:
+      The file names.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = [path] if path.suffix else [path.with_suffix(suffix) for suffix in (".png", ".svg")]
+    for file in written:
+        metadata = {"Date": None} if file.suffix == ".svg" else {}
+        figure.savefig(file, dpi=200, metadata=metadata)
+    return [str(file) for file in written]
+
+
 def _figure(height: float, rows: int, columns: int, **options: Any) -> tuple[Any, np.ndarray]:
     """A figure of `height` inches and its axes, (rows, columns)."""
-    check_installed()
-    import matplotlib
     from matplotlib.figure import Figure
 
-    matplotlib.rcParams.update(STYLE)
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
+@in_style
 def curves(
     training: Mapping[str, Curve],
     validation: Mapping[str, Curve],
@@ -84,8 +104,9 @@ def curves(
       splits: for each run, the split that serves as validation.
       target: value at which to draw a horizontal line.
     """
-    figure, ((axes,),) = _figure(3.2, 1, 1)
     names = list(dict.fromkeys([*training, *validation]))
+    entries = sum(map(bool, [*training.values(), *validation.values()]))
+    figure, ((axes,),) = _figure(max(3.2, 0.175 * entries + 0.3), 1, 1)
     for place, name in enumerate(names):
         colour, mark = (
             COLOURS[place % len(COLOURS)],
@@ -123,6 +144,7 @@ def curves(
     return figure
 
 
+@in_style
 def kernels(towers: Sequence[np.ndarray], titles: Sequence[str]) -> Any:
     """First-layer kernels, tower above tower, 16 per row, on one shared scale (figure 3).
 
@@ -169,6 +191,7 @@ def colour_selectivity(tower: np.ndarray) -> float:
     return float(np.mean(colour / np.maximum(whole, np.finfo(np.float32).tiny)))
 
 
+@in_style
 def confusion(counts: np.ndarray, labels: Sequence[str], most: int = 40) -> Any:
     """Confusion matrix: which class (row) was taken for which, in per cent of the row.
 
@@ -201,6 +224,7 @@ def confusion(counts: np.ndarray, labels: Sequence[str], most: int = 40) -> Any:
     return figure
 
 
+@in_style
 def guesses(found: Sequence[Guess], columns: int = 4) -> Any:
     """Images above their five best labels, the right one marked (figure 4, left)."""
     columns = min(columns, len(found))
@@ -231,6 +255,7 @@ def _bars(axes: Any, guess: Guess) -> None:
         text.set_in_layout(False)  # or a long label would squeeze the picture
 
 
+@in_style
 def neighbours(
     queries: Sequence[tuple[np.ndarray, str]], nearest: Sequence[Sequence[tuple[np.ndarray, str]]]
 ) -> Any:

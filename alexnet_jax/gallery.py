@@ -14,6 +14,7 @@ from alexnet_jax.data.examples import Source
 from alexnet_jax.errors import UserError
 from alexnet_jax.evaluate import Predictions
 from alexnet_jax.figures import Guess
+from alexnet_jax.files import writing
 from alexnet_jax.models.nets import layers
 from alexnet_jax.predict import Net
 
@@ -37,6 +38,9 @@ def draw(config: Config, directories: Sequence[pathlib.Path]) -> list[str]:
     for directory in directories:
         if not report.training_records(directory):
             raise UserError(f"--workdir={directory} holds no {report.METRICS_FILE}; train there")
+    folder = directories[0] / "figures"
+    with writing(str(folder), "copy the workdir to where files can be written"):
+        folder.mkdir(exist_ok=True)
     net = predict.open_net(config, directories[0])
     found = evaluate.predictions(net, config.eval.split)
     size = net.meta.statistics.stored_size
@@ -49,7 +53,6 @@ def draw(config: Config, directories: Sequence[pathlib.Path]) -> list[str]:
         "guesses": figures.guesses(guesses(found, size)),
         "neighbours": neighbours(net, found, size),
     }
-    folder = directories[0] / "figures"
     return [path for name, one in drawn.items() for path in figures.save(one, folder / name)]
 
 

@@ -7,6 +7,7 @@ import math
 import pathlib
 import signal
 import sys
+import threading
 import time
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any
@@ -43,14 +44,18 @@ class TrainingError(FailedError):
 
 
 class StopSignal:
-    """Makes Ctrl-C and SIGTERM stop training after the current step; a second one stops at once."""
+    """Makes Ctrl-C and SIGTERM stop training after the current step; a second one stops at once.
+
+    In a thread, where Python cannot, they do what they did before.
+    """
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        main = threading.current_thread() is threading.main_thread()
+        for number in (signal.SIGINT, signal.SIGTERM) if main else ():
             self.previous[number] = signal.signal(number, self._received)
         return self
 

@@ -18,13 +18,18 @@ from alexnet_jax.config import Config, changes, stored_size
 from alexnet_jax.data import images, sources, survey, workers
 from alexnet_jax.data.examples import Source
 from alexnet_jax.errors import FailedError, UserError, printable
-from alexnet_jax.files import write_arrays
+from alexnet_jax.files import expanded, write_arrays
 from alexnet_jax.mesh import make_mesh, put_everywhere
 from alexnet_jax.models.layers import Params
 from alexnet_jax.models.nets import layers
 from alexnet_jax.train.state import make_apply, put
 from alexnet_jax.train.step import EvalStep, make_features_step, make_predict_step
-from alexnet_jax.validate import batch_size, check_same_classes, device_batches
+from alexnet_jax.validate import (
+    batch_size,
+    check_same_classes,
+    device_batches,
+    warn_if_trained_on,
+)
 from alexnet_jax.workdir import CHECKPOINTS
 
 log = logging.getLogger(__name__)
@@ -43,7 +48,7 @@ class Net(NamedTuple):
     mesh: Mesh
 
 
-def open_net(config: Config, directory: pathlib.Path, broadcast: Broadcast = local) -> Net:
+def open_net(config: Config, directory: str | pathlib.Path, broadcast: Broadcast = local) -> Net:
     """The checkpoint of `directory` that `checkpoint.step` names.
 
     The net, its classes and the preprocessing are the checkpoint's, whatever `config` says. If
@@ -56,6 +61,7 @@ def open_net(config: Config, directory: pathlib.Path, broadcast: Broadcast = loc
     Raises:
       UserError: there is no such run or step.
     """
+    directory = expanded(str(directory))
     if not (directory / CHECKPOINTS).is_dir():
         raise UserError(f"--workdir={directory} holds no checkpoints; train there first")
     keep_compiled(config.data.cache_dir)
@@ -101,12 +107,7 @@ def open_split(net: Net, split: str) -> Source:
     """
     source = sources.open_source(net.config.data, split)
     check_same_classes(net.meta.labels, source.labels, net.config.data.source)
-    if net.meta.pool and source.pool != net.meta.pool:
-        why = "holds other files than" if source.pool else "is not split as the data"
-        log.warning(
-            "%s %s the net was trained with: images of its %s split may be among those trained on",
-            net.config.data.source, why, split,
-        )  # fmt: skip
+    warn_if_trained_on(net.meta.pool, source, net.config.data.source, split)
     return survey.surveyed(source, net.config.data, net.config.model)[0]
 
 

@@ -86,7 +86,7 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
         validation, _ = survey.surveyed(validation, config.data, config.model)
     if latest is None or saved is None:
         meta = Meta(config, source.labels, statistics)
-        state = _first_state(config, source.labels, job.broadcast)
+        state = _first_state(config, validation, job.broadcast)
     else:
         if not allow_config_change:
             _check_images(saved, source, config.data.source)
@@ -122,13 +122,16 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
     )
 
 
-def _first_state(config: Config, labels: tuple[str, ...], broadcast: Broadcast) -> TrainState:
+def _first_state(config: Config, validation: Source, broadcast: Broadcast) -> TrainState:
     """The state of a new run, with the weights of `train.init_from` if that names a workdir."""
+    labels = validation.labels
     state = initial_state(config.model, len(labels), config.seed)
     if not config.train.init_from:
         return state
     _, meta, given = _checkpoints_of(config.train.init_from).read_net(-1, broadcast)
     new = _new_layers(config, labels, meta)
+    if meta.labels == labels:
+        validate.warn_if_trained_on(meta.pool, validation, config.data.source, config.eval.split)
     log.info(
         "weights are taken over from %s; new: %s",
         config.train.init_from,

@@ -283,7 +283,13 @@ def _best_rate(study: Study, user: Any, name: str, directory: pathlib.Path) -> S
             number = _train(config, place)
             if number:
                 raise KeyboardInterrupt(number)
-            *_, found[rate] = report.training_by_epoch(place).values()
+            epochs = report.training_by_epoch(place)
+            if not epochs:
+                raise UserError(
+                    f"{place} is trained, but its {report.METRICS_FILE} is lost; take the folder "
+                    "away, and this rate is tried again"
+                )
+            found[rate] = epochs[max(epochs)]
         except loop.TrainingError as error:
             log.warning("%s", error)
     if not study.rates:

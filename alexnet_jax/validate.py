@@ -1,5 +1,6 @@
 """A validation pass during training: every example of a split once, centre or ten crops."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
@@ -17,6 +18,8 @@ from alexnet_jax.mesh import local_rows, put_batch
 from alexnet_jax.models.layers import Params
 from alexnet_jax.train.state import Apply
 from alexnet_jax.train.step import DeviceBatch, EvalStep, make_eval_step
+
+log = logging.getLogger(__name__)
 
 
 def validate(
@@ -71,6 +74,21 @@ def check_same_classes(
         place, mine, theirs = next(pairs)
         detail = f"class {place} is {mine!r}, in {other} {theirs!r}"
     raise UserError(f"{where} has other classes: {detail}; {way_out}")
+
+
+def warn_if_trained_on(pool: str, source: Source, where: str, split: str) -> None:
+    """Warn if a net may have been trained on images of `split`, drawn otherwise than its own.
+
+    Args:
+      pool: of the split the net was trained on.
+      source: a split of `where`, the data used now.
+    """
+    if pool and source.pool != pool:
+        why = "holds other files than" if source.pool else "is not split as the data"
+        log.warning(
+            "%s %s the net was trained with: images of its %s split may be among those trained on",
+            where, why, split,
+        )  # fmt: skip
 
 
 def batch_size(config: Config, mesh: Mesh) -> int:

@@ -2,8 +2,10 @@
 
 import json
 
+import matplotlib
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from alexnet_jax import figures, gallery
@@ -112,6 +114,23 @@ def test_curves_of_many_runs_differ_in_more_than_colour():
     looks = {(line.get_color(), line.get_marker()) for line in lines}
     assert len(looks) == 8
     assert axes.lines[-1].get_ydata()[0] == 0.25
+
+
+def test_the_legend_of_very_many_runs_is_whole():
+    runs = {f"run {n}": [(1, 0.5), (2, 0.4)] for n in range(24)}
+    figure = figures.curves(runs, runs, ylabel="error")
+    FigureCanvasAgg(figure).draw()
+    legend = figure.axes[0].get_legend().get_window_extent()
+    assert legend.height > 0.7 * figure.bbox.height
+    assert figure.bbox.y0 <= legend.y0 < legend.y1 <= figure.bbox.y1
+
+
+def test_figures_of_others_keep_their_style(tmp_path):
+    before = [matplotlib.rcParams[name] for name in figures.STYLE]
+    figure = figures.curves({"run": [(1, 0.5), (2, 0.25)]}, {}, ylabel="error")
+    assert figure.axes[0].xaxis.label.get_fontsize() != before[0]  # it has one
+    figures.save(figure, tmp_path / "curve")
+    assert [matplotlib.rcParams[name] for name in figures.STYLE] == before
 
 
 def test_curves_name_the_split_that_was_measured(tmp_path):
@@ -235,14 +254,18 @@ def test_where_nothing_moves_no_ratios_are_drawn(tmp_path):
     assert gallery.ratios(tmp_path) == {}
 
 
-def test_predict_draws_the_images_it_names(trained, images, run, capsys, tmp_path):
-    output = tmp_path / "new" / "best.png"
+def test_predict_draws_the_images_it_names_into_the_file_it_is_given(
+    trained, images, run, capsys, tmp_path
+):
     paths = sorted(map(str, (images / "val" / "owl").iterdir()))[:3]
-    assert run(trained, "--mode=predict", f"--figure={output}", *paths) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 3
-    with Image.open(output) as image:
+    for end in (".png", ".svg"):
+        output = tmp_path / end / f"best{end}"
+        assert run(trained, "--mode=predict", f"--figure={output}", *paths) == 0
+        assert len(capsys.readouterr().out.splitlines()) == 3
+        assert list(output.parent.iterdir()) == [output]
+    with Image.open(tmp_path / ".png" / "best.png") as image:
         assert image.width == 1400
-    assert all(name[-6:] in output.with_suffix(".svg").read_text() for name in paths)
+    assert all(name[-6:] in output.read_text() for name in paths)
 
 
 def test_figures_of_an_empty_workdir_are_refused_in_one_line(run, capsys, tmp_path):

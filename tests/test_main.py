@@ -1,5 +1,6 @@
 """The command, as a user types it: what it prints, writes, refuses and returns."""
 
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -333,6 +334,14 @@ def test_parameters_that_the_last_update_ruined_are_not_saved(rate, words, run, 
     assert run(tmp_path, *ruin) == 1
     assert words in capsys.readouterr().err
     assert steps(tmp_path) == []
+
+
+def test_training_in_a_thread_which_signals_do_not_reach(run, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        assert pool.submit(run, tmp_path, "--config.train.num_steps=1").result() == 0
+    assert steps(tmp_path) == [1]
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_loss_that_is_not_finite_ends_with_status_1_and_keeps_the_good_checkpoint(
@@ -671,6 +680,11 @@ def test_a_config_file_that_gives_no_config_is_a_mistake(config_file, tmp_path, 
         path.write_text(f"{begun}c.unlock()\n  {text}")
         wrong = command_line(capsys, f"--config={path}", workdir)
         assert f"returns no whole config but {kind}; begin it with blank()" in wrong
+    path.write_text(f"{begun}import ml_collections\n  return ml_collections.FrozenConfigDict(c)")
+    wrong = command_line(capsys, f"--config={path}", workdir)
+    assert "returns a FrozenConfigDict; begin it with blank()" in wrong
+    wrong = command_line(capsys, f"--config={config_file}:small", workdir)
+    assert "no get_config(), or none that takes what follows a colon" in wrong
     path.write_text(f"{begun}c.batch_size = 3")
     wrong = command_line(capsys, f"--config={path}", workdir)
     assert "config field 'batch_size' does not exist; nearest is train.batch_size" in wrong

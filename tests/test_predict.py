@@ -318,11 +318,10 @@ def test_classes_without_examples_take_no_place_in_the_table():
 
 def test_what_a_net_opened_from_python_compiles_is_kept(trained, tmp_path):
     code = f"""
-import pathlib
 import jax
 from alexnet_jax import config, predict
 cache = config.Config(data=config.Data(cache_dir={str(tmp_path)!r}))
-predict.open_net(cache, pathlib.Path({str(trained)!r}))
+predict.open_net(cache, {str(trained)!r})
 print(jax.config.jax_compilation_cache_dir)
 """
     environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}

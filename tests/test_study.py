@@ -148,6 +148,17 @@ def test_the_rate_of_the_lowest_training_error_is_taken(start, tmp_path, monkeyp
     assert (config["seed"], config["optim"]["learning_rate"]) == (5, float(best))
 
 
+def test_a_search_whose_errors_are_lost_is_named(start, tmp_path, monkeypatch, capsys):
+    search = Study("?", {"only": {}}, {}, rates=(0.01,), search_epochs=1.0)
+    monkeypatch.setitem(STUDIES, "search", search)
+    assert start("search", tmp_path, "--config.train.num_steps=1") == 0
+    (tmp_path / "only" / "rate_0.01" / "metrics.jsonl").unlink()
+    capsys.readouterr()
+    assert start("search", tmp_path, "--config.train.num_steps=1") == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error")]
+    assert f"{tmp_path / 'only' / 'rate_0.01'} is trained, but its metrics.jsonl is lost" in line
+
+
 def test_where_a_step_is_longer_than_an_epoch_rates_are_compared_by_the_last(
     start, tmp_path, monkeypatch, capsys
 ):

@@ -64,6 +64,19 @@ def test_the_same_classes_take_over_everything(trained, run, tmp_path, capsys):
         assert_equal(params(tmp_path)[layer], leaves)
 
 
+def test_a_net_that_may_know_the_validation_images_is_told(images, run, tmp_path, capsys):
+    """Class folders alone are split by data.split_seed, here another one."""
+    data = f"--config.data.source=folder:{images / 'train'}"
+    begun = f"--config.train.init_from={tmp_path / 'first'}"
+    told = "images of its validation split may be among those trained on"
+    short = "--config.train.num_steps=1"
+    assert run(tmp_path / "first", data, short) == 0
+    assert run(tmp_path / "same", data, short, begun) == 0
+    assert told not in capsys.readouterr().err
+    assert run(tmp_path / "other", data, short, begun, "--config.data.split_seed=1") == 0
+    assert told in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("classes", "new"), [(CATS, "fc4"), (BIRDS, "fc4"), (None, "nothing")])
 def test_the_last_layer_of_figure_1s_net_is_new_for_other_classes(
     draw_folder, run, tmp_path, capsys, classes, new

@@ -200,7 +200,10 @@ def _folder(root: pathlib.Path, split: str, data: Data) -> Source:
         raise UserError(f"{root} has a folder {capitals[0]!r}; name it {capitals[0].lower()!r}")
     if not (root / "train").is_dir():
         if found:
-            raise UserError(f"{root} has a folder {found[0]!r} but none named train; add it")
+            raise UserError(
+                f"{root} has a folder {found[0]!r} but none named train; add it, or, if "
+                f"{found[0]!r} is a class, put all classes into a folder {root / 'train'}"
+            )
         return stratified(_class_folders(root, _class_names(root)), split, data)
     labels = _class_names(root / "train")
     wanted = FOLDER_NAMES[split]
@@ -225,7 +228,7 @@ def _class_names(root: pathlib.Path) -> tuple[str, ...]:
     if not names:
         raise UserError(
             f"{root} has no class folders: it should hold one for each class, or train/ and val/ "
-            "with them"
+            "with them, as it must if a class is called train, val or test"
         )
     check_labels(names)
     return tuple(names)

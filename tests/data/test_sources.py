@@ -169,6 +169,17 @@ def test_a_split_of_another_name_is_refused(pictures, tmp_path):
         opened(tmp_path, "val")
 
 
+def test_a_class_with_the_name_of_a_split_needs_a_folder_around_all_classes(pictures, tmp_path):
+    pictures.folder(tmp_path, {"bus": 5, "test": 5})
+    with pytest.raises(UserError, match=r"if 'test' is a class, put all classes into .*/train$"):
+        opened(tmp_path, "train")
+    pictures.folder(tmp_path, {"train": 5})
+    with pytest.raises(UserError, match=r"train has no class folders: .* if a class is called tra"):
+        opened(tmp_path, "train")
+    pictures.folder(tmp_path / "around" / "train", {"bus": 2, "test": 3, "train": 4})
+    assert opened(tmp_path / "around", "train").labels == ("bus", "test", "train")
+
+
 def test_a_split_in_capitals_is_not_passed_over(pictures, tmp_path):
     for part in ("train", "Val", "test"):
         pictures.folder(tmp_path / part, COUNTS)
