@@ -93,9 +93,15 @@ def table(found: dict[str, Any]) -> str:
 
 
 def _seconds_per_batch(batches: Iterator[Any]) -> float:
-    """Seconds between batches, of which the first two start the workers."""
-    jax.block_until_ready([next(batches), next(batches)])
-    return _repeated(lambda: jax.block_until_ready(next(batches)))
+    """Seconds between batches, two on their way as in training; the first two start the workers."""
+    coming = collections.deque([next(batches), next(batches)])
+    jax.block_until_ready([*coming])
+
+    def one() -> None:
+        coming.append(next(batches))
+        jax.block_until_ready(coming.popleft())
+
+    return _repeated(one)
 
 
 def _input(seconds: float, unsent: float, batch_size: int, data: Data) -> dict[str, Any]:
@@ -169,9 +175,11 @@ def make_advance(
 def _paced(batches: Iterator[Any], advance: Callable[[Any], Any]) -> float:
     """Seconds per step, dispatched at most two steps ahead."""
     sent: collections.deque[Any] = collections.deque()
+    batch = next(batches)
     started, count = time.perf_counter(), 0
     while count < LEAST or time.perf_counter() - started < SECONDS:
-        sent.append(advance(next(batches)))
+        sent.append(advance(batch))
+        batch = next(batches)  # sent to the devices while the step runs
         count += 1
         if len(sent) > 2:
             jax.block_until_ready(sent.popleft())

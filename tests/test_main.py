@@ -21,6 +21,7 @@ from alexnet_jax import command as shared
 from alexnet_jax import loop, report
 from alexnet_jax import main as command
 from alexnet_jax.checkpoint import Checkpoints, Saver
+from alexnet_jax.data import buffers
 from alexnet_jax.errors import FailedError
 from alexnet_jax.report import Report
 from alexnet_jax.train import state
@@ -334,6 +335,22 @@ def test_parameters_that_the_last_update_ruined_are_not_saved(rate, words, run, 
     assert run(tmp_path, *ruin) == 1
     assert words in capsys.readouterr().err
     assert steps(tmp_path) == []
+
+
+def test_while_training_no_batch_of_other_processes_is_copied(run, tmp_path, monkeypatch):
+    """Each stays in the memory it was made in, of which there is enough for all under way."""
+    held, take = [], buffers.Slots.take
+    slow = ("--config.model.width=0.5", "--config.train.num_steps=24")
+    silent = "--config.train.log_every_steps=6"
+
+    def counted(slots, number):
+        held.append(np.count_nonzero(slots.owner == buffers.HELD))
+        return take(slots, number)
+
+    monkeypatch.setattr(buffers.Slots, "take", counted)
+    assert run(tmp_path, "--config.data.worker_kind=processes", silent, *slow) == 0
+    assert len(held) > 24  # of training and validation
+    assert max(held) < buffers.LENT
 
 
 def test_training_in_a_thread_which_signals_do_not_reach(run, tmp_path):

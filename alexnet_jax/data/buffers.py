@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-LENT = 3  # batches held at once: one arriving, one in transfer to the devices, one on them
+LENT = 5  # batches held at once: one arriving, those of three steps under way, one let go of since
 LONGEST_PAUSE = 0.01  # seconds; waiting must not slow down those that work
 HELD = -1
 _WORD = np.dtype(np.int64)
