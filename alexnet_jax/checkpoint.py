@@ -416,7 +416,10 @@ def _save_errors(step: int) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise SaveError(f"saving step {step} failed: {reason(error)}") from error
+        raise SaveError(
+            f"saving step {step} failed: {reason(error)}; the checkpoints before it are whole: "
+            "mend that, and the same command goes on from them"
+        ) from error
 
 
 def _plateau_to_json(plateau: Plateau) -> dict[str, Any]:

@@ -32,7 +32,9 @@ ILL_TYPED = {
     "could not convert string to float": "a finite number",
     "Error while parsing string": "a list, as (1, 2)",
 }
+log = logging.getLogger(__name__)
 WORTH_KEEPING = 0.2  # seconds of compilation; the full net's step takes under one on a CPU
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of disks, and of what a user may write
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
@@ -58,7 +60,9 @@ def status(work: Callable[[], int]) -> int:
     try:
         return work()
     except (UserError, FailedError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        full = isinstance(error, OSError) and error.errno in FULL
+        way_out = "; make room there, and the same command goes on" if full else ""
+        print(f"error: {error}{way_out}", file=sys.stderr)
         return exit_status(error)
     except MemoryError as error:
         print(f"error: there is not enough memory ({error})", file=sys.stderr)
@@ -99,6 +103,8 @@ def before_jax(config: Config) -> None:
     given = os.environ.get("XLA_FLAGS", "")
     if config.train.deterministic and DETERMINISTIC.split("=")[0] not in given:
         os.environ["XLA_FLAGS"] = f"{given} {DETERMINISTIC}".strip()
+    elif config.train.deterministic and DETERMINISTIC not in given:
+        log.warning("XLA_FLAGS=%s overrides train.deterministic=True", given)
 
 
 def keep_compiled(cache_dir: str) -> None:
@@ -150,7 +156,7 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
         if not isinstance(config, Config | None):  # `in` raises what went wrong in the file
             whole = isinstance(config, ConfigDict) & all(name in config for name in configs.blank())
     except Exception as error:  # from absl, or anything the config file raises
-        raise UserError(_flag_error(error)) from error
+        raise UserError(flag_error(error)) from error
     if not values.help and not values["config"].present:
         raise UserError("--config is missing; try --config=configs/quickstart.py")
     if not values.help and not whole:
@@ -178,7 +184,7 @@ def file_to_write(flag: str, text: str, *suffixes: str) -> pathlib.Path:
     return path
 
 
-def _flag_error(error: Exception) -> str:
+def flag_error(error: Exception) -> str:
     """Reduce an error of absl or ml_collections to one line, with the nearest field name."""
     text = " ".join(str(error.args[0] if error.args else error).split())
     frames = traceback.extract_tb(error.__traceback__)
@@ -193,11 +199,12 @@ def _flag_error(error: Exception) -> str:
     if "Error whilst parsing config file" in text and places:
         said = str(error).rstrip().splitlines()[-1]
         return f"the --config file fails ({places[-1][0]}, line {places[-1][1]}: {said})"
-    ill_typed = re.match(r"flag --config\.([\w.]+)=(.*?): \W*(.*)", text)
+    ill_typed = re.match(r"flag --(config\.)?([\w.]+)=(.*?): \W*(.*)", text)
     for said, words in ILL_TYPED.items():
-        if ill_typed and ill_typed[3].startswith(said):
-            name, value = ill_typed[1], ill_typed[2]
-            return f"{name}={value!r}: must be {words}; set --config.{name}=..."
+        if ill_typed and ill_typed[4].startswith(said):
+            _, name, value, _ = ill_typed.groups()
+            shown = name if ill_typed[1] else f"--{name}"
+            return f"{shown}={value!r}: must be {words}; set --{ill_typed[1] or ''}{name}=..."
     if "get_config" in text:
         return (
             "the --config file has no get_config(), or none that takes what follows a colon; "
@@ -207,7 +214,8 @@ def _flag_error(error: Exception) -> str:
         return "the --config file returns a FrozenConfigDict; begin it with blank(), as configs/"
     if isinstance(error, OSError):
         missing = re.search(r"No such file or directory: '(.*?)'", text)
-        return f"--config={missing[1]}: no such file" if missing else text
+        way_out = "try --config=configs/quickstart.py"
+        return f"--config={missing[1]}: no such file; {way_out}" if missing else text
     if isinstance(error, AttributeError | KeyError):
         return configs.no_field(text.removeprefix("'Key ").strip("'\"").split()[0].strip("'\""))
     return text

@@ -9,11 +9,12 @@ Sources: "paper" is Krizhevsky, Sutskever, Hinton, NIPS 2012; "source" is the or
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import re
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, get_type_hints
 
 import ml_collections
@@ -373,7 +374,7 @@ def resolve(user: Any) -> Config:
     if preset not in PRESETS:
         raise UserError(
             f"model.preset={preset!r}: must be one of {', '.join(PRESETS)}; "
-            f"nearest is {nearest(preset, PRESETS)}"
+            f"nearest is {max(PRESETS, key=functools.partial(_likeness, preset))}"
         )
     config = from_dict(values, PRESETS[preset])
     for field in dataclasses.fields(Model) if config.model.net == "cifar" else ():
@@ -383,11 +384,23 @@ def resolve(user: Any) -> Config:
                 f"model.{field.name}={value!r}: the net of figure 1 has nothing of that; leave it "
                 f"at {field.default!r}, or set another --config.model.preset"
             )
+    for name in ("channels", "features"):
+        for count in getattr(config.model, name):
+            if count % config.model.towers:
+                raise UserError(
+                    f"model.{name}: {count} maps cannot be split between {config.model.towers} "
+                    f"towers; set --config.model.{name} to whole numbers of each, or "
+                    "--config.model.towers=1"
+                )
     return config
 
 
 def from_dict(values: Mapping[str, Any], preset: Mapping[str, Any] | None = None) -> Config:
-    """A validated config from nested dicts, as `config.json` holds them; None means not set."""
+    """A validated config from nested dicts, as `config.json` holds them; None means not set.
+
+    Raises:
+      UserError: as `resolve`.
+    """
     preset = preset or {}
     sections = {
         name: _section(type(getattr(Config, name)), f"{name}.", values.get(name) or {}, preset)
@@ -409,7 +422,8 @@ def from_dict(values: Mapping[str, Any], preset: Mapping[str, Any] | None = None
         if stride > window:
             raise UserError(
                 f"model.pool_strides={config.model.pool_strides}: no stride may pass its window "
-                f"in model.pool_windows={config.model.pool_windows}, or pixels would be skipped"
+                f"in model.pool_windows={config.model.pool_windows}, or pixels would be skipped; "
+                "set --config.model.pool_strides=(...)"
             )
     return config
 
@@ -428,27 +442,25 @@ def field_names() -> list[str]:
     return names
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The known name most like `name`, compared by field (without section) or by its initials."""
-
-    def likeness(other: str) -> float:
-        field = other.rpartition(".")[2]
-        initials = "".join(word[0] for word in field.split("_"))
-        return 1.0 if name == initials else difflib.SequenceMatcher(None, name, field).ratio()
-
-    return max(known, key=likeness)
+def _likeness(name: str, known: str) -> float:
+    """How much a name is like a known one or its initials: 1 if it is that, 0 if not at all."""
+    initials = "".join(word[0] for word in known.split("_"))
+    return 1.0 if name == initials else difflib.SequenceMatcher(None, name, known).ratio()
 
 
 def no_field(name: str) -> str:
     """The error message for `name`, as section.field, which is no field; it names the nearest."""
     names = field_names()
     section, *fields = name.split(".")
-    near = [other for other in names if other.startswith(f"{section}.")]
     if name in SECTIONS:
+        near = [other for other in names if other.startswith(f"{section}.")]
         return f"config.{name} is no field but a section; set one of {', '.join(near)}"
-    same = [other for other in names if other.rpartition(".")[2] in fields]
-    best = nearest((fields or [section])[-1], same or near or names)
-    return f"config field {name!r} does not exist; nearest is {best}"
+
+    def likeness(other: str) -> float:
+        home, _, field = other.rpartition(".")
+        return max(_likeness(word, field) for word in fields or [section]) + (home == section) / 8
+
+    return f"config field {name!r} does not exist; nearest is {max(names, key=likeness)}"
 
 
 def changes(old: Config, new: Config) -> tuple[dict[str, tuple], dict[str, tuple]]:

@@ -17,8 +17,12 @@ def exit_status(error: BaseException) -> int:
 
 
 def reason(error: Exception) -> str:
-    """The message of another library's error, in one line of at most 160 characters."""
-    return " ".join(str(error).split())[:160] or type(error).__name__
+    """The message of another library's error, in one line of at most 180 characters.
+
+    Of a longer one both ends, since long paths hide what happened to them.
+    """
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said if len(said) <= 180 else f"{said[:80]} … {said[-97:]}"
 
 
 def printable(text: str) -> str:

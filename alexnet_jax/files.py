@@ -38,6 +38,17 @@ def writing(what: str, way_out: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def naming(path: pathlib.Path) -> Iterator[None]:
+    """Names the file in an OSError that does not, as when a disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+
+
+@contextlib.contextmanager
 def whole(path: pathlib.Path, sync: bool = False) -> Iterator[pathlib.Path]:
     """A temporary path to write to, which replaces `path` if nothing was raised.
 
@@ -47,10 +58,11 @@ def whole(path: pathlib.Path, sync: bool = False) -> Iterator[pathlib.Path]:
     """
     partial = path.with_name(f"{path.name}.tmp" if sync else f"{path.name}.{secrets.token_hex(8)}")
     try:
-        yield partial
-        if sync:
-            synced(partial)
-        os.replace(partial, path)
+        with naming(path):
+            yield partial
+            if sync:
+                synced(partial)
+            os.replace(partial, path)
     except BaseException:
         with contextlib.suppress(OSError):
             partial.unlink()

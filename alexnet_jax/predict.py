@@ -138,7 +138,7 @@ def features(net: Net, source: Source, layer: str) -> np.ndarray:
 
 
 def feature_batches(net: Net, source: Source, layer: str) -> Iterator[np.ndarray]:
-    """As `features`, one batch at a time, for what would not fit into memory."""
+    """As `features`, also in what it raises, a batch at a time, for what does not fit in memory."""
     config, shards = net.config, net.mesh.shape["model"]
     found = {shape.name: shape for shape in layers(config.model, len(net.meta.labels))[:-1]}
     if layer not in found:
@@ -253,7 +253,7 @@ def _files(paths: Sequence[str]) -> list[str]:
     found = []
     for path in paths:
         if not os.path.exists(path):
-            raise UserError(f"{path}: no such file or folder")
+            raise UserError(f"{path}: no such file or folder; name images, or folders with them")
         if os.path.isdir(path):
             found += _inside(path)
         elif not os.path.isfile(path):

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from alexnet_jax import command
 from alexnet_jax.config import Data
 from alexnet_jax.data import inputs, prepare, records, workers
-from alexnet_jax.errors import UserError, printable, reason
+from alexnet_jax.errors import UserError, printable
 from alexnet_jax.files import expanded
 
 SHARD_SIZE = 4096  # images: a few hundred files for ImageNet, each quick to redo
@@ -67,7 +67,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
     try:
         rest = values(argv)
     except flags.Error as error:
-        raise UserError(reason(error)) from error
+        raise UserError(command.flag_error(error)) from error
     if len(rest) > 1:
         raise UserError(f"argument {rest[1]!r} is not understood; flags are --name=value")
     if not values.help and not values.verify and not (values.input and values.output):

@@ -13,7 +13,7 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from alexnet_jax.files import write_text
+from alexnet_jax.files import naming, write_text
 
 METRICS_FILE = "metrics.jsonl"
 PASS = "num_examples"  # only in records of passes over a split
@@ -55,9 +55,9 @@ class Report(Silent):
     def __init__(self, workdir: pathlib.Path, first_step: int, num_steps: int):
         self.num_steps = num_steps
         self.start_clock(first_step)
-        path = workdir / METRICS_FILE
-        _drop_later(path, first_step)
-        self.file = path.open("a", encoding="utf-8")
+        self.path = workdir / METRICS_FILE
+        _drop_later(self.path, first_step)
+        self.file = self.path.open("a", encoding="utf-8")
         self.board = SummaryWriter(
             str(workdir / "tensorboard"), purge_step=first_step + 1, flush_secs=1
         )
@@ -75,7 +75,8 @@ class Report(Silent):
     def __exit__(self, *exception: object) -> None:
         self.bar.close()
         self.board.close()
-        self.file.close()
+        with naming(self.path):
+            self.file.close()
 
     def start_clock(self, step: int) -> None:
         """Start measuring the pace from which the time left is estimated."""
@@ -84,8 +85,9 @@ class Report(Silent):
     def record(self, split: str, step: int, epoch: float, values: Mapping[str, Any]) -> None:
         """Write one record: a line of JSON, points for TensorBoard, words for the terminal."""
         line = {"step": step, "epoch": epoch, "split": split, **values}
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        with naming(self.path):
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
         training = PASS not in values
         tag = split if training or split != "train" else "evaluation"
         for name, value in values.items():

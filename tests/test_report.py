@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import pty
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 
 from tensorboardX.proto.event_pb2 import Event
 
+from alexnet_jax import command
 from alexnet_jax.report import Report, evaluation_records, training_records
 
 OF_TRAINING = {
@@ -54,6 +56,17 @@ def test_a_record_is_a_line_of_json_and_events_and_a_plain_line(tmp_path, capsys
     assert training_records(tmp_path) == lines(tmp_path)
     for word in ("step 5/10", "loss 1.5000", "top-1 error 25.00%", "1,234 images/s", "ETA"):
         assert word in line
+
+
+def test_where_a_disk_is_full_the_file_is_named(tmp_path, capsys):
+    def work():
+        with Report(tmp_path, first_step=0, num_steps=10) as report:
+            report.file = pathlib.Path("/dev/full").open("w")  # noqa: SIM115
+            report.record("train", 5, 0.5, OF_TRAINING)
+
+    assert command.status(work) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"No space left on device: '{tmp_path / 'metrics.jsonl'}'; make room" in line
 
 
 def test_what_was_recorded_survives_a_kill(tmp_path):

@@ -128,8 +128,10 @@ def test_squares_that_do_not_fit_are_refused_with_their_size():
         ("--xla_gpu_deterministic_ops=false", "--xla_gpu_deterministic_ops=false"),
     ],
 )
-def test_what_the_user_says_to_xla_stays(monkeypatch, tmp_path, given, then):
+def test_what_the_user_says_to_xla_stays(monkeypatch, tmp_path, caplog, given, then):
     monkeypatch.setenv("XLA_FLAGS", given)
     config = Config(train=Train(deterministic=True), data=Data(cache_dir=str(tmp_path)))
     command.before_jax(config)
     assert os.environ["XLA_FLAGS"] == then
+    told = "overrides train.deterministic=True" in caplog.text
+    assert told == (command.DETERMINISTIC not in then)

@@ -124,7 +124,7 @@ def read_file(path: str) -> bytes:
 
 
 def open_source(data: Data, split: str) -> Source:
-    """As `find_source`; without a validation split, the test split stands in for it."""
+    """As `find_source`, also in what it raises; a test split stands in for a missing validation."""
     try:
         return find_source(data, split)
     except NoSplitError as missing:
@@ -164,7 +164,12 @@ def find_source(data: Data, split: str) -> Source:
 
 
 def stratified(source: Folder | Tfds, split: str, data: Data) -> Source:
-    """The part of `source` that `data.split` gives to `split`, drawn per class by `split_seed`."""
+    """The part of `source` that `data.split` gives to `split`, drawn per class by `split_seed`.
+
+    Raises:
+      NoSplitError: that is none.
+      UserError: a class has too few images to be split.
+    """
     if not data.split[tuple(FOLDER_NAMES).index(split)]:
         raise NoSplitError(
             f"data.split={data.split} leaves nothing for {split}; give it a part or name the "
@@ -192,7 +197,10 @@ def stratified(source: Folder | Tfds, split: str, data: Data) -> Source:
 
 def _folder(root: pathlib.Path, split: str, data: Data) -> Source:
     if not root.is_dir():
-        raise UserError(f"data.source=folder:{root}: no such folder")
+        raise UserError(
+            f"data.source=folder:{root}: no such folder; name one that holds train/CLASS/* and "
+            "val/CLASS/*, or CLASS/*"
+        )
     splits = {name for names in FOLDER_NAMES.values() for name in names}
     found = sorted(entry.name for entry in root.iterdir() if entry.name.lower() in splits)
     capitals = [name for name in found if name not in splits]

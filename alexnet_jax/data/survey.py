@@ -32,6 +32,9 @@ def surveyed(source: Source, data: Data, model: Model) -> tuple[Source, Statisti
     """The whole images of `source`, and their statistics at the stored size of `model`.
 
     Prepared records were surveyed when they were made; the statistics are the training split's.
+
+    Raises:
+      UserError: there is no image.
     """
     size = stored_size(data, model)
     if not len(source):

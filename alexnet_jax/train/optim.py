@@ -225,7 +225,8 @@ def plateau_update(plateau: Plateau, error: float, optim: Optim) -> Plateau:
     The rate drops when `plateau_patience` passes in a row have not improved on the best error by
     at least `plateau_min_delta`: the paper's rule (section 5), which it gives without numbers.
     """
-    if plateau.best - error >= optim.plateau_min_delta:
+    least = optim.plateau_min_delta * (1 - 1e-9)  # .043 less .042 is not quite .001
+    if plateau.best - error >= least:
         return plateau._replace(best=error, passes=0)
     passes = plateau.passes + 1
     if passes >= optim.plateau_patience and plateau.drops < optim.plateau_max_drops:

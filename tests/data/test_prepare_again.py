@@ -327,7 +327,7 @@ def test_help_names_every_flag(run):
         (["x"], ["'x'", "--name=value"]),
         (["--size=0", "--input=x", "--output=y"], ["size=0", "[8, 2048]"]),
         (["--size=2049", "--input=x", "--output=y"], ["size=2049", "[8, 2048]"]),
-        (["--size=x", "--input=x", "--output=y"], ["size=x"]),
+        (["--size=x", "--input=x", "--output=y"], ["--size='x': must be a whole number"]),
         (["--quality=101", "--input=x", "--output=y"], ["quality=101", "[1, 100]"]),
         (["--format=png", "--input=x", "--output=y"], ["format=png", "jpeg|raw"]),
         (["--shard_size=0", "--input=x", "--output=y"], ["shard_size=0"]),

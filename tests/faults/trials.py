@@ -323,9 +323,7 @@ def failure(life: Life, status: int) -> list[str]:
 def told_in_one_line(life: Life, status: int) -> list[str]:
     """What was not as it has to be where nothing more could be written."""
     lost, said = [], life.err()
-    told = len(said) == 1 and re.match(
-        "error: .*(saving step|No space left|File too large)", said[0]
-    )
+    told = len(said) == 1 and re.match("error: .*(No space left|File too large)", said[0])
     if status != 1 or not told:
         lost.append(f"ended with status {status}: {said}")
     whole = [folder for folder in step_folders(life.workdir) if not seals.damage(folder)]

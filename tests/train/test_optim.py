@@ -297,6 +297,12 @@ def test_an_improvement_of_exactly_the_least_counts_and_starts_the_count_anew():
     drops, last = replay([0.75, 0.75, 0.625, 0.625, 0.5, 0.5, 0.5], settings)
     assert drops == [7]
     assert last == Plateau(best=0.5, passes=0, drops=1)
+    for wrong in range(1, 1000):  # of a thousand images; most of these floats hold roughly
+        state = Plateau(best=wrong / 1000, passes=1)
+        one_better = optim.plateau_update(state, (wrong - 1) / 1000, Optim())
+        assert one_better == Plateau(best=(wrong - 1) / 1000)
+        one_of_more = optim.plateau_update(state, wrong / 1000 - 0.00099, Optim())
+        assert one_of_more == state._replace(passes=2)
 
 
 def test_small_improvements_add_up_against_the_best_that_counted():
