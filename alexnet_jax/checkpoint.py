@@ -63,7 +63,7 @@ class Meta:
     statistics: Statistics  # of the training split
     plateau: Plateau = BEGINNING
     num_examples: int = 0  # of the training split; stream positions depend on it
-    pool: str = ""  # identifies the examples that the split was drawn from
+    drawn_from: str = ""  # identifies the examples that the split was drawn from
     words: tuple[str, ...] = ()  # readable class names, if labels are codes
     origin: int = 0  # of the `Calendar`
 
@@ -215,7 +215,7 @@ class Checkpoints:
             statistics=Statistics(**arrays),
             plateau=_plateau_from_json(meta["plateau"]),
             num_examples=meta["num_examples"],
-            pool=meta.get("pool", ""),  # missing in older checkpoints, as are the next
+            drawn_from=meta.get("pool", ""),  # missing in older checkpoints, as are the next
             words=tuple(meta.get("words", ())),
             origin=meta.get("origin", 0),
         )
@@ -322,7 +322,7 @@ class Saver(Checkpoints):
                 "labels": list(meta.labels),
                 "plateau": _plateau_to_json(meta.plateau),
                 "num_examples": meta.num_examples,
-                "pool": meta.pool,
+                "pool": meta.drawn_from,
                 "words": list(meta.words),
                 "origin": meta.origin,
             },

@@ -107,7 +107,7 @@ def open_split(net: Net, split: str) -> Source:
     """
     source = sources.open_source(net.config.data, split)
     check_same_classes(net.meta.labels, source.labels, net.config.data.source)
-    warn_if_trained_on(net.meta.pool, source, net.config.data.source, split)
+    warn_if_trained_on(net.meta.drawn_from, source, net.config.data.source, split)
     return survey.surveyed(source, net.config.data, net.config.model)[0]
 
 

@@ -96,7 +96,10 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
         state = checkpoints.read_state(latest, meta)
     config = meta.config
     meta = dataclasses.replace(
-        meta, num_examples=len(source), pool=source.pool, words=source.words or meta.words
+        meta,
+        num_examples=len(source),
+        drawn_from=source.drawn_from,
+        words=source.words or meta.words,
     )
     calendar = make_calendar(config.train, len(source), meta.origin)
     with job.leader_first():
@@ -131,7 +134,9 @@ def _first_state(config: Config, validation: Source, broadcast: Broadcast) -> Tr
     _, meta, given = _checkpoints_of(config.train.init_from).read_net(-1, broadcast)
     new = _new_layers(config, labels, meta)
     if meta.labels == labels:
-        validate.warn_if_trained_on(meta.pool, validation, config.data.source, config.eval.split)
+        validate.warn_if_trained_on(
+            meta.drawn_from, validation, config.data.source, config.eval.split
+        )
     log.info(
         "weights are taken over from %s; new: %s",
         config.train.init_from,
@@ -165,7 +170,7 @@ def _check_images(meta: Meta, source: Source, name: str) -> None:
     """Raises UserError if a run would resume with other training images than it began with."""
     if meta.num_examples != len(source):
         change = f"has {len(source)} training images, and had {meta.num_examples}"
-    elif meta.pool and meta.pool != source.pool:
+    elif meta.drawn_from and meta.drawn_from != source.drawn_from:
         change = "is split otherwise, since its files have other names than they had"
     else:
         return

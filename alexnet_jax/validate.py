@@ -76,15 +76,15 @@ def check_same_classes(
     raise UserError(f"{where} has other classes: {detail}; {way_out}")
 
 
-def warn_if_trained_on(pool: str, source: Source, where: str, split: str) -> None:
+def warn_if_trained_on(drawn_from: str, source: Source, where: str, split: str) -> None:
     """Warn if a net may have been trained on images of `split`, drawn otherwise than its own.
 
     Args:
-      pool: of the split the net was trained on.
+      drawn_from: of the split the net was trained on.
       source: a split of `where`, the data used now.
     """
-    if pool and source.pool != pool:
-        why = "holds other files than" if source.pool else "is not split as the data"
+    if drawn_from and source.drawn_from != drawn_from:
+        why = "holds other files than" if source.drawn_from else "is not split as the data"
         log.warning(
             "%s %s the net was trained with: images of its %s split may be among those trained on",
             where, why, split,

@@ -57,7 +57,7 @@ class Source(Portion, Protocol):
         ...
 
     @property
-    def pool(self) -> str:
+    def drawn_from(self) -> str:
         """Changes whenever the examples that this split was drawn from, or the way of drawing, do.
 
         Empty where the data came with its splits.

@@ -66,7 +66,7 @@ class Records:
     statistics: Statistics  # of the training split
     index: Index
     shards: "_Files"
-    pool: str = ""  # prepared data comes with its splits
+    drawn_from: str = ""  # prepared data comes with its splits
     words: tuple[str, ...] = ()
 
     def __len__(self) -> int:

@@ -41,7 +41,7 @@ class Folder:
     targets: np.ndarray
     fingerprint: str
     paths: tuple[str, ...]
-    pool: str = ""
+    drawn_from: str = ""
     words: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -57,7 +57,7 @@ class Folder:
     def take(self, indices: np.ndarray) -> "Folder":
         paths = tuple(self.paths[index] for index in indices)
         targets, fingerprint = self.targets[indices], taken(self, indices)
-        return Folder(self.labels, targets, fingerprint, paths, self.pool)
+        return Folder(self.labels, targets, fingerprint, paths, self.drawn_from)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Tfds:
     fingerprint: str
     examples: Sequence[Any]  # dicts with image, encoded bytes, and label
     indices: np.ndarray  # (n,) int64, this source's among `examples`
-    pool: str = ""
+    drawn_from: str = ""
     words: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -177,9 +177,9 @@ def stratified(source: Folder | Tfds, split: str, data: Data) -> Source:
         )
     rng = np.random.Generator(np.random.Philox(data.split_seed))
     targets, chosen = source.targets, []
-    pool = hashlib.sha256(repr((data.split, data.split_seed, source.labels)).encode())
+    drawn_from = hashlib.sha256(repr((data.split, data.split_seed, source.labels)).encode())
     for index, target in enumerate(targets):
-        pool.update(os.fsencode(f"{target} {os.path.basename(source.name(index))}\n"))
+        drawn_from.update(os.fsencode(f"{target} {os.path.basename(source.name(index))}\n"))
     for label, name in enumerate(source.labels):
         order = rng.permutation(np.flatnonzero(targets == label))
         counts = [round(len(order) * part / sum(data.split)) for part in data.split[1:]]
@@ -192,7 +192,7 @@ def stratified(source: Folder | Tfds, split: str, data: Data) -> Source:
             )
         chosen.append(parts[split])
     part = source.take(np.sort(np.concatenate(chosen)))
-    return dataclasses.replace(part, pool=pool.hexdigest())
+    return dataclasses.replace(part, drawn_from=drawn_from.hexdigest())
 
 
 def _folder(root: pathlib.Path, split: str, data: Data) -> Source:
