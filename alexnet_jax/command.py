@@ -1,26 +1,23 @@
 """Shared by the package's commands: logging, flags, exit status."""
 
 import errno
-import functools
 import io
 import itertools
 import logging
 import os
 import pathlib
 import re
-import signal
 import sys
 import tempfile
-import threading
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from alexnet_jax import config as configs
+from alexnet_jax import interrupts
 from alexnet_jax.config import Config
 from alexnet_jax.errors import FailedError, UserError, exit_status, reason
 from alexnet_jax.files import expanded, writing
@@ -53,12 +50,9 @@ def status(work: Callable[[], int]) -> int:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    before = sys.unraisablehook
-    sys.unraisablehook = functools.partial(_ctrl_c_again, otherwise=before)
-    if os.getpid() == 1:  # PID 1 in a container: Linux drops signals it has no handler for
-        signal.signal(signal.SIGTERM, _stop)
     try:
-        return work()
+        with interrupts.heard():
+            return work()
     except (UserError, FailedError, OSError) as error:
         full = isinstance(error, OSError) and error.errno in FULL
         way_out = "; make room there, and the same command goes on" if full else ""
@@ -78,23 +72,9 @@ def status(work: Callable[[], int]) -> int:
         )
         return exit_status(error)
     except KeyboardInterrupt as stop:
-        print("stopped; the same command goes on from what was saved", file=sys.stderr)
+        words = "stopped; the same command goes on from what was saved, or starts again"
+        print(words, file=sys.stderr)
         return exit_status(stop)
-    finally:
-        sys.unraisablehook = before
-
-
-def _stop(number: int, frame: object) -> None:
-    raise KeyboardInterrupt(number)
-
-
-def _ctrl_c_again(ignored: Any, otherwise: Callable[[Any], object]) -> None:
-    """Re-sends a Ctrl-C that Python swallowed, as in a garbage-collector callback of JAX."""
-    if issubclass(ignored.exc_type, KeyboardInterrupt):
-        main = threading.main_thread().ident
-        threading.Timer(0.01, signal.pthread_kill, (main, signal.SIGINT)).start()
-    else:
-        otherwise(ignored)
 
 
 def before_jax(config: Config) -> None:

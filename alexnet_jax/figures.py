@@ -209,11 +209,15 @@ def confusion(counts: np.ndarray, labels: Sequence[str], most: int = 40) -> Any:
     names = [shortened(labels[int(place)], 24) for place in chosen]
     figure, ((axes,),) = _figure(WIDTH * 0.85, 1, 1)
     drawn = axes.imshow(shares, cmap="cividis", vmin=0, vmax=100)
-    axes.set_xticks(range(len(names)), names, rotation=90)
-    axes.set_yticks(range(len(names)), names)
+    size = min(8, 200 / len(names))  # so that one name does not run into the next
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
+    axes.set_yticks(range(len(names)), names, fontsize=size)
     axes.set_xlabel("taken for")
     if len(labels) > most:
-        axes.set_title(f"the {most} of {len(labels)} classes that are mistaken most")
+        axes.set_title(
+            f"the {most} of {len(labels)} classes that are mistaken most; others they are taken "
+            "for are not drawn"
+        )
     axes.set_ylabel("is")
     if len(names) <= 20:
         for row, column in np.argwhere(shares >= 0.5):
@@ -227,7 +231,6 @@ def confusion(counts: np.ndarray, labels: Sequence[str], most: int = 40) -> Any:
 @in_style
 def guesses(found: Sequence[Guess], columns: int = 4) -> Any:
     """Images above their five best labels, the right one marked (figure 4, left)."""
-    columns = min(columns, len(found))
     rows = math.ceil(len(found) / columns)
     figure, axes = _figure(2.75 * rows, 2 * rows, columns, height_ratios=[1.7, 1] * rows)
     for one in axes.flat:

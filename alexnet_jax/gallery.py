@@ -1,6 +1,7 @@
 """--mode=figures: pictures of trained nets, as in the paper, drawn from workdirs."""
 
 import logging
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -75,8 +76,9 @@ def learning(directories: Sequence[pathlib.Path], value: str, ylabel: str) -> An
 
 def names(directories: Sequence[pathlib.Path]) -> dict[str, pathlib.Path]:
     """The workdirs by the shortest path suffixes that distinguish them."""
+    parts = {place: pathlib.Path(os.path.abspath(place)).parts for place in directories}
     for length in range(1, 64):
-        found = {"/".join(place.parts[-length:]): place for place in directories}
+        found = {"/".join(parts[place][-length:]): place for place in directories}
         if len(found) == len(set(directories)):
             return found
     return {str(place): place for place in directories}
@@ -151,6 +153,8 @@ def neighbours(net: Net, found: Predictions, size: int) -> Any:
             for part in predict.feature_batches(net, training, layer)
         ]
     )  # (n, queries)
+    if net.config.eval.split == "train":  # nearest to each is itself
+        distances[places, np.arange(len(places))] = np.inf
     nearest = np.argsort(distances, axis=0, kind="stable")[:NEAREST].T
     return figures.neighbours(
         [_picture(queries, place, size, found.words) for place in places],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import math
 import re
 from collections import Counter
@@ -24,6 +25,7 @@ from alexnet_jax.models.nets import layers
 from alexnet_jax.train.calendar import Calendar
 from alexnet_jax.train.state import make_apply, placed_shapes, state_shapes
 
+log = logging.getLogger(__name__)
 IMAGENET_CLASSES = 1000  # if the config gives no number; the data is not opened
 BATCH_SIZE = 2  # per device, of the traced and compiled step; the counts do not depend on it
 
@@ -122,6 +124,8 @@ def inspect(config: Config) -> dict[str, Any]:
     )
     start_devices(asked.model * asked.data, at_least=True)
     num_classes = model.num_classes or IMAGENET_CLASSES
+    if not model.num_classes:
+        log.info("model.num_classes is not set: the net is shown with ImageNet's %d", num_classes)
     mesh = make_mesh(asked, model)
     found = layers(model, num_classes)
     reads_both = [layer for layer in found if layer.groups == 1][1:] if model.splits else []

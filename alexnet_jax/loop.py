@@ -34,8 +34,8 @@ from alexnet_jax.train.step import DeviceBatch, StepResults, TrainStep
 log = logging.getLogger(__name__)
 
 WAY_OUT = (
-    "the last checkpoint stays; the usual way out is a lower --config.optim.learning_rate with "
-    "--allow_config_change, or to take that checkpoint's folder away, if its net is ruined already"
+    "what was saved stays; the usual way out is a lower --config.optim.learning_rate with "
+    "--allow_config_change, or to take the last checkpoint's folder away, if its net is ruined"
 )
 
 
@@ -308,9 +308,11 @@ def _introduce(run: setup.Run, first: int, report: Silent) -> None:
     model, calendar = run.config.model, run.calendar
     count = sum(layer.parameters for layer in layers(model, len(run.meta.labels)))
     shape = " x ".join(f"{name}={size}" for name, size in run.mesh.shape.items())
+    idle = jax.device_count() - run.mesh.size
+    unused = f"; {idle} more devices are not used" if idle else ""
     report.say(
         f"preset {model.preset}, width {model.width:g}, input {model.input_size}, {model.dtype}: "
-        f"{count:,} parameters on {jax.default_backend()} mesh {shape}"
+        f"{count:,} parameters on {jax.default_backend()} mesh {shape}{unused}"
     )
     report.say(
         f"{run.config.data.source}: {calendar.num_examples:,} training images, "

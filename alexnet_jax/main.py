@@ -14,6 +14,11 @@ import json
 import logging
 import sys
 
+from alexnet_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.at_once()
+
 from absl import flags
 
 from alexnet_jax import (

@@ -16,6 +16,11 @@ import re
 import sys
 import time
 
+from alexnet_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.at_once()
+
 from absl import flags
 from tqdm import tqdm
 

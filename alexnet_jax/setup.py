@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from alexnet_jax import validate, workdir
 from alexnet_jax.checkpoint import Broadcast, Checkpoints, Meta, Saver, local
 from alexnet_jax.cluster import Job
-from alexnet_jax.config import SHARES_ENTRY, Config
+from alexnet_jax.config import SHARES_ENTRY, Config, changes
 from alexnet_jax.data import sources, survey
 from alexnet_jax.data.examples import Source
 from alexnet_jax.data.statistics import Statistics
@@ -33,6 +33,12 @@ from alexnet_jax.train.state import (
 from alexnet_jax.train.step import EvalStep, TrainStep, make_train_step
 
 log = logging.getLogger(__name__)
+
+# What of a net may change when its weights begin another: names, initial values, new layers, types.
+NEW_NET = {
+    "model.preset", "model.num_classes", "model.dtype", "model.conv6", "model.init",
+    "model.weight_std", "model.bias",
+}  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -133,7 +139,8 @@ def _first_state(config: Config, validation: Source, broadcast: Broadcast) -> Tr
         return state
     _, meta, given = _checkpoints_of(config.train.init_from).read_net(-1, broadcast)
     new = _new_layers(config, labels, meta)
-    if meta.labels == labels:
+    _say_other_net(config, meta)
+    if {*meta.labels} & {*labels}:
         validate.warn_if_trained_on(
             meta.drawn_from, validation, config.data.source, config.eval.split
         )
@@ -146,6 +153,19 @@ def _first_state(config: Config, validation: Source, broadcast: Broadcast) -> Tr
     drawn = {name: state.params[name] for name in new}
     drawn |= {name: jax.tree.map(np.zeros_like, drawn[name]) for name in new if name != "conv6"}
     return state._replace(params={**given, **drawn})
+
+
+def _say_other_net(config: Config, meta: Meta) -> None:
+    """Warn if the weights taken over are of a net that computes something else from an image."""
+    refused, asked = changes(meta.config, config)
+    found = {name: pair for name, pair in (refused | asked).items() if name not in NEW_NET}
+    kept = {name: pair for name, pair in found.items() if name.startswith(("model.", "data.mean"))}
+    if kept:
+        words = ", ".join(f"{name}={old!r}, not {new!r}" for name, (old, new) in kept.items())
+        log.warning(
+            "the net of %s was trained with %s: here its weights compute something else",
+            config.train.init_from, words,
+        )  # fmt: skip
 
 
 def _resumed(

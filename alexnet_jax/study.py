@@ -18,6 +18,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from alexnet_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.at_once()
+
 import jax
 from absl import flags
 

@@ -80,11 +80,12 @@ def warn_if_trained_on(drawn_from: str, source: Source, where: str, split: str) 
     """Warn if a net may have been trained on images of `split`, drawn otherwise than its own.
 
     Args:
-      drawn_from: of the split the net was trained on.
+      drawn_from: of the split the net was trained on; each is empty for data with splits.
       source: a split of `where`, the data used now.
     """
-    if drawn_from and source.drawn_from != drawn_from:
-        why = "holds other files than" if source.drawn_from else "is not split as the data"
+    if source.drawn_from != drawn_from:
+        both = source.drawn_from and drawn_from
+        why = "holds other files than" if both else "is not split as the data"
         log.warning(
             "%s %s the net was trained with: images of its %s split may be among those trained on",
             where, why, split,

@@ -1,6 +1,8 @@
 """What the pictures show: numbers behind them against numpy, and that the right thing is marked."""
 
+import itertools
 import json
+import pathlib
 
 import matplotlib
 import numpy as np
@@ -81,7 +83,7 @@ def test_a_label_is_drawn_as_it_is_written_or_cut_where_it_is_long(tmp_path):
     image = np.zeros((4, 4, 3), np.uint8)
     found = figures.Guess(image, "x" * 50, labels, (0.6, 0.1, 0.1, 0.1, 0.1), "é")
     figure = figures.guesses([found])
-    words = texts(figure.axes[1])
+    words = texts(figure.axes[4])  # below four pictures, of which three are left out
     assert words[0] == "$a_b$  60%"
     assert words[1].startswith("n02_xn02_xn02_x")
     assert len(words[1]) < 30
@@ -98,8 +100,18 @@ def test_confusion_is_in_per_cent_of_the_class_and_keeps_the_worst_of_many():
     assert sorted(texts(figure.axes[0])) == sorted(["75", "25", "100", "25", "25", "50"])
     figure = figures.confusion(counts, ("a", "b", "c"), most=2)
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["a", "c"]
+    assert "the 2 of 3 classes that are mistaken most" in figure.axes[0].get_title()
     drawn = np.asarray(figure.axes[0].images[0].get_array())
     np.testing.assert_allclose(drawn, [[75, 0], [25, 50]])
+
+
+def test_names_of_many_classes_do_not_run_into_each_other():
+    figure = figures.confusion(
+        np.eye(40, dtype=int), [f"class of long name {n}" for n in range(40)]
+    )
+    FigureCanvasAgg(figure).draw()
+    tops = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
+    assert all(below.y1 < above.y0 for above, below in itertools.pairwise(tops))
 
 
 def test_a_class_without_examples_is_no_division_by_zero():
@@ -203,6 +215,17 @@ def test_neighbours_are_the_nearest_in_the_features_file(trained, run, tmp_path,
             assert name == training["labels"][training["targets"][index]]
 
 
+def test_no_training_image_is_its_own_neighbour(trained, run, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(
+        figures, "neighbours", lambda *given: asked.update(zip(("queries", "nearest"), given))
+    )
+    monkeypatch.setattr(figures, "save", lambda figure, path: [])
+    assert run(trained, "--mode=figures", "--config.eval.split=train") == 0
+    for (query, _), nearest in zip(asked["queries"], asked["nearest"], strict=True):
+        assert not any(np.array_equal(query, image) for image, _ in nearest)
+
+
 def stored(name: str) -> np.ndarray:
     with open(name, "rb") as file:
         return pictures.square(pictures.decode(file.read(), name), 41)
@@ -229,6 +252,12 @@ def test_curves_of_several_runs_are_told_apart_by_the_ends_of_their_paths(tmp_pa
     places = [tmp_path / "relu" / "1", tmp_path / "tanh" / "1"]
     assert list(gallery.names(places)) == ["relu/1", "tanh/1"]
     assert list(gallery.names(places[:1])) == ["1"]
+
+
+def test_the_current_folder_has_its_own_name_in_a_legend(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert list(gallery.names([pathlib.Path(), pathlib.Path("../there")])) == ["here", "there"]
 
 
 def test_update_to_weight_ratios_are_logged_for_every_layer(trained):

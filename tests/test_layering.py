@@ -15,6 +15,7 @@ ROOMS = (
     "files",
     "seals",
     "cluster",
+    "interrupts",
     "command",
     "compiled",
     "ops.native",

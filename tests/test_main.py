@@ -220,6 +220,29 @@ def test_records_after_the_restored_step_are_taken_out(run, tmp_path):
     assert records(tmp_path, "train")[-1]["loss"] < 9
 
 
+STOPPED = "stopped; the same command goes on from what was saved, or starts again"
+
+IMPORTING = """
+import os, runpy, signal, sys
+
+class CtrlC:
+    def find_spec(self, name, path, target=None):
+        if name == "jax":
+            os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs behind a shell ignores it
+sys.meta_path.insert(0, CtrlC())
+runpy.run_module(sys.argv[1], run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("name", ["main", "study", "prepare"])
+def test_ctrl_c_ends_a_command_that_is_still_importing_jax(name):
+    command = [sys.executable, "-c", IMPORTING, f"alexnet_jax.{name}", "--help"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
+
+
 LOST = """
 import gc, signal, sys, time
 from alexnet_jax import command
@@ -260,14 +283,18 @@ def test_the_first_process_of_a_container_listens_to_sigterm():
         [sys.executable, "-c", FIRST], capture_output=True, text=True, timeout=50
     )
     assert ended.returncode == 143
-    assert ended.stderr == "stopped; the same command goes on from what was saved\n"
+    assert (
+        ended.stderr == "stopped; the same command goes on from what was saved, or starts again\n"
+    )
 
 
 def test_a_ctrl_c_that_python_drops_comes_again():
     """JAX has such a callback of the garbage collector's."""
     ended = subprocess.run([sys.executable, "-c", LOST], capture_output=True, text=True, timeout=50)
     assert ended.returncode == 130
-    assert ended.stderr == "stopped; the same command goes on from what was saved\n"
+    assert (
+        ended.stderr == "stopped; the same command goes on from what was saved, or starts again\n"
+    )
 
 
 def test_compiled_programs_are_kept_in_the_cache_unless_jax_was_told_another_place(
@@ -458,7 +485,9 @@ def test_a_ruined_net_is_not_evaluated_and_an_older_checkpoint_goes_on(
     ruin = ("--config.checkpoint.every_steps=1", "--config.optim.learning_rate=1e9")
     assert run(tmp_path, "--config.train.num_steps=1", "--config.optim.learning_rate=1e-4") == 0
     assert run(tmp_path, "--config.train.num_steps=5", *ruin, "--allow_config_change") == 1
-    assert "--allow_config_change, or to take that checkpoint's folder away" in errors(capsys)[-1]
+    assert (
+        "--allow_config_change, or to take the last checkpoint's folder away" in errors(capsys)[-1]
+    )
     (*_, last) = steps(tmp_path)
     assert last > 1
     picture = str(next((images / "val").rglob("*.jpg")))
@@ -577,7 +606,9 @@ def test_other_classes_are_refused(trained, run, images, tmp_path, capsys):
     assert run(trained, source, "--allow_config_change") == 2
     assert "class 0 is 'ant', in the checkpoint 'cat'" in capsys.readouterr().err
     assert run(trained, source, "--mode=eval") == 2
-    assert "other classes" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "other classes" in error
+    assert f"set data.source to the data the net was trained for, folder:{images}" in error
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What a run takes over from another one, and which layers then move how far."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -75,6 +76,42 @@ def test_a_net_that_may_know_the_validation_images_is_told(images, run, tmp_path
     assert told not in capsys.readouterr().err
     assert run(tmp_path / "other", data, short, begun, "--config.data.split_seed=1") == 0
     assert told in capsys.readouterr().err
+
+
+def test_a_net_that_gained_a_class_may_know_the_validation_images_too(
+    images, run, tmp_path, capsys
+):
+    """The classes are drawn one after another, so that one more changes the next ones' parts."""
+    folder = tmp_path / "flat"
+    shutil.copytree(images / "train", folder)
+    data, short = f"--config.data.source=folder:{folder}", "--config.train.num_steps=1"
+    assert run(tmp_path / "first", data, short) == 0
+    shutil.copytree(folder / "dog", folder / "ant")
+    capsys.readouterr()
+    begun = f"--config.train.init_from={tmp_path / 'first'}"
+    assert run(tmp_path / "more", data, short, begun) == 0
+    assert "images of its validation split may be among those trained" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("model.activation=tanh", "model.activation='relu', not 'tanh'"),
+        ("data.mean=channel", "data.mean='central', not 'channel'"),
+        ("model.dropout_rule=inverted", "model.dropout_rule='scale_at_test', not 'inverted'"),
+        ("model.dtype=bfloat16", ""),
+        ("model.weight_std=(1,1,1,1,1,1,1,1)", ""),
+        ("optim.learning_rate=0.001", ""),
+    ],
+)
+def test_weights_that_now_compute_something_else_are_told(
+    setting, words, trained, run, tmp_path, capsys
+):
+    flags = [f"--config.train.init_from={trained}", "--config.train.num_steps=1"]
+    assert run(tmp_path, *flags, f"--config.{setting}") == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "was trained with" in line]
+    assert len(told) == bool(words)
+    assert all(words in line for line in told)
 
 
 @pytest.mark.parametrize(("classes", "new"), [(CATS, "fc4"), (BIRDS, "fc4"), (None, "nothing")])
