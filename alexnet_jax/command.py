@@ -83,7 +83,7 @@ def before_jax(config: Config) -> None:
     given = os.environ.get("XLA_FLAGS", "")
     if config.train.deterministic and DETERMINISTIC.split("=")[0] not in given:
         os.environ["XLA_FLAGS"] = f"{given} {DETERMINISTIC}".strip()
-    elif config.train.deterministic and DETERMINISTIC not in given:
+    elif config.train.deterministic and re.search(f"{DETERMINISTIC[:-4]}(false|0)", given):
         log.warning("XLA_FLAGS=%s overrides train.deterministic=True", given)
 
 

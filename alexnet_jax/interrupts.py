@@ -13,9 +13,10 @@ from typing import Any
 def at_once() -> None:
     """Have Ctrl-C end this process at once until `heard`: it could be lost while JAX is imported.
 
-    To be called by a command before its other imports. A process that ignores Ctrl-C goes on to.
+    To be called by a command before its other imports. A process that ignores Ctrl-C goes on to,
+    and one with PID 1, for which Linux drops signals without a handler, keeps Python's.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler and os.getpid() != 1:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -27,7 +28,7 @@ def heard() -> Iterator[None]:
     if threading.current_thread() is threading.main_thread():
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        if os.getpid() == 1:  # in a container: Linux drops signals that PID 1 has no handler for
+        if os.getpid() == 1:  # in a container
             signal.signal(signal.SIGTERM, _stop)
     try:
         yield
