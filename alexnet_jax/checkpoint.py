@@ -63,7 +63,7 @@ class Meta:
     statistics: Statistics  # of the training split
     plateau: Plateau = BEGINNING
     num_examples: int = 0  # of the training split; stream positions depend on it
-    drawn_from: str = ""  # identifies the examples that the split was drawn from
+    drawn_from: str | None = ""  # the `Source`'s; None in older checkpoints, which lack it
     words: tuple[str, ...] = ()  # readable class names, if labels are codes
     origin: int = 0  # of the `Calendar`
 
@@ -215,7 +215,7 @@ class Checkpoints:
             statistics=Statistics(**arrays),
             plateau=_plateau_from_json(meta["plateau"]),
             num_examples=meta["num_examples"],
-            drawn_from=meta.get("pool", ""),  # missing in older checkpoints, as are the next
+            drawn_from=meta.get("pool"),  # missing in older checkpoints, as are the next
             words=tuple(meta.get("words", ())),
             origin=meta.get("origin", 0),
         )
@@ -417,8 +417,8 @@ def _save_errors(step: int) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         raise SaveError(
-            f"saving step {step} failed: {reason(error)}; the checkpoints before it are whole: "
-            "mend that, and the same command goes on from them"
+            f"saving step {step} failed: {reason(error)}; what was saved before stays: mend that, "
+            "and the same command goes on"
         ) from error
 
 

@@ -31,7 +31,7 @@ ILL_TYPED = {
 }
 log = logging.getLogger(__name__)
 WORTH_KEEPING = 0.2  # seconds of compilation; the full net's step takes under one on a CPU
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of disks, and of what a user may write
+FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, and a user's part of it
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
@@ -54,7 +54,7 @@ def status(work: Callable[[], int]) -> int:
         with interrupts.heard():
             return work()
     except (UserError, FailedError, OSError) as error:
-        full = isinstance(error, OSError) and error.errno in FULL
+        full = isinstance(error, OSError) and error.filename and error.errno in FULL
         way_out = "; make room there, and the same command goes on" if full else ""
         print(f"error: {error}{way_out}", file=sys.stderr)
         return exit_status(error)
@@ -191,7 +191,7 @@ def flag_error(error: Exception) -> str:
             "write it as those of configs/ are"
         )
     if text.startswith("FrozenConfigDict"):
-        return "the --config file returns a FrozenConfigDict; begin it with blank(), as configs/"
+        return "the --config file returns a FrozenConfigDict; return what blank() gives"
     if isinstance(error, OSError):
         missing = re.search(r"No such file or directory: '(.*?)'", text)
         way_out = "try --config=configs/quickstart.py"

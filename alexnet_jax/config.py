@@ -389,7 +389,7 @@ def resolve(user: Any) -> Config:
             if count % config.model.towers:
                 raise UserError(
                     f"model.{name}: {count} maps cannot be split between {config.model.towers} "
-                    f"towers; set --config.model.{name} to whole numbers of each, or "
+                    f"towers; set --config.model.{name} to even numbers, or "
                     "--config.model.towers=1"
                 )
     return config

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import numpy as np
 
 from alexnet_jax.errors import UserError, shortened
+from alexnet_jax.files import naming
 
 # Okabe and Ito's colours, distinct for every kind of colour vision.
 BLUE, ORANGE, GREEN, PINK, SKY, RED, BLACK, GREY = (
@@ -76,7 +77,8 @@ def save(figure: Any, path: pathlib.Path) -> list[str]:
     written = [path] if path.suffix else [path.with_suffix(suffix) for suffix in (".png", ".svg")]
     for file in written:
         metadata = {"Date": None} if file.suffix == ".svg" else {}
-        figure.savefig(file, dpi=200, metadata=metadata)
+        with naming(file):
+            figure.savefig(file, dpi=200, metadata=metadata)
     return [str(file) for file in written]
 
 

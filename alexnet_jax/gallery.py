@@ -39,10 +39,10 @@ def draw(config: Config, directories: Sequence[pathlib.Path]) -> list[str]:
     for directory in directories:
         if not report.training_records(directory):
             raise UserError(f"--workdir={directory} holds no {report.METRICS_FILE}; train there")
-    folder = directories[0] / "figures"
-    with writing(str(folder), "copy the workdir to where files can be written"):
-        folder.mkdir(exist_ok=True)
     net = predict.open_net(config, directories[0])
+    folder = directories[0] / "figures"
+    with writing(str(folder), "make room for it, or copy the workdir to where you may write"):
+        folder.mkdir(exist_ok=True)
     found = evaluate.predictions(net, config.eval.split)
     size = net.meta.statistics.stored_size
     drawn = {

@@ -309,7 +309,7 @@ def _introduce(run: setup.Run, first: int, report: Silent) -> None:
     count = sum(layer.parameters for layer in layers(model, len(run.meta.labels)))
     shape = " x ".join(f"{name}={size}" for name, size in run.mesh.shape.items())
     idle = jax.device_count() - run.mesh.size
-    unused = f"; {idle} more devices are not used" if idle else ""
+    unused = f"; devices not used: {idle}" if idle else ""
     report.say(
         f"preset {model.preset}, width {model.width:g}, input {model.input_size}, {model.dtype}: "
         f"{count:,} parameters on {jax.default_backend()} mesh {shape}{unused}"

@@ -34,10 +34,10 @@ from alexnet_jax.train.step import EvalStep, TrainStep, make_train_step
 
 log = logging.getLogger(__name__)
 
-# What of a net may change when its weights begin another: names, initial values, new layers, types.
+# What of a net may change when its weights begin another: its name, initial values, new layers.
 NEW_NET = {
-    "model.preset", "model.num_classes", "model.dtype", "model.conv6", "model.init",
-    "model.weight_std", "model.bias",
+    "model.preset", "model.num_classes", "model.conv6", "model.init", "model.weight_std",
+    "model.bias",
 }  # fmt: skip
 
 
@@ -158,10 +158,13 @@ def _first_state(config: Config, validation: Source, broadcast: Broadcast) -> Tr
 def _say_other_net(config: Config, meta: Meta) -> None:
     """Warn if the weights taken over are of a net that computes something else from an image."""
     refused, asked = changes(meta.config, config)
-    found = {name: pair for name, pair in (refused | asked).items() if name not in NEW_NET}
-    kept = {name: pair for name, pair in found.items() if name.startswith(("model.", "data.mean"))}
-    if kept:
-        words = ", ".join(f"{name}={old!r}, not {new!r}" for name, (old, new) in kept.items())
+    found = {name: pair for name, pair in refused.items() if name not in NEW_NET}
+    found |= {name: pair for name, pair in asked.items() if name == "data.mean"}
+    if meta.config.model.dropout_rule == config.model.dropout_rule == "inverted":
+        found.pop("model.dropout_after", None)  # which is of no consequence after training
+        found.pop("model.dropout_rate", None)
+    if found:
+        words = ", ".join(f"{name}={old!r}, not {new!r}" for name, (old, new) in found.items())
         log.warning(
             "the net of %s was trained with %s: here its weights compute something else",
             config.train.init_from, words,

@@ -76,19 +76,18 @@ def check_same_classes(
     raise UserError(f"{where} has other classes: {detail}; {way_out}")
 
 
-def warn_if_trained_on(drawn_from: str, source: Source, where: str, split: str) -> None:
+def warn_if_trained_on(drawn_from: str | None, source: Source, where: str, split: str) -> None:
     """Warn if a net may have been trained on images of `split`, drawn otherwise than its own.
 
     Args:
-      drawn_from: of the split the net was trained on; each is empty for data with splits.
+      drawn_from: of the split the net was trained on; None if unknown.
       source: a split of `where`, the data used now.
     """
-    if source.drawn_from != drawn_from:
-        both = source.drawn_from and drawn_from
-        why = "holds other files than" if both else "is not split as the data"
+    if drawn_from is not None and source.drawn_from != drawn_from:
         log.warning(
-            "%s %s the net was trained with: images of its %s split may be among those trained on",
-            where, why, split,
+            "%s is not split as the data the net was trained with: images of its %s split may be "
+            "among those trained on",
+            where, split,
         )  # fmt: skip
 
 

@@ -99,6 +99,7 @@ def test_a_net_that_gained_a_class_may_know_the_validation_images_too(
         ("model.activation=tanh", "model.activation='relu', not 'tanh'"),
         ("data.mean=channel", "data.mean='central', not 'channel'"),
         ("model.dropout_rule=inverted", "model.dropout_rule='scale_at_test', not 'inverted'"),
+        ("model.dropout_after=fc7", "model.dropout_after=('fc6', 'fc7'), not ('fc7',)"),
         ("model.dtype=bfloat16", ""),
         ("model.weight_std=(1,1,1,1,1,1,1,1)", ""),
         ("optim.learning_rate=0.001", ""),
