@@ -25,7 +25,7 @@ def at_once() -> None:
 def heard() -> Iterator[None]:
     """Ctrl-C is a KeyboardInterrupt again, and raised once more if Python swallowed it."""
     before = sys.unraisablehook
-    sys.unraisablehook = functools.partial(_ctrl_c_again, otherwise=before)
+    sys.unraisablehook = functools.partial(_sent_again, otherwise=before)
     if threading.current_thread() is threading.main_thread():
         if signal.getsignal(signal.SIGINT) is _leave:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -45,7 +45,7 @@ def _stop(number: int, frame: object) -> None:
     raise KeyboardInterrupt(number)
 
 
-def _ctrl_c_again(ignored: Any, otherwise: Callable[[Any], object]) -> None:
+def _sent_again(ignored: Any, otherwise: Callable[[Any], object]) -> None:
     """Re-sends a signal that Python swallowed, as in a garbage-collector callback of JAX."""
     if issubclass(ignored.exc_type, KeyboardInterrupt):
         number = (*getattr(ignored.exc_value, "args", ()), signal.SIGINT)[0]
