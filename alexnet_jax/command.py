@@ -114,7 +114,7 @@ def define_config(values: flags.FlagValues, argv: Sequence[str]) -> None:
         )
     except flags.Error as error:
         raise UserError(reason(error)) from error
-    flags.DEFINE_bool("help", False, "print this", flag_values=values)
+    flags.DEFINE_bool("help", False, "print this", short_name="h", flag_values=values)
 
 
 def parse(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:

@@ -83,7 +83,7 @@ def parse(argv: list[str]) -> tuple[flags.FlagValues | None, list[str]]:
     )
     rest = command.parse(values, argv)
     if values.help:
-        print(f"{__doc__}\n{values.main_module_help()}")
+        print(f"{__doc__}\n{values.get_help(include_special_flags=False)}")
         return None, []
     if rest and values.mode != "predict":
         raise UserError(f"argument {rest[0]!r} is not understood; flags are --name=value")

@@ -68,7 +68,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
         "cache_dir", Data.cache_dir, "of drawn and compiled things", flag_values=values
     )
     flags.DEFINE_list("split", "6,2,2", "of a folder that comes without", flag_values=values)
-    flags.DEFINE_bool("help", False, "print this", flag_values=values)
+    flags.DEFINE_bool("help", False, "print this", short_name="h", flag_values=values)
     try:
         rest = values(argv)
     except flags.Error as error:

@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
         values = parse(argv)
         if values.help:
             names = "".join(f"\n  {name:24}{study.question}" for name, study in STUDIES.items())
-            print(f"{__doc__}\nStudies:{names}\n\n{values.main_module_help()}")
+            print(f"{__doc__}\nStudies:{names}\n\n{values.get_help(include_special_flags=False)}")
             return 0
         return run(values)
 

@@ -687,6 +687,15 @@ def test_a_value_of_another_type_is_named_with_its_field(flag, words, config_fil
     assert f"set --config.{flag.partition('=')[0]}=..." in said
 
 
+@pytest.mark.parametrize("asked", ["-h", "--help"])
+def test_help_names_every_flag(asked, capsys):
+    assert command.main(["main", asked]) == 0
+    found = capsys.readouterr().out
+    for flag in ("config", "workdir", "mode", "output", "layer", "figure", "json", "coordinator",
+                 "num_processes", "process_id", "allow_config_change"):  # fmt: skip
+        assert re.search(rf"^ +--(\[no\])?{flag}:", found, re.MULTILINE), flag
+
+
 def test_a_lack_of_memory_is_told_in_a_line(capsys):
     def work() -> int:
         raise MemoryError("Unable to allocate 9 GiB")
