@@ -103,8 +103,8 @@ class NewestAndBest:
 class Checkpoints:
     """Reads the checkpoints of a folder, even while a run is saving there."""
 
-    def __init__(self, directory: pathlib.Path):
-        self.directory = directory.absolute()
+    def __init__(self, directory: pathlib.Path, broadcast: Broadcast = local):
+        self.directory, self.broadcast = directory.absolute(), broadcast
         self.context = ocp.Context()
         registry = ocp.handlers.local_registry()
         registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")
@@ -118,28 +118,25 @@ class Checkpoints:
     def folder(self, step: int) -> pathlib.Path:
         return self.directory / str(step)
 
-    def newest_whole(self, broadcast: Broadcast = local) -> int | None:
+    def newest_whole(self) -> int | None:
         """The newest step whose files are as they were saved; None if there is no checkpoint.
 
         An unsealed one, left by a run killed before sealing, counts if all of it can be read.
-
-        Args:
-          broadcast: `Job.broadcast`, if all ranks ask; only rank 0 then computes checksums.
 
         Raises:
           UserError: there are checkpoints, but all of them are damaged.
         """
 
         def listed() -> list[int]:
-            return json.loads(broadcast(lambda: json.dumps(self.steps())))
+            return json.loads(self.broadcast(lambda: json.dumps(self.steps())))
 
         steps = listed()
         for step in reversed(steps):
-            problem = self._damage_of(step, broadcast)
+            problem = self._damage_of(step)
             if not problem:
                 return step
             if listed() != steps:  # a run has just replaced it with a newer one
-                return self.newest_whole(broadcast)
+                return self.newest_whole()
             log.warning(
                 "CHECKPOINT %s IS DAMAGED (%s); trying an older one", self.folder(step), problem
             )
@@ -150,11 +147,11 @@ class Checkpoints:
             )
         return None
 
-    def _damage_of(self, step: int, broadcast: Broadcast) -> str:
+    def _damage_of(self, step: int) -> str:
         """What is wrong with a checkpoint, in words; "" if it is intact."""
         folder = self.folder(step)
-        if broadcast(lambda: "sealed" if seals.is_sealed(folder) else ""):
-            return broadcast(lambda: seals.damage(folder) or "")
+        if self.broadcast(lambda: "sealed" if seals.is_sealed(folder) else ""):
+            return self.broadcast(lambda: seals.damage(folder) or "")
         problem = ""
         try:  # Orbax reads collectively, on all processes
             self.read_meta(step)
@@ -162,15 +159,15 @@ class Checkpoints:
             self._read_all(step, "training")
         except UserError as error:
             problem = f"it was not sealed, and its reading ends in {type(error.__cause__).__name__}"
-        return broadcast(lambda: problem)
+        return self.broadcast(lambda: problem)
 
-    def chosen_step(self, wanted: int, broadcast: Broadcast = local) -> int:
+    def chosen_step(self, wanted: int) -> int:
         """The step `wanted`, or for -1 the newest intact one.
 
         Raises:
           UserError: there is none, or it is damaged.
         """
-        newest = self.newest_whole(broadcast) if wanted == -1 else None
+        newest = self.newest_whole() if wanted == -1 else None
         if newest is not None:
             return newest
         steps = self.steps()
@@ -181,7 +178,7 @@ class Checkpoints:
                 f"checkpoint.step={wanted}: {self.directory} holds steps "
                 f"{', '.join(map(str, steps))}; set --config.checkpoint.step to one of them"
             )
-        problem = self._damage_of(wanted, broadcast)
+        problem = self._damage_of(wanted)
         if problem:
             raise UserError(
                 f"checkpoint {self.folder(wanted)} is damaged ({problem}); "
@@ -189,20 +186,20 @@ class Checkpoints:
             )
         return wanted
 
-    def read_net(self, wanted: int, broadcast: Broadcast = local) -> tuple[int, Meta, Params]:
+    def read_net(self, wanted: int) -> tuple[int, Meta, Params]:
         """`chosen_step`, with its meta and its parameters, as from `read_params`.
 
         Raises:
           UserError: as `chosen_step`.
         """
         steps = self.steps()
-        step = self.chosen_step(wanted, broadcast)
+        step = self.chosen_step(wanted)
         try:
             return step, self.read_meta(step), self.read_params(step)
         except UserError:
             if jax.process_count() > 1 or self.steps() == steps:
                 raise
-        return self.read_net(wanted, broadcast)  # a run has just replaced it with a newer one
+        return self.read_net(wanted)  # a run has just replaced it with a newer one
 
     def read_meta(self, step: int) -> Meta:
         """Everything but the state of a step."""
@@ -265,8 +262,8 @@ class Saver(Checkpoints):
     Use as a context manager, which on exit waits for the last save.
     """
 
-    def __init__(self, directory: pathlib.Path):
-        super().__init__(directory)
+    def __init__(self, directory: pathlib.Path, broadcast: Broadcast = local):
+        super().__init__(directory, broadcast)
         self.context.async_options.create_directories_asynchronously = False  # failing there hangs
         _set_aside_unreadable(self.directory)
         self.checkpointer = ocp.training.Checkpointer(

@@ -12,6 +12,7 @@ import difflib
 import functools
 import json
 import math
+import operator
 import re
 import types
 from collections.abc import Callable, Mapping
@@ -471,16 +472,10 @@ def changes(old: Config, new: Config) -> tuple[dict[str, tuple], dict[str, tuple
       need --allow_config_change. The rest is free to change.
     """
     refused, asked = {}, {}
-    if old.seed != new.seed:
-        asked["seed"] = (old.seed, new.seed)
-    for section in SECTIONS:
-        before, after = getattr(old, section), getattr(new, section)
-        for field in dataclasses.fields(before):
-            name = f"{section}.{field.name}"
-            pair = (getattr(before, field.name), getattr(after, field.name))
-            if pair[0] == pair[1] or section in FREE_SECTIONS or name in FREE_ON_RESUME:
-                continue
-            into = refused if section == "model" and field.name != "dtype" else asked
+    for name in field_names():
+        section, pair = name.partition(".")[0], tuple(map(operator.attrgetter(name), (old, new)))
+        if pair[0] != pair[1] and section not in FREE_SECTIONS and name not in FREE_ON_RESUME:
+            into = refused if section == "model" and name != "model.dtype" else asked
             into[name] = pair
     return refused, asked
 
@@ -505,7 +500,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         return value
     if not isinstance(hint, type) and isinstance(value, list | tuple):
         if value and all(isinstance(entry, str) for entry in value):
-            value = ",".join(value).replace(" ", "").split(",")  # as a command line's fc6,fc7
+            value = re.findall(r"\w+", " ".join(value))  # as a command line's fc6,fc7
         return tuple(_typed(name, entry, hint.__args__[0]) for entry in value)
     wanted = {float: "a finite number", int: "a whole number", bool: "True or False", str: "text"}
     words = wanted[hint] if isinstance(hint, type) else "a list"

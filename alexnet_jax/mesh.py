@@ -129,14 +129,10 @@ def local_rows(mesh: jax.sharding.Mesh, batch_size: int) -> range:
 
     Processes that hold the two towers of one `data` place read the same rows; others disjoint ones.
     """
-    share = batch_size // mesh.shape["data"]
-    process = jax.process_index()
-    places = [
-        place
-        for place, towers in enumerate(mesh.devices)
-        if any(device.process_index == process for device in towers)
-    ]
-    return range(places[0] * share, (places[-1] + 1) * share)
+    sharding = NamedSharding(mesh, P("data"))
+    shares = sharding.devices_indices_map((batch_size,))
+    ends = [shares[own][0].indices(batch_size)[:2] for own in sharding.addressable_devices]
+    return range(min(ends)[0], max(ends)[1])
 
 
 def local_columns(array: jax.Array) -> np.ndarray:

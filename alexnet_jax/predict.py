@@ -65,8 +65,8 @@ def open_net(config: Config, directory: str | pathlib.Path, broadcast: Broadcast
     if not (directory / CHECKPOINTS).is_dir():
         raise UserError(f"--workdir={directory} holds no checkpoints; train there first")
     keep_compiled(config.data.cache_dir)
-    checkpoints = Checkpoints(directory / CHECKPOINTS)
-    step, meta, params = checkpoints.read_net(config.checkpoint.step, broadcast)
+    checkpoints = Checkpoints(directory / CHECKPOINTS, broadcast)
+    step, meta, params = checkpoints.read_net(config.checkpoint.step)
     _say_taken(config, meta)
     trained = meta.config.data
     data = dataclasses.replace(

@@ -79,8 +79,8 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
         log.warning("%s has one class: there is nothing to tell apart", config.data.source)
     check_parameters(config)
     check_step(config.checkpoint.step)
-    checkpoints = Saver(directory / workdir.CHECKPOINTS)
-    latest = checkpoints.newest_whole(job.broadcast)
+    checkpoints = Saver(directory / workdir.CHECKPOINTS, job.broadcast)
+    latest = checkpoints.newest_whole()
     saved = None if latest is None else checkpoints.read_meta(latest)
     if saved is not None:
         changed = workdir.check_resume(saved.config, config, allow_config_change)
@@ -137,7 +137,7 @@ def _first_state(config: Config, validation: Source, broadcast: Broadcast) -> Tr
     state = initial_state(config.model, len(labels), config.seed)
     if not config.train.init_from:
         return state
-    _, meta, given = _checkpoints_of(config.train.init_from).read_net(-1, broadcast)
+    _, meta, given = _checkpoints_of(config.train.init_from, broadcast).read_net(-1)
     new = _new_layers(config, labels, meta)
     _say_other_net(config, meta)
     if {*meta.labels} & {*labels}:
@@ -202,12 +202,12 @@ def _check_images(meta: Meta, source: Source, name: str) -> None:
     )
 
 
-def _checkpoints_of(init_from: str) -> Checkpoints:
+def _checkpoints_of(init_from: str, broadcast: Broadcast) -> Checkpoints:
     """The checkpoints of workdir `train.init_from`."""
     folder = expanded(init_from) / workdir.CHECKPOINTS
     if not folder.is_dir():
         raise UserError(f"train.init_from={init_from!r} holds no checkpoints; train there")
-    return Checkpoints(folder)
+    return Checkpoints(folder, broadcast)
 
 
 def check_init_from(config: Config, labels: tuple[str, ...], broadcast: Broadcast = local) -> None:
@@ -216,8 +216,8 @@ def check_init_from(config: Config, labels: tuple[str, ...], broadcast: Broadcas
     Raises:
       UserError: there is no checkpoint, its net differs, or a new layer has a rate of 0.
     """
-    checkpoints = _checkpoints_of(config.train.init_from)
-    step = checkpoints.chosen_step(-1, broadcast)
+    checkpoints = _checkpoints_of(config.train.init_from, broadcast)
+    step = checkpoints.chosen_step(-1)
     _new_layers(config, labels, checkpoints.read_meta(step))
 
 

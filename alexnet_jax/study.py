@@ -229,9 +229,7 @@ def _holds_runs(directory: pathlib.Path) -> bool:
 def _config(user: Any, settings: Settings) -> Config:
     """The user's config, overridden by a variant's settings."""
     changed = user.copy_and_resolve_references()
-    for name, value in settings.items():
-        section, _, field = name.rpartition(".")
-        (changed[section] if section else changed)[field] = value
+    changed.update_from_flattened_dict(settings)
     return configs.resolve(changed)
 
 

@@ -239,11 +239,23 @@ def test_a_setting_the_net_of_figure_1_has_no_use_for_is_refused_but_read(config
     assert configs.from_dict(stored).model.dropout_after == ()
 
 
-@pytest.mark.parametrize("given", [["fc6,pool5"], ["fc6, pool5"], ["fc6", "pool5"]])
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["fc6,pool5"],
+        ["fc6, pool5"],
+        ["fc6", "pool5"],
+        ["(fc6,pool5)"],
+        ["[fc6, pool5]"],
+        ["fc6,pool5,"],
+        ["(fc6", "pool5)"],
+    ],
+)
 def test_names_are_also_read_as_a_command_line_gives_them(given):
     """--config.model.dropout_after=fc6,pool5 arrives as one name."""
     found = configs.from_dict({"model": {"dropout_after": given}})
     assert found.model.dropout_after == ("fc6", "pool5")
+    assert configs.from_dict({"model": {"without": [""]}}).model.without == ()
 
 
 def test_an_unknown_preset_names_the_nearest():

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import contextlib
-import itertools
 import math
 import multiprocessing
 import multiprocessing.util
@@ -219,15 +218,15 @@ def _work(connection: Connection, *shared: Any) -> None:
     """Run the job on every request until the parent closes the pipe."""
     _live_with_parent()
     heard = _heard(connection)
-    for job in map(cloudpickle.loads, itertools.islice(heard, 1)):
-        for arguments in map(pickle.loads, heard):
-            found = error = None
-            try:
-                found = job(*arguments, *shared)
-            except (UserError, FailedError, OSError, MemoryError) as stopped:
-                error = stopped
-            with contextlib.suppress(ConnectionError):
-                connection.send((found, error))
+    job: Any = next(map(cloudpickle.loads, heard), None)  # None: the parent has ended
+    for arguments in map(pickle.loads, heard):
+        found = error = None
+        try:
+            found = job(*arguments, *shared)
+        except (UserError, FailedError, OSError, MemoryError) as stopped:
+            error = stopped
+        with contextlib.suppress(ConnectionError):
+            connection.send((found, error))
 
 
 def _heard(connection: Connection) -> Iterator[bytes]:
