@@ -8,7 +8,6 @@ import os
 import pathlib
 import re
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 
@@ -20,7 +19,7 @@ from alexnet_jax import config as configs
 from alexnet_jax import interrupts
 from alexnet_jax.config import Config
 from alexnet_jax.errors import FailedError, UserError, exit_status, reason
-from alexnet_jax.files import expanded, writing
+from alexnet_jax.files import expanded, make_folder
 
 # How absl's messages about ill-typed values begin -> what the value must be.
 ILL_TYPED = {
@@ -32,7 +31,7 @@ ILL_TYPED = {
 log = logging.getLogger(__name__)
 WORTH_KEEPING = 0.2  # seconds of compilation; the full net's step takes under one on a CPU
 FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, and a user's part of it
-DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+DETERMINISTIC = "--xla_gpu_deterministic_ops"
 
 
 def status(work: Callable[[], int]) -> int:
@@ -81,9 +80,9 @@ def before_jax(config: Config) -> None:
     """Apply the config's settings that JAX must know before its first use."""
     keep_compiled(config.data.cache_dir)
     given = os.environ.get("XLA_FLAGS", "")
-    if config.train.deterministic and DETERMINISTIC.split("=")[0] not in given:
-        os.environ["XLA_FLAGS"] = f"{given} {DETERMINISTIC}".strip()
-    elif config.train.deterministic and re.search(f"{DETERMINISTIC[:-4]}(false|0)", given):
+    if config.train.deterministic and DETERMINISTIC not in given:
+        os.environ["XLA_FLAGS"] = f"{given} {DETERMINISTIC}=true".strip()
+    elif config.train.deterministic and re.search(f"{DETERMINISTIC}=(false|0)", given):
         log.warning("XLA_FLAGS=%s overrides train.deterministic=True", given)
 
 
@@ -156,11 +155,9 @@ def file_to_write(flag: str, text: str, *suffixes: str) -> pathlib.Path:
     path = expanded(text)
     if path.suffix not in suffixes:
         raise UserError(f"--{flag}={text}: must end in {' or '.join(suffixes)}")
-    with writing(f"--{flag}={text}", "choose another"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    make_folder(path.parent, f"--{flag}={text}", "choose another")
+    if path.is_dir():
+        raise UserError(f"--{flag}={text}: is a folder; choose another name")
     return path
 
 

@@ -51,10 +51,6 @@ def _counted(least: int) -> Rule:
     return Rule(f"from {least} to 2**31 - 1", lambda value: least <= value < 2**31)
 
 
-def _above(bound: float) -> Rule:
-    return Rule(f"above {bound}", lambda value: value > bound)
-
-
 def _one_of(*names: Any) -> Rule:
     return Rule(f"one of {', '.join(map(str, names))}", lambda value: value in names)
 
@@ -64,6 +60,7 @@ def _numbers(count: int, least: float = -math.inf) -> Rule:
     return Rule(words, lambda values: len(values) == count and all(v >= least for v in values))
 
 
+_POSITIVE = Rule("above 0", lambda value: value > 0)
 _FRACTION = Rule("at least 0 and below 1", lambda value: 0 <= value < 1)
 _ASCENDING = Rule("in ascending order", lambda values: list(values) == sorted(values))
 _STAGE = Rule(
@@ -118,9 +115,9 @@ class Model:
     lrn: bool = True  # False drops every response normalisation
     # Window in maps, and the three constants; paper, section 3.3.
     lrn_size: int = _setting(5, Rule("odd and above 0", lambda n: n > 0 and n % 2 == 1))
-    lrn_k: float = _setting(2.0, _above(0))
+    lrn_k: float = _setting(2.0, _POSITIVE)
     lrn_alpha: float = _setting(1e-4, _at_least(0))  # multiplies the undivided sum
-    lrn_beta: float = _setting(0.75, _above(0))
+    lrn_beta: float = _setting(0.75, _POSITIVE)
     lrn_across_towers: bool = False  # the paper normalises each tower by itself
     # Pixels, of pool1, pool2, pool5; paper, section 3.4.
     pool_windows: tuple[int, ...] = _setting((3, 3, 3), _numbers(3, 1))
@@ -192,7 +189,7 @@ class Mesh:
 class Optim:
     """Stochastic gradient descent with momentum; paper, section 5."""
 
-    learning_rate: float = _setting(0.01, _above(0))  # for the weights, at the start
+    learning_rate: float = _setting(0.01, _POSITIVE)  # for the weights, at the start
     momentum: float = _setting(0.9, _FRACTION)
     weight_decay: float = _setting(0.0005, _at_least(0))  # of the weights, never of the biases
     bias_rate_factor: float = _setting(2.0, _at_least(0))  # source: biases .02, weights .01

@@ -24,6 +24,8 @@ from alexnet_jax.predict import (
     predictor,
 )
 
+MOST_CLASSES = 20  # in a table
+
 
 class Predictions(NamedTuple):
     """Predictions for every example of a split, in the source's order."""
@@ -126,8 +128,8 @@ def confusion(found: Predictions) -> np.ndarray:
     return np.bincount(found.targets * count + best, minlength=count**2).reshape(count, count)
 
 
-def class_table(found: Predictions, most: int = 20) -> str:
-    """The classes with the highest errors, and what they are most often taken for."""
+def class_table(found: Predictions) -> str:
+    """The MOST_CLASSES classes with the highest errors, and what they are most often taken for."""
     counts, classes = confusion(found), [shortened(name, 24) for name in found.words]
     examples, right = counts.sum(1), np.diag(counts)
     errors = 1 - right / np.maximum(examples, 1)
@@ -135,11 +137,11 @@ def class_table(found: Predictions, most: int = 20) -> str:
     order = np.argsort(-errors, kind="stable")
     order = order[examples[order] > 0]
     lines = [f"{'class':24} examples   error  most often taken for"]
-    for row in order[:most]:
+    for row in order[:MOST_CLASSES]:
         taken = int(np.argmax(wrong[row]))
         mistake = f"{classes[taken]} ({wrong[row, taken]})" if wrong[row, taken] else ""
         lines.append(f"{classes[row]:24} {examples[row]:8} {errors[row]:7.1%}  {mistake}")
-    if len(order) > most:
+    if len(order) > MOST_CLASSES:
         lines.append(f"... of {len(order)} classes; all of them by --output=FILE.npz")
     return "\n".join(lines)
 

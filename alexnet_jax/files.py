@@ -6,6 +6,7 @@ import hashlib
 import os
 import pathlib
 import secrets
+import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
 
@@ -35,6 +36,17 @@ def writing(what: str, way_out: str) -> Iterator[None]:
         raise UserError(
             f"{what} cannot be written ({error.strerror or error}); {way_out}"
         ) from error
+
+
+def make_folder(folder: pathlib.Path, what: str, way_out: str) -> None:
+    """Create a folder, if it is missing, and check that it can be written.
+
+    Raises:
+      UserError: that `what`, a flag or field, cannot be written.
+    """
+    with writing(what, way_out):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from alexnet_jax.data.examples import Source
 from alexnet_jax.errors import UserError
 from alexnet_jax.evaluate import Predictions
 from alexnet_jax.figures import Guess
-from alexnet_jax.files import writing
+from alexnet_jax.files import make_folder
 from alexnet_jax.models.nets import layers
 from alexnet_jax.predict import Net
 
@@ -41,8 +41,7 @@ def draw(config: Config, directories: Sequence[pathlib.Path]) -> list[str]:
             raise UserError(f"--workdir={directory} holds no {report.METRICS_FILE}; train there")
     net = predict.open_net(config, directories[0])
     folder = directories[0] / "figures"
-    with writing(str(folder), "make room for it, or copy the workdir to where you may write"):
-        folder.mkdir(exist_ok=True)
+    make_folder(folder, str(folder), "make room for it, or copy the workdir to where you may write")
     found = evaluate.predictions(net, config.eval.split)
     size = net.meta.statistics.stored_size
     drawn = {

@@ -16,7 +16,7 @@ from alexnet_jax.checkpoint import Broadcast, Checkpoints, Meta, local
 from alexnet_jax.command import keep_compiled
 from alexnet_jax.config import Config, changes, stored_size
 from alexnet_jax.data import images, sources, survey, workers
-from alexnet_jax.data.examples import Source
+from alexnet_jax.data.examples import Source, check_same_classes, warn_if_trained_on
 from alexnet_jax.errors import FailedError, UserError, printable
 from alexnet_jax.files import expanded, write_arrays
 from alexnet_jax.mesh import make_mesh, put_everywhere
@@ -24,12 +24,7 @@ from alexnet_jax.models.layers import Params
 from alexnet_jax.models.nets import layers
 from alexnet_jax.train.state import make_apply, put
 from alexnet_jax.train.step import EvalStep, make_features_step, make_predict_step
-from alexnet_jax.validate import (
-    batch_size,
-    check_same_classes,
-    device_batches,
-    warn_if_trained_on,
-)
+from alexnet_jax.validate import batch_size, device_batches
 from alexnet_jax.workdir import CHECKPOINTS
 
 log = logging.getLogger(__name__)
@@ -221,7 +216,7 @@ def predict_files(
         source = sources.Folder(labels, np.zeros(len(whole), np.int64), "", whole)
         found = averaged([predict(source) for predict in predictors]) if whole else np.empty(0)
         check_finite(found, directories)
-        best = iter(
+        best = (
             {"file": path, **best_labels(row, labels, words)}
             for path, row in zip(whole, np.exp(found))
         )

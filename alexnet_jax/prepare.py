@@ -137,7 +137,7 @@ def _path(text: str) -> pathlib.Path:
 
 def verify(directory: pathlib.Path) -> int:
     """Check every file of a prepared folder; returns 1 if one is not as it was written."""
-    found = [problem for _, problem in tqdm(records.verify(directory), unit="file", disable=None)]
+    found = [*tqdm(records.verify(directory), unit="file", disable=None)]
     problems = [problem for problem in found if problem]
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)

@@ -14,7 +14,7 @@ from alexnet_jax.checkpoint import Broadcast, Checkpoints, Meta, Saver, local
 from alexnet_jax.cluster import Job
 from alexnet_jax.config import SHARES_ENTRY, Config, changes
 from alexnet_jax.data import sources, survey
-from alexnet_jax.data.examples import Source
+from alexnet_jax.data.examples import Source, check_same_classes, warn_if_trained_on
 from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.errors import UserError
 from alexnet_jax.files import expanded
@@ -84,7 +84,7 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
     saved = None if latest is None else checkpoints.read_meta(latest)
     if saved is not None:
         changed = workdir.check_resume(saved.config, config, allow_config_change)
-        validate.check_same_classes(saved.labels, source.labels, config.data.source)
+        check_same_classes(saved.labels, source.labels, config.data.source)
     elif config.train.init_from:
         check_init_from(config, source.labels, job.broadcast)
     with job.leader_first():
@@ -141,9 +141,7 @@ def _first_state(config: Config, validation: Source, broadcast: Broadcast) -> Tr
     new = _new_layers(config, labels, meta)
     _say_other_net(config, meta)
     if {*meta.labels} & {*labels}:
-        validate.warn_if_trained_on(
-            meta.drawn_from, validation, config.data.source, config.eval.split
-        )
+        warn_if_trained_on(meta.drawn_from, validation, config.data.source, config.eval.split)
     log.info(
         "weights are taken over from %s; new: %s",
         config.train.init_from,

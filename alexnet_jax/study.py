@@ -201,22 +201,31 @@ def claim(directory: pathlib.Path, name: str, reference: Config) -> None:
             directory.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps(claimed, indent=2) + "\n")
         return
-    claimed = tables.read_json(path)
+    claimed = tables.read_json(path, "study", "config")
     if claimed["study"] != name:
         raise UserError(f"{directory} holds study {claimed['study']!r}; choose another --workdir")
     old = dataclasses.replace(configs.from_dict(claimed["config"]), seed=reference.seed)
-    refused, asked = configs.changes(old, reference)
-    changed = refused | asked
-    for field in ("init_from", *length):  # free in a run, but not in a table
-        pair = getattr(old.train, field), getattr(reference.train, field)
-        if pair[0] != pair[1]:
-            changed[f"train.{field}"] = pair
+    changed = _differences(old, reference, ("init_from", *length))
     if changed:
-        words = ", ".join(f"{key}: {was!r} -> {now!r}" for key, (was, now) in changed.items())
         raise UserError(
-            f"{directory} holds runs with other settings ({words}), which do not belong in one "
-            "table; choose another --workdir"
+            f"{directory} holds runs with other settings ({workdir.listed(changed)}), which do not "
+            "belong in one table; choose another --workdir"
         )
+
+
+def _differences(old: Config, new: Config, fields: Sequence[str]) -> dict[str, tuple]:
+    """The settings that matter and differ, as name -> (old, new).
+
+    Args:
+      fields: of `train`, free in a run that goes on, but not in a table.
+    """
+    refused, asked = configs.changes(old, new)
+    differ = refused | asked
+    for field in fields:
+        pair = getattr(old.train, field), getattr(new.train, field)
+        if pair[0] != pair[1]:
+            differ[f"train.{field}"] = pair
+    return differ
 
 
 def _holds_runs(directory: pathlib.Path) -> bool:
@@ -266,9 +275,8 @@ def _is_done(config: Config, directory: pathlib.Path) -> bool:
     path = directory / tables.RESULT
     if not path.exists():
         return False
-    done = configs.from_dict(tables.read_json(path)["config"])
-    length = [(c.train.num_epochs, c.train.num_steps) for c in (done, config)]
-    return length[0] == length[1] and not any(configs.changes(done, config))
+    done = configs.from_dict(tables.read_json(path, "config")["config"])
+    return not _differences(done, config, ("num_epochs", "num_steps"))
 
 
 def _best_rate(study: Study, user: Any, name: str, directory: pathlib.Path) -> Settings:

@@ -40,7 +40,7 @@ def read_runs(directory: pathlib.Path, study: Study) -> list[Done]:
     found = []
     for name in study.variants:
         for path in (directory / name).glob(f"*/{RESULT}"):
-            result = read_json(path)
+            result = read_json(path, "config", "seed", *SPLITS)
             epochs = epochs_to(path.parent, study.target_error) if study.target_error else None
             found.append(Done(name, result["seed"], result, epochs))
     counts = {tuple(done.result[split]["num_examples"] for split in SPLITS) for done in found}
@@ -54,15 +54,16 @@ def read_runs(directory: pathlib.Path, study: Study) -> list[Done]:
     return sorted(found, key=lambda done: (order.index(done.variant), done.seed))
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """What a study wrote.
+def read_json(path: pathlib.Path, *names: str) -> dict[str, Any]:
+    """The values of `names` in a file that a study wrote.
 
     Raises:
       UserError: it is damaged.
     """
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {name: found[name] for name in names}
+    except (ValueError, TypeError, LookupError) as error:
         raise UserError(
             f"{path} is damaged ({reason(error)}); remove it, and the same command makes it anew"
         ) from error
@@ -118,8 +119,8 @@ def write(directory: pathlib.Path, name: str) -> None:
     """Write table.md, table.csv and runs.csv of the finished runs."""
     study = STUDIES[name]
     runs = read_runs(directory, study)
-    rows = [_row(study, runs, variant) for variant in study.variants]
-    rows = [row for row in rows if row["n"]]
+    done = {run.variant for run in runs}
+    rows = [_row(study, runs, variant) for variant in study.variants if variant in done]
     write_text(directory / "table.md", _markdown(name, study, runs, rows))
     write_text(directory / "table.csv", _csv(rows))
     singles = [
@@ -166,8 +167,6 @@ def _row(study: Study, runs: Sequence[Done], variant: str) -> dict[str, Any]:
     """A variant's row of the table; errors in per cent, differences in points."""
     mine = [done for done in runs if done.variant == variant]
     row: dict[str, Any] = {"variant": variant, "n": len(mine)}
-    if not mine:
-        return row
     for split, measure in (("train", "top1"), ("validation", "top1"), ("validation", "top5")):
         values = np.array([100 * done.result[split][f"{measure}_error"] for done in mine])
         row[f"{split}_{measure}_mean"] = float(values.mean())
@@ -207,7 +206,7 @@ def _markdown(name: str, study: Study, runs: Sequence[Done], rows: Sequence[dict
         cells.append(f"{row['difference']:+.2f}{margin}" if row["difference"] is not None else "")
         lines.append([*cells, row["verdict"] or "", row["paper"] or ""])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    examples = max((done.result["validation"]["num_examples"] for done in runs), default=1)
+    examples = runs[0].result["validation"]["num_examples"]
     notes = (
         "Errors in per cent, mean ± standard deviation over n seeds, of whole splits without "
         "dropout or augmentation. Differences to the first variant are paired over the seeds both "
@@ -223,7 +222,7 @@ def _markdown(name: str, study: Study, runs: Sequence[Done], rows: Sequence[dict
 
 def _csv(rows: Sequence[dict[str, Any]]) -> str:
     text = io.StringIO()
-    table = csv.DictWriter(text, rows[0] if rows else (), lineterminator="\n")
+    table = csv.DictWriter(text, rows[0], lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
     return text.getvalue()

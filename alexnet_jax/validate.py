@@ -1,6 +1,5 @@
 """A validation pass during training: every example of a split once, centre or ten crops."""
 
-import logging
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
@@ -13,13 +12,10 @@ from alexnet_jax.config import Config, Data
 from alexnet_jax.data import stream
 from alexnet_jax.data.examples import Source
 from alexnet_jax.data.statistics import Statistics
-from alexnet_jax.errors import UserError
 from alexnet_jax.mesh import local_rows, put_batch
 from alexnet_jax.models.layers import Params
 from alexnet_jax.train.state import Apply
 from alexnet_jax.train.step import DeviceBatch, EvalStep, make_eval_step
-
-log = logging.getLogger(__name__)
 
 
 def validate(
@@ -55,40 +51,6 @@ def device_batches(
     rows = stream.Rows(batch_size, local_rows(mesh, batch_size))
     for batch in stream.evaluation_batches(source, data, stored=stored, rows=rows):
         yield put_batch(batch, mesh)
-
-
-def check_same_classes(
-    trained: tuple[str, ...],
-    given: tuple[str, ...],
-    where: str,
-    other: str = "the checkpoint",
-    way_out: str = "use the data the net was trained for",
-) -> None:
-    """Raises UserError unless the classes `trained`, of `other`, and `given`, of `where`, agree."""
-    if trained == given:
-        return
-    if len(trained) != len(given):
-        detail = f"{len(given)} classes, {other} {len(trained)}"
-    else:
-        pairs = ((i, a, b) for i, (a, b) in enumerate(zip(given, trained)) if a != b)
-        place, mine, theirs = next(pairs)
-        detail = f"class {place} is {mine!r}, in {other} {theirs!r}"
-    raise UserError(f"{where} has other classes: {detail}; {way_out}")
-
-
-def warn_if_trained_on(drawn_from: str | None, source: Source, where: str, split: str) -> None:
-    """Warn if a net may have been trained on images of `split`, drawn otherwise than its own.
-
-    Args:
-      drawn_from: of the split the net was trained on; None if unknown.
-      source: a split of `where`, the data used now.
-    """
-    if drawn_from is not None and source.drawn_from != drawn_from:
-        log.warning(
-            "%s is not split as the data the net was trained with: images of its %s split may be "
-            "among those trained on",
-            where, split,
-        )  # fmt: skip
 
 
 def batch_size(config: Config, mesh: Mesh) -> int:

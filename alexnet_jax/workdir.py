@@ -7,7 +7,6 @@ import json
 import logging
 import pathlib
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from alexnet_jax import config as configs
 from alexnet_jax.cluster import Job, this_process
 from alexnet_jax.config import Config
 from alexnet_jax.errors import UserError
-from alexnet_jax.files import write_text, writing
+from alexnet_jax.files import make_folder, write_text
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +30,8 @@ def make(workdir: pathlib.Path) -> None:
     Raises:
       UserError: it cannot.
     """
-    with writing(f"--workdir={workdir}", "choose another"):
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / CHECKPOINTS).mkdir(exist_ok=True)
-        tempfile.TemporaryFile(dir=workdir).close()
+    for folder in (workdir, workdir / CHECKPOINTS):
+        make_folder(folder, f"--workdir={workdir}", "choose another")
 
 
 @contextlib.contextmanager
@@ -133,16 +130,16 @@ def check_resume(old: Config, new: Config, allow_config_change: bool) -> set[str
     refused, asked = configs.changes(old, new)
     if refused:
         raise UserError(
-            f"the workdir holds a run of another model ({_listed(refused)}); "
+            f"the workdir holds a run of another model ({listed(refused)}); "
             "choose another --workdir"
         )
     if asked and not allow_config_change:
         raise UserError(
-            f"the workdir holds a run with other settings ({_listed(asked)}); "
+            f"the workdir holds a run with other settings ({listed(asked)}); "
             "choose another --workdir, or go on with the new ones by --allow_config_change"
         )
     if asked:
-        log.warning("going on with changed settings: %s", _listed(asked))
+        log.warning("going on with changed settings: %s", listed(asked))
     return set(asked)
 
 
@@ -156,5 +153,6 @@ def write(workdir: pathlib.Path, config: Config, labels: tuple[str, ...]) -> Non
         write_text(workdir / name, text, sync=True)
 
 
-def _listed(changes: dict[str, tuple]) -> str:
+def listed(changes: dict[str, tuple]) -> str:
+    """Changed settings in words."""
     return ", ".join(f"{name}: {old!r} -> {new!r}" for name, (old, new) in changes.items())

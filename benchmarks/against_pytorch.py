@@ -257,7 +257,8 @@ def with_package(case: Case) -> Outcome:
     @jax.jit
     def update(params, state, images):
         (loss, logits), grads = jax.value_and_grad(mean_loss, has_aux=True)(params, images)
-        steps, state = optimizer.update(grads, state, params, rates=rates)
+        own = optim.own_rates(config.optim, rates, params)
+        steps, state = optimizer.update(grads, state, params, rates=own)
         return optax.apply_updates(params, steps), state, (logits, loss, grads)
 
     params = jax.tree.map(jnp.float32, case.params)

@@ -330,10 +330,13 @@ def test_a_study_at_none_of_whose_rates_training_goes_on_has_failed(
     assert "one: at none of the learning rates (1e+30, 1e+31)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["", "{}", "[1]"])
 @pytest.mark.parametrize("name", ["study.json", "with_lrn/1/result.json"])
-def test_a_damaged_file_of_a_study_is_named_and_made_anew(name, finished, start, tmp_path, capsys):
+def test_a_damaged_file_of_a_study_is_named_and_made_anew(
+    name, text, finished, start, tmp_path, capsys
+):
     shutil.copytree(finished, tmp_path / "study")
-    (tmp_path / "study" / name).write_text("")
+    (tmp_path / "study" / name).write_text(text)
     again = "lrn", tmp_path / "study", "--seeds=1", "--variants=with_lrn"
     assert start(*again) == 2
     assert f"{name} is damaged" in capsys.readouterr().err

@@ -1,12 +1,15 @@
 """What all sources of images and labels have in common."""
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from alexnet_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class NoSplitError(UserError):
@@ -81,6 +84,40 @@ def check_labels(labels: Sequence[str]) -> None:
                 f"class {label!r}: a name with a line break, or that is no UTF-8, cannot be kept "
                 "in labels.txt; rename it"
             )
+
+
+def check_same_classes(
+    trained: tuple[str, ...],
+    given: tuple[str, ...],
+    where: str,
+    other: str = "the checkpoint",
+    way_out: str = "use the data the net was trained for",
+) -> None:
+    """Raises UserError unless the classes `trained`, of `other`, and `given`, of `where`, agree."""
+    if trained == given:
+        return
+    if len(trained) != len(given):
+        detail = f"{len(given)} classes, {other} {len(trained)}"
+    else:
+        pairs = ((i, a, b) for i, (a, b) in enumerate(zip(given, trained)) if a != b)
+        place, mine, theirs = next(pairs)
+        detail = f"class {place} is {mine!r}, in {other} {theirs!r}"
+    raise UserError(f"{where} has other classes: {detail}; {way_out}")
+
+
+def warn_if_trained_on(drawn_from: str | None, source: Source, where: str, split: str) -> None:
+    """Warn if a net may have been trained on images of `split`, drawn otherwise than its own.
+
+    Args:
+      drawn_from: of the split the net was trained on; None if unknown.
+      source: a split of `where`, the data used now.
+    """
+    if drawn_from is not None and source.drawn_from != drawn_from:
+        log.warning(
+            "%s is not split as the data the net was trained with: images of its %s split may be "
+            "among those trained on",
+            where, split,
+        )  # fmt: skip
 
 
 def taken(source: Source, indices: np.ndarray) -> str:

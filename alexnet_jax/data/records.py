@@ -391,15 +391,15 @@ def _seal(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest).encode()).hexdigest()
 
 
-def verify(directory: pathlib.Path) -> Iterator[tuple[str, str]]:
-    """Read every file of a prepared directory whole; yields its name and its problem or ""."""
+def verify(directory: pathlib.Path) -> Iterator[str]:
+    """Read every file of a prepared directory whole; yields its problem, with its name, or ""."""
     manifest, _ = read_manifest(directory)
     shards = [entry for split in manifest["splits"].values() for entry in split["shards"]]
     for entry in [*manifest["files"].values(), *shards]:
         try:
-            yield entry["file"], _problem(directory, entry)
+            yield _problem(directory, entry)
         except OSError as error:
-            yield entry["file"], f"{entry['file']} cannot be read ({error.strerror})"
+            yield f"{entry['file']} cannot be read ({error.strerror})"
 
 
 def _problem(directory: pathlib.Path, entry: dict[str, Any]) -> str:
@@ -430,10 +430,6 @@ def _wrong_size(directory: pathlib.Path, entry: dict[str, Any]) -> str:
 
 def _whole(directory: pathlib.Path, entry: dict[str, Any]) -> pathlib.Path:
     """The path of a small file, after checking its size and checksum."""
-    path = directory / entry["file"]
-    problem = _wrong_size(directory, entry)
-    if problem or digest(path) != entry["sha256"]:
-        raise UserError(
-            f"records:{directory}: {problem or f'{path.name} was changed'}; prepare it again"
-        )
-    return path
+    if problem := _problem(directory, entry):
+        raise UserError(f"records:{directory}: {problem}; prepare it again")
+    return directory / entry["file"]

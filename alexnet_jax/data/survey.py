@@ -8,7 +8,6 @@ import functools
 import hashlib
 import logging
 import pathlib
-import tempfile
 import threading
 
 import numpy as np
@@ -20,7 +19,7 @@ from alexnet_jax.data.examples import Source
 from alexnet_jax.data.records import Records
 from alexnet_jax.data.statistics import Statistics, Sums, read_statistics
 from alexnet_jax.errors import UserError
-from alexnet_jax.files import expanded, read_arrays, write_arrays, writing
+from alexnet_jax.files import expanded, make_folder, read_arrays, write_arrays, writing
 
 log = logging.getLogger(__name__)
 
@@ -70,9 +69,7 @@ def survey(
     found = _kept(path, stored_size, len(source))
     if found is None:
         written = f"data.cache_dir={cache_dir!r}", "set --config.data.cache_dir=DIR"
-        with writing(*written):  # better to fail before the scan than after
-            path.parent.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=path.parent).close()
+        make_folder(path.parent, *written)  # better to fail before the scan than after
         log.info("surveying %d images, once; kept in %s", len(source), path.parent)
         found = _found(*_scan(source, stored_size, num_workers))
         with writing(*written):

@@ -81,7 +81,7 @@ class Affine(nnx.Module):
         outputs = -(-layer.kernel[-1] // shards)
         self.kernel = nnx.Param(jnp.zeros((*layer.kernel[:-1], outputs)))
         self.bias = nnx.Param(jnp.zeros(outputs))
-        self.groups = layer.groups // shards if layer.groups > 1 else 1
+        self.groups = max(1, layer.groups // shards)
         self.stride = layer.stride
         self.padding = layer.padding
 

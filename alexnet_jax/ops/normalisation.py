@@ -1,6 +1,7 @@
 """Response normalisation, across maps and across pixels."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,28 +28,31 @@ def local_response_norm(
       x's shape and dtype; sums and power in float32.
     """
     if beta == 0.75 and x.shape[-1] % groups == 0 and native.available(x):
-        return _normalised_by_lines(x, size, float(k), float(alpha), groups)
+        return _normalised_by_lines(x, _Rule(groups, size, float(k), float(alpha)))
     if gpu.available(x.shape, groups=groups, size=size, beta=beta):
         return _normalised_by_pixels(x, gpu.Rule(size, k, alpha, groups, rectify=False))
     return _normalised(x, size, k, alpha, beta, groups)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _normalised_by_lines(x: Array, size: int, k: float, alpha: float, groups: int) -> Array:
-    """With a power of 3/4, pixel by pixel (native/normalisation.h)."""
-    return native.call("normalise", x.shape, x, groups=groups, size=size, k=k, alpha=alpha)
+class _Rule(NamedTuple):
+    """Attributes of the kernels in native/normalisation.h."""
+
+    groups: int
+    size: int
+    k: float
+    alpha: float
 
 
-def _lines_forward(x, size, k, alpha, groups):
-    return _normalised_by_lines(x, size, k, alpha, groups), x
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _normalised_by_lines(x: Array, rule: _Rule) -> Array:
+    """With a power of 3/4, pixel by pixel."""
+    return native.call("normalise", x.shape, x, **rule._asdict())
 
 
-def _lines_backward(size, k, alpha, groups, x, dy):
-    rule = {"groups": groups, "size": size, "k": k, "alpha": alpha}
-    return (native.call("normalise_gradient", x.shape, x, dy, **rule),)
-
-
-_normalised_by_lines.defvjp(_lines_forward, _lines_backward)
+_normalised_by_lines.defvjp(
+    lambda x, rule: (_normalised_by_lines(x, rule), x),
+    lambda rule, x, dy: (native.call("normalise_gradient", x.shape, x, dy, **rule._asdict()),),
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

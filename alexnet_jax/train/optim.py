@@ -35,13 +35,13 @@ NEVER = 2**31 - 1  # steps, which a state counts in int32
 
 
 def make_optimizer(optim: Optim) -> optax.GradientTransformationExtraArgs:
-    """Optax chain of the update above; `update` takes `rates=`, a `Rates`.
+    """Optax chain of the update above; `update` takes `rates=`, as from `own_rates`.
 
     Parameters are {layer: {"kernel": ..., "bias": ...}}; velocities have their shapes and dtypes.
     """
     return optax.chain(
         optax.add_decayed_weights(optim.weight_decay, mask=_kernels),
-        _scale_by_rates(layer_rates(optim)),
+        optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), _scaled),
         optax.trace(decay=optim.momentum),
     )
 
@@ -58,21 +58,18 @@ def make_update(optim: Optim) -> Update:
 
       On a CPU one pass over memory does it all, in place; elsewhere it is `make_optimizer`'s chain.
     """
-    optimizer, own = make_optimizer(optim), layer_rates(optim)
+    optimizer = make_optimizer(optim)
 
     def update(good: Array, params: Params, opt_state: Any, gradients: Params, rates: Rates):
         velocities = optax.tree_utils.tree_get(opt_state, "trace")
-        own_rates = {
-            layer: {kind: _rate(rates, own, layer, kind) for kind in kinds}
-            for layer, kinds in params.items()
-        }
-        moves = jax.tree.map(lambda rate: good & (rate > 0), own_rates)
+        own = own_rates(optim, rates, params)
+        moves = jax.tree.map(lambda rate: good & (rate > 0), own)
         if native.available(*jax.tree.leaves(params)):
-            trees = params, velocities, gradients, own_rates, moves
+            trees = params, velocities, gradients, own, moves
             params, velocities, squares = _in_place(optim, *trees)
             return params, optax.tree_utils.tree_set(opt_state, trace=velocities), squares
 
-        updates, opt_state = optimizer.update(gradients, opt_state, params, rates=rates)
+        updates, opt_state = optimizer.update(gradients, opt_state, params, rates=own)
         moved = (
             optax.apply_updates(params, updates),
             optax.tree_utils.tree_get(opt_state, "trace"),
@@ -133,28 +130,24 @@ def layer_rates(optim: Optim) -> Mapping[str, float]:
     return {**own, **{name: own[other] for name, other in SHARES_ENTRY.items()}}
 
 
-def _rate(rates: Rates, own: Mapping[str, float], layer: str, kind: str) -> Array:
-    rate = rates.get(f"{layer}_{kind}", rates[kind]) * own.get(layer, 1.0)
-    return jnp.asarray(rate, jnp.float32)
+def own_rates(optim: Optim, rates: Rates, params: Params) -> Params:
+    """The rate of each kernel and bias of `params`, () float32."""
+    factors = layer_rates(optim)
+
+    def rate(layer: str, kind: str) -> Array:
+        found = rates.get(f"{layer}_{kind}", rates[kind]) * factors.get(layer, 1.0)
+        return jnp.asarray(found, jnp.float32)
+
+    return {layer: {kind: rate(layer, kind) for kind in kinds} for layer, kinds in params.items()}
 
 
 def _kernels(params: Any) -> Any:
     return {layer: {kind: kind == "kernel" for kind in kinds} for layer, kinds in params.items()}
 
 
-def _scale_by_rates(own: Mapping[str, float]) -> optax.GradientTransformationExtraArgs:
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        del params
-        rates: Rates = extra["rates"]
-        scaled = {
-            layer: {
-                kind: -_rate(rates, own, layer, kind) * gradient for kind, gradient in kinds.items()
-            }
-            for layer, kinds in updates.items()
-        }
-        return scaled, state
-
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+def _scaled(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+    del params
+    return jax.tree.map(lambda rate, update: -rate * update, extra["rates"], updates), state
 
 
 def make_schedule(optim: Optim, calendar: Calendar) -> Schedule:

@@ -474,9 +474,7 @@ def test_a_folder_that_is_not_prepared_data_is_told_how_to_be(tmp_path):
 def test_verify_reads_every_file_and_finds_nothing_wrong(raw, jpeg, capsys):
     for directory in (raw, jpeg):
         files = sorted(path.name for path in directory.iterdir() if path.name != MANIFEST)
-        found = list(records.verify(directory))
-        assert sorted(name for name, _ in found) == files
-        assert not any(problem for _, problem in found)
+        assert list(records.verify(directory)) == [""] * len(files)
         assert command.main(["prepare", f"--verify={directory}"]) == 0
         printed = capsys.readouterr()
         assert f"{len(files)} of {len(files)} files are as they were written" in printed.out

@@ -906,7 +906,7 @@ DAMAGED_DATA: dict[str, tuple[Damage, str, str, int]] = {
     "a flipped bit in a label": (flip(0), f"{SHARD} is damaged at byte", DIGEST, 1),
     "a flipped bit in a name's length": (flip(4), f"{SHARD} is damaged at byte", DIGEST, 1),
     "changed labels": (
-        replaced("labels.txt", b"dog\ncat\n"), "labels.txt was changed", DIGEST_OF, 2
+        replaced("labels.txt", b"dog\ncat\n"), DIGEST_OF, DIGEST_OF, 2
     ),
     "cut statistics": (
         lambda d: os.truncate(d / STATISTICS, 99), f"{STATISTICS} has 99 bytes", "99 bytes", 2

@@ -348,7 +348,8 @@ def check_training(model, optimizer, net, difference, record=None) -> None:
         worst = max(worst, difference(grads, expected_grads))
         assert worst < TOLERANCE
         rates = {"kernel": rate, "bias": rate * optimizer.bias_rate_factor}
-        updates, state = update.update(grads, state, params, rates=jax.tree.map(jnp.float32, rates))
+        own = optim.own_rates(optimizer, jax.tree.map(jnp.float32, rates), params)
+        updates, state = update.update(grads, state, params, rates=own)
         params = jax.tree.map(jnp.add, params, updates)
         wanted, velocity = oracle.sgd_update(
             wanted, velocity, expected_grads, rate, bias_rate_factor=net.bias_rate_factor

@@ -36,8 +36,10 @@ def test_every_layer_moves_by_its_own_rate_also_those_that_share_anothers():
     layer_rates = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
     expected = {"conv1": 0.1, "conv5": 0.5, "conv6": 0.5, "fc4": 0.8, "fc8": 0.8}
     params = {layer: {"kernel": jnp.ones(2), "bias": jnp.ones(2)} for layer in expected}
-    update = optim.make_optimizer(Optim(layer_rates=layer_rates, weight_decay=0.0))
-    rates = {"kernel": jnp.float32(1), "bias": jnp.float32(2)}
+    settings = Optim(layer_rates=layer_rates, weight_decay=0.0)
+    update = optim.make_optimizer(settings)
+    given = {"kernel": jnp.float32(1), "bias": jnp.float32(2)}
+    rates = optim.own_rates(settings, given, params)
     moved, _ = update.update(params, update.init(params), params, rates=rates)
     for layer, rate in expected.items():
         np.testing.assert_allclose(moved[layer]["kernel"], [-rate] * 2, rtol=1e-6)
@@ -130,7 +132,7 @@ def test_a_drop_of_the_rate_leaves_the_velocity_as_it_is():
     state, steps = update.init(params), []
     for gradient, rate in [(1.0, 0.1), (0.0, 0.1), (0.0, 1e-6)]:
         grads = jax.tree.map(lambda leaf, g=gradient: jnp.full_like(leaf, g), params)
-        rates = {"kernel": jnp.float32(rate), "bias": jnp.float32(rate)}
+        rates = jax.tree.map(lambda leaf, r=rate: jnp.float32(r), params)
         updates, state = update.update(grads, state, params, rates=rates)
         steps.append(float(updates["fc8"]["kernel"][0, 0]))
     np.testing.assert_allclose(steps, [-0.1, -0.09, -0.081], rtol=1e-6)
@@ -139,7 +141,7 @@ def test_a_drop_of_the_rate_leaves_the_velocity_as_it_is():
 def test_the_decay_shrinks_weights_and_never_biases():
     update = optim.make_optimizer(Optim(momentum=0.0, weight_decay=0.5))
     params = {"fc8": {"kernel": jnp.full((1, 1), 3.0), "bias": jnp.full(1, 3.0)}}
-    rates = {"kernel": jnp.float32(0.1), "bias": jnp.float32(0.1)}
+    rates = jax.tree.map(lambda leaf: jnp.float32(0.1), params)
     grads = jax.tree.map(jnp.zeros_like, params)
     updates, _ = update.update(grads, update.init(params), params, rates=rates)
     np.testing.assert_allclose(updates["fc8"]["kernel"], [[-0.15]], rtol=1e-6)
