@@ -1,6 +1,7 @@
 """Compare with the same nets in PyTorch, given the same weights, images and dropout masks.
 
-    pip install torch; python benchmarks/against_pytorch.py
+    pip install torch; python benchmarks/against_pytorch.py [--presets paper owt] [--batch 2]
+        [--seed 42] [--learning_rate 1e-4]
 
 Prints two lines per preset, one for this package in float32 and one for the tests' numpy oracle in
 float64, both against PyTorch in float64: the largest relative difference max|a - b| / max|b| over

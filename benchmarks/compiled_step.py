@@ -20,6 +20,7 @@ import functools
 import math
 import os
 import re
+import sys
 from typing import Any, NamedTuple
 
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # it would ask a driver
@@ -106,6 +107,7 @@ def main() -> None:
         moved, cycles = (sum(numbers) for numbers in zip(*(kernel[:2] for kernel in of_kind)))
         if moved > LITTLE:
             print(f"| {kind} | {len(of_kind)} | {moved / 1e9:.2f} | {cycles / 1e6:.1f} |")
+    print(f"(kinds that move at most {LITTLE / 1e6:.0f} MB in all have no row of their own)")
     print("\n| MB | million cycles | kind | result | of |\n|---|---|---|---|---|")
     for moved, cycles, *what in sorted(found, reverse=True)[: options.most]:
         print(f"| {moved / 1e6:,.0f} | {cycles / 1e6:.1f} | {' | '.join(what)} |")
@@ -115,7 +117,10 @@ def mesh_of(target: str, devices: int) -> Mesh:
     """Mesh of absent devices, along `model`."""
     if target == "h200":
         place: dict[str, Any] = {"target_config": H200, "topology": f"1x1x{devices}"}
-        found = topologies.get_topology_desc("", platform="cuda", **place).devices
+        try:
+            found = topologies.get_topology_desc("", platform="cuda", **place).devices
+        except NotImplementedError:
+            sys.exit("error: XLA's compiler for GPUs is not here; install .[cuda13]")
     else:
         found = topologies.get_topology_desc(f"{target}:1x{devices}", platform="tpu").devices
     places = np.array(found).reshape(1, devices)

@@ -6,7 +6,8 @@ The batches lie in memory shared between processes, as the reading processes lea
 taken in turn, one ahead of the one that is waited for, as in training. XLA copies an array to
 page-locked memory, in one thread, and from there to the device; arrays sent together each have
 their own thread. Parts are joined on the device. Mapped memory is page-locked beforehand
-(`client.dma_map`), and sent directly. Prints medians of rounds in which all ways take turns.
+(`client.dma_map`), and sent directly. Prints medians of rounds in which all ways take turns. On a
+CPU nothing is sent "at once": it only shows that this works.
 """
 
 import argparse

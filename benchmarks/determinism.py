@@ -1,7 +1,7 @@
 """Does the same command give the same bits, undisturbed and interrupted?
 
-  python benchmarks/determinism.py --work=FOLDER [--steps 100] [--batch 128] [--at_once]
-      [--json FILE] [--config.SECTION.FIELD=VALUE ...]
+  python benchmarks/determinism.py --work=FOLDER [--size 256] [--steps 100] [--batch 128]
+      [--dtype bfloat16] [--at_once] [--json FILE] [--config.SECTION.FIELD=VALUE ...]
 
 The full paper net trains on the built-in shapes, prepared raw, by `python -m alexnet_jax.main` with
 train.deterministic: twice undisturbed, each compiled anew, and once stopped by SIGTERM after a

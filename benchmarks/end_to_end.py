@@ -1,7 +1,7 @@
 """Stream and step together, from prepared raw records: --mode=bench, on device and on disk.
 
-  python benchmarks/end_to_end.py --work=FOLDER [--batch 128 1024] [--dtype bfloat16]
-      [--limit 480] [--json FILE] [--config.SECTION.FIELD=VALUE ...]
+  python benchmarks/end_to_end.py --work=FOLDER [--size 256] [--batch 128 1024]
+      [--dtype bfloat16] [--limit 480] [--json FILE] [--config.SECTION.FIELD=VALUE ...]
 
 The built-in shapes are prepared raw at 256x256 in FOLDER, unless already there, and the full paper
 net (with 10 classes) is measured on them: kept on the device, and read by workers.

@@ -23,25 +23,26 @@ export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
 whole() { "$1" -c 'import alexnet_jax.main, alexnet_jax.prepare' 2>/dev/null; }
 
-needs() { # the package's dependencies, one a line
-  "$python" -c 'import sys, tomllib
-for need in tomllib.load(open(sys.argv[1], "rb"))["project"]["dependencies"]: print(need)' \
-    "$root/pyproject.toml"
+needs() { # the package's dependencies that PYTHON lacks, one a line
+  "$python" -c 'import importlib.metadata, re, sys, tomllib
+for need in tomllib.load(open(sys.argv[1], "rb"))["project"]["dependencies"]:
+    try: importlib.metadata.version(re.match(r"[\w.-]+", need)[0])
+    except importlib.metadata.PackageNotFoundError: print(need)' "$root/pyproject.toml"
 }
 
 if ! whole "$python"; then
+  mapfile -t needed < <(needs)
+  if ! [[ -d $wheels ]]; then
+    echo "error: WHEELS=$wheels is no folder; in it are needed:" >&2
+    printf '  %s\n' "${needed[@]}" >&2
+    exit 2
+  fi
   # --system-site-packages alone would miss PYTHON's packages if PYTHON is itself a venv's.
   "$python" -m venv --without-pip --system-site-packages "$venv"
   "$python" -c 'import site, sys
 for folder in site.getsitepackages(): print(f"import site; site.addsitedir({folder!r})")' \
     >"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth"
   python=$venv/bin/python
-  mapfile -t needed < <(needs)
-  if ! [[ -d $wheels ]]; then
-    echo "error: WHEELS=$wheels is no folder; needed are those of these that are not here yet:" >&2
-    printf '  %s\n' "${needed[@]}" >&2
-    exit 2
-  fi
   install=("$python" -m pip install --quiet --no-index --only-binary=:all: --disable-pip-version-check)
   "${install[@]}" --find-links="$wheels" "${needed[@]}" ||
     "${install[@]}" --no-deps "$wheels"/*.whl # what pip finds missing may be unused

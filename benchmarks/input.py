@@ -72,6 +72,8 @@ def make_contenders(
 ) -> dict[tuple[str, str], Callable[[float], float]]:
     """(images, contender) -> a function that runs for some seconds and returns images/s."""
     found = sorted(path for path in given.rglob("*") if path.is_file())
+    if not found:
+        sys.exit(f"error: --images={given} holds no files")
     folder = scratch / "images" / "train" / "all"
     folder.mkdir(parents=True)
     for number, path in zip(range(FILES), itertools.cycle(found)):

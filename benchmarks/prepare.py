@@ -39,6 +39,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     files = [path.read_bytes() for path in sorted(options.images.rglob("*")) if path.is_file()]
+    if not files:
+        sys.exit(f"error: --images={options.images} holds no files")
     with tempfile.TemporaryDirectory() as scratch:
         root = pathlib.Path(scratch)
         write_tars(root / "tars", files)
@@ -66,7 +68,9 @@ def main() -> None:
             f"ImageNet at this rate and size: {images / rate / 3600:.2f} core hours, "
             f"{images * size / count / 1e9:.0f} GB"
         )
-        if other or left:
+        if kills < options.kills:
+            print(f"it was done before it was killed {options.kills} times; try another --seed")
+        if other or left or kills < options.kills:
             sys.exit(1)
 
 

@@ -36,6 +36,8 @@ def start(cache: str, flags: list[str]) -> dict[str, float]:
                         found.setdefault(mark, time.perf_counter() - begun)
                 if len(found) == len(MARKS):
                     process.kill()
+        if len(found) < len(MARKS):
+            sys.exit(f"error: the run ended before step 1, with status {process.returncode}")
         return found
 
 

@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import pathlib
+import sys
 import time
 from collections.abc import Iterator
 
@@ -32,6 +33,7 @@ from alexnet_jax.data import sources, stream, survey
 from alexnet_jax.models.nets import layers
 from alexnet_jax.train import optim, state
 from alexnet_jax.train.calendar import make_calendar
+from alexnet_jax.workdir import CONFIG_FILE
 
 
 def main() -> None:
@@ -42,7 +44,9 @@ def main() -> None:
     parser.add_argument("--figure", type=pathlib.Path, help="both validation curves")
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # it only draws the weights and computes the rates
-    config = configs.from_dict(json.loads((options.workdir / "config.json").read_text()))
+    if not (options.workdir / CONFIG_FILE).exists():
+        sys.exit(f"error: --workdir={options.workdir} holds no run; train there first")
+    config = configs.from_dict(json.loads((options.workdir / CONFIG_FILE).read_text()))
     found = {"this package": report.evaluation_records(options.workdir), "PyTorch": []}
     print("| | epoch | loss | top-1 error | top-5 error | lowest top-1 |")
     print("|---|---|---|---|---|---|")

@@ -1,7 +1,8 @@
 """A training step or an evaluation of the full paper net: this package and PyTorch in one run.
 
   python benchmarks/train_step.py [--batch 32 128] [--dtype float32] [--what train evaluate]
-      [--forms eager ...] [--xla=--xla_FLAG=VALUE ...] [--rounds 7] [--seconds 4] [--json FILE]
+      [--forms eager ...] [--xla=--xla_FLAG=VALUE ...] [--rounds 7] [--seconds 4] [--limit SECONDS]
+      [--json FILE]
 
 Every contender runs in its own process, on one batch of uint8 images and colour shifts, which is
 used repeatedly, with the same normalisation, dropout and update at a rate of 0; in a round each

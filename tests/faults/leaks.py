@@ -33,6 +33,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--workdir", required=True)
     options, flags = parser.parse_known_args()
+    if options.minutes < 1:
+        parser.error("--minutes must be at least 1: it takes five looks, each after 10 s")
     command = [sys.executable, "-m", "alexnet_jax.main"]
     command += [f"--config={ROOT}/configs/quickstart.py", f"--workdir={options.workdir}"]
     command += ["--config.train.num_epochs=100000", *flags]
