@@ -123,8 +123,8 @@ def test_squares_that_do_not_fit_are_refused_with_their_size():
 @pytest.mark.parametrize(
     ("given", "then"),
     [
-        ("", command.DETERMINISTIC),
-        ("--xla_dump_to=x", f"--xla_dump_to=x {command.DETERMINISTIC}"),
+        ("", "--xla_gpu_deterministic_ops=true"),
+        ("--xla_dump_to=x", "--xla_dump_to=x --xla_gpu_deterministic_ops=true"),
         ("--xla_gpu_deterministic_ops", "--xla_gpu_deterministic_ops"),
         ("--xla_gpu_deterministic_ops=false", "--xla_gpu_deterministic_ops=false"),
     ],
