@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -131,8 +132,14 @@ def this_process() -> str:
 
 
 def leave(status: int) -> NoReturn:
-    """End this process; after a failure, without JAX's shutdown, which waits for the others."""
-    if jax.distributed.is_initialized():
+    """End this process with `status`, and once it has one, at any further Ctrl-C.
+
+    One of several processes does without JAX's shutdown, which waits for the others, and one that a
+    signal ended without Python's, in which XLA crashes if the signal came while it compiled.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if jax.distributed.is_initialized() or status > 128:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

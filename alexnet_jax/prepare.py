@@ -25,6 +25,7 @@ from absl import flags
 from tqdm import tqdm
 
 from alexnet_jax import command
+from alexnet_jax.cluster import leave
 from alexnet_jax.config import Data
 from alexnet_jax.data import inputs, prepare, records, workers
 from alexnet_jax.errors import UserError, printable
@@ -147,4 +148,4 @@ def verify(directory: pathlib.Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    leave(main(sys.argv))

@@ -28,7 +28,7 @@ from absl import flags
 
 from alexnet_jax import command, evaluate, figures, loop, mesh, report, setup, tables, workdir
 from alexnet_jax import config as configs
-from alexnet_jax.cluster import Job
+from alexnet_jax.cluster import Job, leave
 from alexnet_jax.config import Config
 from alexnet_jax.data import sources
 from alexnet_jax.errors import UserError
@@ -317,4 +317,4 @@ def _best_rate(study: Study, user: Any, name: str, directory: pathlib.Path) -> S
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    leave(main(sys.argv))

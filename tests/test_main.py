@@ -297,6 +297,30 @@ def test_a_ctrl_c_that_python_drops_comes_again():
     )
 
 
+LEFT = """
+import atexit, sys
+from alexnet_jax import cluster, command
+
+def work():
+    atexit.register(print, "shut down")
+    if sys.argv[1] == "stopped":
+        raise KeyboardInterrupt
+    return 0
+
+cluster.leave(command.status(work))
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "said"), [("stopped", 130, ""), ("done", 0, "shut down\n")]
+)
+def test_a_command_that_was_stopped_ends_without_pythons_shutdown(how, status, said):
+    """In which XLA crashes, if it is still compiling."""
+    command = [sys.executable, "-c", LEFT, how]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    assert (ended.returncode, ended.stdout) == (status, said)
+
+
 def test_compiled_programs_are_kept_in_the_cache_unless_jax_was_told_another_place(
     trained, run, tmp_path, monkeypatch
 ):
