@@ -66,6 +66,12 @@ class Meta:
     drawn_from: str | None = ""  # the `Source`'s; None in older checkpoints, which lack it
     words: tuple[str, ...] = ()  # readable class names, if labels are codes
     origin: int = 0  # of the `Calendar`
+    mixed: bool = False  # trained on splits drawn in several ways, before `drawn_from` too
+
+    @property
+    def seen(self) -> str | None:
+        """The `drawn_from` of the splits of which training saw no image; "several" matches none."""
+        return "several" if self.mixed else self.drawn_from
 
 
 class SaveError(FailedError):
@@ -215,6 +221,7 @@ class Checkpoints:
             drawn_from=meta.get("pool"),  # missing in older checkpoints, as are the next
             words=tuple(meta.get("words", ())),
             origin=meta.get("origin", 0),
+            mixed=meta.get("mixed", False),
         )
 
     def read_params(self, step: int) -> Params:
@@ -322,6 +329,7 @@ class Saver(Checkpoints):
                 "pool": meta.drawn_from,
                 "words": list(meta.words),
                 "origin": meta.origin,
+                "mixed": meta.mixed,
             },
             "statistics": {k: np.asarray(v) for k, v in meta.statistics._asdict().items()},
         }

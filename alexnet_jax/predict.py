@@ -104,7 +104,7 @@ def open_split(net: Net, split: str) -> Source:
     way_out = f"set data.source to the data the net was trained for, {net.meta.config.data.source}"
     labels, where = source.labels, net.config.data.source
     check_same_classes(net.meta.labels, labels, where, way_out=way_out)
-    warn_if_trained_on(net.meta.drawn_from, source, net.config.data.source, split)
+    warn_if_trained_on(net.meta.seen, source, net.config.data.source, split)
     return survey.surveyed(source, net.config.data, net.config.model)[0]
 
 

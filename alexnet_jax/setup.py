@@ -91,14 +91,14 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
         source, statistics = survey.surveyed(source, config.data, config.model)
         validation, _ = survey.surveyed(validation, config.data, config.model)
     if latest is None or saved is None:
-        meta = Meta(config, source.labels, statistics)
-        state = _first_state(config, validation, job.broadcast)
+        state, mixed = _first_state(config, validation, job.broadcast)
+        meta = Meta(config, source.labels, statistics, mixed=mixed)
     else:
         if not allow_config_change:
             _check_images(saved, source, config.data.source)
         if not any(name.startswith("data.") for name in changed):
             statistics = saved.statistics
-        meta = _resumed(saved, latest, config, statistics, len(source))
+        meta = _resumed(saved, latest, config, statistics, source)
         state = checkpoints.read_state(latest, meta)
     config = meta.config
     meta = dataclasses.replace(
@@ -107,6 +107,7 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
         drawn_from=source.drawn_from,
         words=source.words or meta.words,
     )
+    warn_if_trained_on(meta.seen, validation, config.data.source, config.eval.split)
     calendar = make_calendar(config.train, len(source), meta.origin)
     with job.leader_first():
         if job.is_leader:
@@ -131,17 +132,20 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
     )
 
 
-def _first_state(config: Config, validation: Source, broadcast: Broadcast) -> TrainState:
-    """The state of a new run, with the weights of `train.init_from` if that names a workdir."""
+def _first_state(
+    config: Config, validation: Source, broadcast: Broadcast
+) -> tuple[TrainState, bool]:
+    """The state of a new run, with the weights of `train.init_from` if that names a workdir.
+
+    And whether these may have been trained on images of `validation`.
+    """
     labels = validation.labels
     state = initial_state(config.model, len(labels), config.seed)
     if not config.train.init_from:
-        return state
+        return state, False
     _, meta, given = _checkpoints_of(config.train.init_from, broadcast).read_net(-1)
     new = _new_layers(config, labels, meta)
     _say_other_net(config, meta)
-    if {*meta.labels} & {*labels}:
-        warn_if_trained_on(meta.drawn_from, validation, config.data.source, config.eval.split)
     log.info(
         "weights are taken over from %s; new: %s",
         config.train.init_from,
@@ -150,7 +154,8 @@ def _first_state(config: Config, validation: Source, broadcast: Broadcast) -> Tr
     # A new last layer starts at zero: every class is then equally probable.
     drawn = {name: state.params[name] for name in new}
     drawn |= {name: jax.tree.map(np.zeros_like, drawn[name]) for name in new if name != "conv6"}
-    return state._replace(params={**given, **drawn})
+    mixed = bool({*meta.labels} & {*labels}) and meta.seen not in (None, validation.drawn_from)
+    return state._replace(params={**given, **drawn}), mixed
 
 
 def _say_other_net(config: Config, meta: Meta) -> None:
@@ -170,7 +175,7 @@ def _say_other_net(config: Config, meta: Meta) -> None:
 
 
 def _resumed(
-    saved: Meta, step: int, config: Config, statistics: Statistics, num_examples: int
+    saved: Meta, step: int, config: Config, statistics: Statistics, source: Source
 ) -> Meta:
     """The meta of a run that resumes at `step` with `config`; where it began from stays."""
     began, given = saved.config.train.init_from, config.train.init_from
@@ -182,21 +187,25 @@ def _resumed(
     return dataclasses.replace(
         saved,
         config=dataclasses.replace(config, train=train),
-        origin=_origin(saved, step, config.train.batch_size, num_examples),
+        origin=_origin(saved, step, config.train.batch_size, len(source)),
         statistics=statistics,
+        mixed=saved.seen not in (None, source.drawn_from),
     )
 
 
 def _check_images(meta: Meta, source: Source, name: str) -> None:
     """Raises UserError if a run would resume with other training images than it began with."""
+    moved = meta.drawn_from not in (None, source.drawn_from)
     if meta.num_examples != len(source):
         change = f"has {len(source)} training images, and had {meta.num_examples}"
-    elif meta.drawn_from and meta.drawn_from != source.drawn_from:
-        change = "is split otherwise, since its files have other names than they had"
+    elif moved:
+        change = "has files of other names than it had"
     else:
         return
+    also = ", and images moved from one split to another" if moved else ""
     raise UserError(
-        f"{name} {change} when the run began; bring them back, or go on by --allow_config_change"
+        f"{name} {change} when the run began{also}; bring back just the images that it had, or go "
+        "on by --allow_config_change"
     )
 
 

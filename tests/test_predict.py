@@ -344,14 +344,33 @@ def test_a_split_is_that_of_training_or_it_is_told(images, run, capsys, tmp_path
     assert "another data.split or data.split_seed" in capsys.readouterr().err
     first = min((folder / CLASSES[0]).iterdir())
     assert run(tmp_path / "42", data, "--mode=eval") == 0
-    assert "split otherwise" not in capsys.readouterr().err
+    assert "not split as" not in capsys.readouterr().err
     first.rename(first.with_name("zz.jpg"))  # as many files, in another order
     assert run(tmp_path / "42", data, "--config.train.num_steps=2") == 2
-    assert "is split otherwise" in capsys.readouterr().err
+    assert "and images moved from one split to another" in capsys.readouterr().err
     assert run(tmp_path / "42", data, "--mode=eval") == 0
     assert "images of its validation split may be among those trained on" in capsys.readouterr().err
+    first.with_name("zz.jpg").rename(first)
+    shutil.copyfile(first, first.with_name("aa.jpg"))
+    assert run(tmp_path / "42", data, "--config.train.num_steps=2") == 2
+    assert "and images moved from one split to another" in capsys.readouterr().err
     prepared = f"{tmp_path / 'records'}"
     assert prepare(["prepare", f"--input={folder}", f"--output={prepared}", "--size=41"]) == 0
     capsys.readouterr()
     assert run(tmp_path / "42", f"--config.data.source=records:{prepared}", "--mode=eval") == 0
     assert f"records:{prepared} is not split as the data" in capsys.readouterr().err
+
+
+def test_a_run_that_went_on_with_other_splits_says_so_ever_after(images, run, capsys, tmp_path):
+    folder, told = tmp_path / "flat", "images of its validation split may be among those trained on"
+    shutil.copytree(images / "train", folder)
+    again = tmp_path / "run", f"--config.data.source=folder:{folder}"
+    assert run(*again, "--config.train.num_steps=1") == 0
+    first = min((folder / CLASSES[0]).iterdir())
+    shutil.copyfile(first, first.with_name("aa.jpg"))
+    assert told not in capsys.readouterr().err
+    for steps, allowed in ((2, ["--allow_config_change"]), (3, [])):
+        assert run(*again, f"--config.train.num_steps={steps}", *allowed) == 0
+        assert told in capsys.readouterr().err
+        assert run(*again, "--mode=eval") == 0
+        assert told in capsys.readouterr().err

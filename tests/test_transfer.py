@@ -74,7 +74,10 @@ def test_a_net_that_may_know_the_validation_images_is_told(images, run, tmp_path
     assert run(tmp_path / "first", data, short) == 0
     assert run(tmp_path / "same", data, short, begun) == 0
     assert told not in capsys.readouterr().err
-    assert run(tmp_path / "other", data, short, begun, "--config.data.split_seed=1") == 0
+    other = tmp_path / "other", data, "--config.data.split_seed=1"
+    assert run(*other, short, begun) == 0
+    assert told in capsys.readouterr().err
+    assert run(*other, "--mode=eval") == 0
     assert told in capsys.readouterr().err
 
 
