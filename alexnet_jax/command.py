@@ -7,6 +7,7 @@ import logging
 import os
 import pathlib
 import re
+import select
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -37,7 +38,8 @@ DETERMINISTIC = "--xla_gpu_deterministic_ops"
 def status(work: Callable[[], int]) -> int:
     """Run a command's `work` and return its exit status; an error becomes one line on stderr.
 
-    0: the whole job is done; 1: a failure; 2: a user error; 130 or 143: ended by a signal.
+    0: the whole job is done; 1: a failure, or who read the output, as `head` does, has gone, which
+    says nothing; 2: a user error; 130 or 143: ended by a signal.
     """
     if sys.stderr is None:  # it was closed before the start
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
@@ -51,7 +53,14 @@ def status(work: Callable[[], int]) -> int:
     logger.propagate = False
     try:
         with interrupts.heard():
-            return work()
+            found = work()
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return found
+    except BrokenPipeError as error:
+        if not _unread():
+            print(f"error: {error}", file=sys.stderr)
+        return exit_status(error)
     except (UserError, FailedError, OSError) as error:
         full = isinstance(error, OSError) and error.filename and error.errno in FULL
         way_out = "; make room there, and the same command goes on" if full else ""
@@ -74,6 +83,18 @@ def status(work: Callable[[], int]) -> int:
         words = "stopped; the same command goes on from what was saved, or starts again"
         print(words, file=sys.stderr)
         return exit_status(stop)
+
+
+def _unread() -> bool:
+    """Whether nobody reads stdout any more; what is left for it then goes nowhere."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), select.POLLOUT)
+    if not any(found & (select.POLLERR | select.POLLHUP) for _, found in output.poll(0)):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+    return True
 
 
 def before_jax(config: Config) -> None:
@@ -190,9 +211,12 @@ def flag_error(error: Exception) -> str:
     if text.startswith("FrozenConfigDict"):
         return "the --config file returns a FrozenConfigDict; return what blank() gives"
     if isinstance(error, OSError):
-        missing = re.search(r"No such file or directory: '(.*?)'", text)
-        way_out = "try --config=configs/quickstart.py"
-        return f"--config={missing[1]}: no such file; {way_out}" if missing else text
+        what = re.search(r"\[Errno \d+\] (.*?): '(.*?)'", text)
+        if not what:
+            return text
+        where = "" if os.path.isabs(what[2]) else f" in {os.getcwd()}"
+        said = f"{what[1][0].lower()}{what[1][1:]}{where}"
+        return f"--config={what[2]}: {said}; quickstart.py is in the repository's configs/"
     if isinstance(error, AttributeError | KeyError):
         return configs.no_field(text.removeprefix("'Key ").strip("'\"").split()[0].strip("'\""))
     return text

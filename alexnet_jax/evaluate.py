@@ -135,6 +135,7 @@ def class_table(found: Predictions) -> str:
     errors = 1 - right / np.maximum(examples, 1)
     wrong = counts - np.diag(right)
     order = np.argsort(-errors, kind="stable")
+    missing = [classes[row] for row in order if not examples[row]]
     order = order[examples[order] > 0]
     lines = [f"{'class':24} examples   error  most often taken for"]
     for row in order[:MOST_CLASSES]:
@@ -143,6 +144,9 @@ def class_table(found: Predictions) -> str:
         lines.append(f"{classes[row]:24} {examples[row]:8} {errors[row]:7.1%}  {mistake}")
     if len(order) > MOST_CLASSES:
         lines.append(f"... of {len(order)} classes; all of them by --output=FILE.npz")
+    if missing:
+        more = ", ..." if len(missing) > 5 else ""
+        lines.append(f"without examples: {len(missing)}, {', '.join(missing[:5])}{more}")
     return "\n".join(lines)
 
 

@@ -197,15 +197,18 @@ def colour_selectivity(tower: np.ndarray) -> float:
 def confusion(counts: np.ndarray, labels: Sequence[str], most: int = 40) -> Any:
     """Confusion matrix: which class (row) was taken for which, in per cent of the row.
 
+    The row of a class without examples stays white.
+
     Args:
       counts: (classes, classes) int.
       most: with more classes, only the ones mistaken most often are drawn.
     """
-    examples = np.maximum(counts.sum(1), 1)
-    shares = 100 * counts / examples[:, None]
+    examples = counts.sum(1, keepdims=True)
+    shares = np.full(counts.shape, np.nan)
+    np.divide(100 * counts, examples, out=shares, where=examples > 0)
     chosen = np.arange(len(labels))
     if len(labels) > most:
-        right = np.where(counts.sum(1) > 0, np.diag(shares), np.inf)
+        right = np.nan_to_num(np.diag(shares), nan=np.inf)
         chosen = np.sort(np.argsort(right, kind="stable")[:most])
     shares = shares[np.ix_(chosen, chosen)]
     names = [shortened(labels[int(place)], 24) for place in chosen]

@@ -132,7 +132,10 @@ def run_mode(
         print(bench.table(found))
         print(json.dumps(found))
         return 0
-    directories = [expanded(part) for part in options.workdir.split(",")]
+    names = options.workdir.split(",")
+    if "" in names:
+        raise UserError(f"--workdir={options.workdir}: a name is missing beside a comma")
+    directories = [expanded(name) for name in names]
     if options.mode == "eval":
         output = None
         if options.output and job.is_leader:

@@ -228,7 +228,7 @@ def _problem(path: str) -> str:
     """Why an image file cannot be read; "" if it can."""
     try:
         images.decode(sources.read_file(path), path)
-    except images.ImageError as error:
+    except (images.ImageError, OSError) as error:
         return str(error)
     return ""
 
@@ -252,7 +252,10 @@ def _files(paths: Sequence[str]) -> list[str]:
         if not os.path.exists(path):
             raise UserError(f"{path}: no such file or folder; name images, or folders with them")
         if os.path.isdir(path):
-            found += _inside(path)
+            inside = _inside(path)
+            if not inside:
+                raise UserError(f"{path}: there are no files in it; name another folder, or images")
+            found += inside
         elif not os.path.isfile(path):
             raise UserError(f"{path}: is a pipe or device; save the image to a file first")
         else:
@@ -264,14 +267,20 @@ def _files(paths: Sequence[str]) -> list[str]:
 
 def _inside(folder: str) -> list[str]:
     """The files under a folder, following links, without hidden ones."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(
+            f"{error.filename} cannot be read ({error.strerror}); leave it out, or permit it"
+        )
+
     seen, found = {os.path.realpath(folder)}, []
-    for where, folders, files in os.walk(folder, followlinks=True):
+    for where, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
         for name in sorted(folders):
             real = os.path.realpath(os.path.join(where, name))
-            if name[0] == "." or real in seen:
+            if sources.is_hidden(name) or real in seen:
                 folders.remove(name)
             seen.add(real)
-        found += [os.path.join(where, name) for name in files if name[0] != "."]
+        found += [os.path.join(where, name) for name in files if not sources.is_hidden(name)]
     others = [path for path in found if not os.path.isfile(path)]
     if others:
         log.warning(

@@ -83,8 +83,8 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
     latest = checkpoints.newest_whole()
     saved = None if latest is None else checkpoints.read_meta(latest)
     if saved is not None:
-        changed = workdir.check_resume(saved.config, config, allow_config_change)
         check_same_classes(saved.labels, source.labels, config.data.source)
+        changed = workdir.check_resume(saved.config, config, allow_config_change)
     elif config.train.init_from:
         check_init_from(config, source.labels, job.broadcast)
     with job.leader_first():

@@ -114,9 +114,9 @@ def test_names_of_many_classes_do_not_run_into_each_other():
     assert all(below.y1 < above.y0 for above, below in itertools.pairwise(tops))
 
 
-def test_a_class_without_examples_is_no_division_by_zero():
+def test_a_class_without_examples_is_left_white():
     drawn = figures.confusion(np.array([[2, 0], [0, 0]]), ("a", "b")).axes[0].images[0]
-    np.testing.assert_allclose(np.asarray(drawn.get_array()), [[100, 0], [0, 0]])
+    np.testing.assert_allclose(np.asarray(drawn.get_array()), [[100, 0], [np.nan, np.nan]])
 
 
 def test_curves_of_many_runs_differ_in_more_than_colour():

@@ -676,6 +676,7 @@ def test_other_classes_are_refused(trained, run, images, tmp_path, capsys):
         (["--config.data.source=tfds:imagenet2012"], ["ILSVRC2012_img_val.tar", "quickstart.py"]),
         (["--config.data.source=folder"], ["data.source='folder'", "folder:PATH"]),
         (["--mode=eval"], ["holds no checkpoint"]),
+        (["--mode=eval", "--workdir=a,,b"], ["--workdir=a,,b: a name is missing"]),
     ],
     ids=lambda value: value[0] if isinstance(value[0], str) else None,
 )
@@ -709,6 +710,14 @@ def test_a_value_of_another_type_is_named_with_its_field(flag, words, config_fil
     said = command_line(capsys, f"--config={config_file}", "--mode=inspect", f"--config.{flag}")
     assert words in said
     assert f"set --config.{flag.partition('=')[0]}=..." in said
+
+
+def test_a_config_file_that_is_not_there_is_looked_for_where(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    said = command_line(capsys, "--config=configs/quickstart.py", "--mode=inspect")
+    assert f"--config=configs/quickstart.py: no such file or directory in {tmp_path}" in said
+    said = command_line(capsys, f"--config={tmp_path}", "--mode=inspect")
+    assert f"--config={tmp_path}: is a directory" in said
 
 
 @pytest.mark.parametrize("asked", ["-h", "--help"])

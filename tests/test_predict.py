@@ -231,6 +231,42 @@ def test_links_in_a_folder_are_followed_once_and_hidden_files_are_not_looked_at(
     )
 
 
+def test_a_folder_without_files_is_named(trained, images, run, capsys, tmp_path):
+    (tmp_path / "Thumbs.db").write_text("no image")
+    assert run(trained, "--mode=predict", str(images / "val"), str(tmp_path)) == 2
+    assert f"{tmp_path}: there are no files in it" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_read_keeps_no_other_from_its_answer(
+    trained, images, run, capsys, monkeypatch
+):
+    """As one of another user; root reads everything."""
+    closed = str(images / "val/cat/01.jpg")
+    read = sources.read_file
+
+    def refusing(path: str) -> bytes:
+        return read("/nowhere" if path == closed else path)
+
+    monkeypatch.setattr(sources, "read_file", refusing)
+    assert run(trained, "--mode=predict", str(images / "val/cat")) == 2
+    said = capsys.readouterr()
+    found = {entry["file"]: entry for entry in map(json.loads, said.out.splitlines())}
+    assert len(found) == 5
+    assert [path for path, entry in found.items() if "error" in entry] == [closed]
+    assert "cannot be read" in found[closed]["error"]
+
+
+def test_who_reads_only_the_first_answer_gets_no_word_of_the_others(config_file, trained, images):
+    line = [sys.executable, "-m", "alexnet_jax.main", f"--config={config_file}"]
+    line += [f"--workdir={trained}", "--mode=predict", *[str(images / "train")] * 3]
+    read, written = os.pipe()
+    os.close(read)
+    ended = subprocess.run(line, stdout=written, stderr=subprocess.PIPE, text=True)
+    os.close(written)
+    assert ended.returncode == 1
+    assert "error" not in ended.stderr.lower()
+
+
 @pytest.mark.parametrize("towers", [1, 2])
 @pytest.mark.parametrize("layer", ["conv1", "conv4", "conv5", "fc7"])
 def test_features_are_the_layers_outputs(trained, images, run, tmp_path, towers, layer):
@@ -308,12 +344,13 @@ def test_classes_without_examples_take_no_place_in_the_table():
     labels = ("\x1b[2Jnot\nprintable", *(f"class {number}" for number in range(1, 60)))
     source = sources.Folder(labels, targets, "", ("",) * len(targets))
     table = evaluate.class_table(evaluate.Predictions(log_probabilities, targets, source))
-    _, worst, *others, last = table.splitlines()
+    _, worst, *others, more, last = table.splitlines()
     assert worst.split() == ["\\x1b[2Jnot\\nprintable", "2", "100.0%", "class", "1", "(2)"]
     assert [line.split()[:4] for line in others] == [
         ["class", str(2 * number), "2", "0.0%"] for number in range(1, 20)
     ]
-    assert last.startswith("... of 30 classes")
+    assert more.startswith("... of 30 classes")
+    assert last == "without examples: 30, class 1, class 3, class 5, class 7, class 9, ..."
 
 
 def test_what_a_net_opened_from_python_compiles_is_kept(trained, tmp_path):

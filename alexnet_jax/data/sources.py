@@ -95,6 +95,11 @@ class Tfds:
         return dataclasses.replace(self, indices=self.indices[indices], fingerprint=fingerprint)
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is none of the user's: it begins with a dot, or is a viewer's."""
+    return name[0] == "." or name.lower() in ("thumbs.db", "desktop.ini")
+
+
 def read_file(path: str) -> bytes:
     """An image file's bytes.
 
@@ -206,15 +211,15 @@ def _folder(root: pathlib.Path, split: str, data: Data) -> Source:
     capitals = [name for name in found if name not in splits]
     if capitals:
         raise UserError(f"{root} has a folder {capitals[0]!r}; name it {capitals[0].lower()!r}")
-    if not (root / "train").is_dir():
-        if found:
+    wanted, train = FOLDER_NAMES[split], root / "train"
+    if not train.is_dir():
+        if not found:
+            return stratified(_class_folders(root, _class_names(root)), split, data)
+        if split == "train" or not splits.issuperset(_class_names(root)):
             raise UserError(
                 f"{root} has a folder {found[0]!r} but none named train; add it, or, if "
-                f"{found[0]!r} is a class, put all classes into a folder {root / 'train'}"
+                f"{found[0]!r} is a class, put all classes into a folder {train}"
             )
-        return stratified(_class_folders(root, _class_names(root)), split, data)
-    labels = _class_names(root / "train")
-    wanted = FOLDER_NAMES[split]
     found = [root / name for name in wanted if (root / name).is_dir()]
     if len(found) > 1:
         raise UserError(f"{root} has both {found[0].name} and {found[1].name}; keep one of them")
@@ -223,12 +228,12 @@ def _folder(root: pathlib.Path, split: str, data: Data) -> Source:
             f"{root} has no folder for split {split!r}: looked for {', '.join(wanted)}; add one, "
             "or leave only class folders, which are then split"
         )
-    return _class_folders(found[0], labels)
+    return _class_folders(found[0], _class_names(train if train.is_dir() else found[0]))
 
 
 def _class_names(root: pathlib.Path) -> tuple[str, ...]:
     with os.scandir(root) as scan:
-        entries = [entry for entry in scan if entry.name[0] != "."]
+        entries = [entry for entry in scan if not is_hidden(entry.name)]
     for entry in entries:
         if entry.is_symlink() and not os.path.exists(entry.path):
             raise UserError(f"{entry.path} is a link to nothing; mend it, or take it away")
@@ -254,7 +259,7 @@ def _class_folders(root: pathlib.Path, labels: tuple[str, ...]) -> Folder:
         if not (root / label).is_dir():
             continue
         with os.scandir(root / label) as scan:
-            entries = sorted((e for e in scan if e.name[0] != "."), key=lambda entry: entry.name)
+            entries = sorted((e for e in scan if not is_hidden(e.name)), key=lambda e: e.name)
         folders = [entry.path for entry in entries if entry.is_dir()]
         if folders:
             first = printable(folders[0])

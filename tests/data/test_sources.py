@@ -180,6 +180,15 @@ def test_a_class_with_the_name_of_a_split_needs_a_folder_around_all_classes(pict
     assert opened(tmp_path / "around", "train").labels == ("bus", "test", "train")
 
 
+def test_images_to_evaluate_need_no_training_images_beside_them(pictures, tmp_path):
+    pictures.folder(tmp_path / "test", {"ant": 3, "bee": 2})
+    for split in ("test", "validation"):  # for which it stands in
+        source = opened(tmp_path, split)
+        assert (len(source), source.labels) == (5, ("ant", "bee"))
+    with pytest.raises(UserError, match="none named train"):
+        opened(tmp_path, "train")
+
+
 def test_a_split_in_capitals_is_not_passed_over(pictures, tmp_path):
     for part in ("train", "Val", "test"):
         pictures.folder(tmp_path / part, COUNTS)
@@ -199,7 +208,8 @@ def test_folders_inside_a_class_are_named_in_a_warning(pictures, tmp_path, caplo
 
 def test_hidden_files_and_folders_are_no_images_and_no_classes(pictures, tmp_path, caplog):
     pictures.folder(tmp_path / "train", {"ant": 3, ".thumbnails": 2})
-    (tmp_path / "train" / "ant" / ".DS_Store").write_bytes(b"x")
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
+        (tmp_path / "train" / "ant" / name).write_bytes(b"x")
     (tmp_path / "train" / "ant" / ".cache").mkdir()
     source = opened(tmp_path, "train")
     assert len(source) == 3
