@@ -42,6 +42,10 @@ class Net(NamedTuple):
     params: Params  # on the mesh
     mesh: Mesh
 
+    def __repr__(self) -> str:  # in a notebook, where the arrays would fill pages
+        preset, classes = self.config.model.preset, len(self.meta.labels)
+        return f"<Net of preset {preset}, {classes} classes, step {self.step}>"
+
 
 def open_net(config: Config, directory: str | pathlib.Path, broadcast: Broadcast = local) -> Net:
     """The checkpoint of `directory` that `checkpoint.step` names.

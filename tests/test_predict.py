@@ -20,6 +20,7 @@ from alexnet_jax.config import Config, Data
 from alexnet_jax.data import images as pictures
 from alexnet_jax.data import sources
 from alexnet_jax.prepare import main as prepare
+from alexnet_jax.train.state import make_apply
 
 ROOT = pathlib.Path(__file__).parent.parent
 CLASSES = ("cat", "dog", "owl")
@@ -351,6 +352,14 @@ def test_classes_without_examples_take_no_place_in_the_table():
     ]
     assert more.startswith("... of 30 classes")
     assert last == "without examples: 30, class 1, class 3, class 5, class 7, class 9, ..."
+
+
+def test_a_net_shows_itself_in_a_line_and_refuses_images_of_another_size(trained, tmp_path):
+    net = predict.open_net(Config(data=Data(cache_dir=str(tmp_path))), trained)
+    assert repr(net) == "<Net of preset paper, 3 classes, step 6>"
+    apply = make_apply(net.config.model, 3, shards=1)
+    with pytest.raises(ValueError, match=r"images of \(2, 40, 36, 3\): must be \(b, 36, 36, 3\)"):
+        apply(net.params, np.zeros((2, 40, 36, 3), np.float32), None)
 
 
 def test_what_a_net_opened_from_python_compiles_is_kept(trained, tmp_path):

@@ -32,12 +32,14 @@ def make_apply(model: Model, num_classes: int, shards: int, layer: str | None = 
     """The net, up to a layer, as a pure function of one device's share of the parameters.
 
     With two shards it must be called under `shard_map` with mesh axis `model`; the output of a
-    layer before the last is then this shard's.
+    layer before the last is then this shard's. It raises ValueError for images of another size.
     """
     graph = nnx.graphdef(nnx.eval_shape(lambda: make_net(model, num_classes, shards)))
-    last = layers(model, num_classes)[-1].name
+    last, size = layers(model, num_classes)[-1].name, model.input_size
 
     def apply(params: Params, images: Array, dropout: Dropout | None) -> Array:
+        if images.shape[1:] != (size, size, 3):
+            raise ValueError(f"images of {images.shape}: must be (b, {size}, {size}, 3)")
         return dict(nnx.merge(graph, params).outputs(images, dropout))[layer or last]
 
     return apply
