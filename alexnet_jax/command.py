@@ -20,7 +20,7 @@ from alexnet_jax import config as configs
 from alexnet_jax import interrupts
 from alexnet_jax.config import Config
 from alexnet_jax.errors import FailedError, UserError, exit_status, reason
-from alexnet_jax.files import expanded, make_folder
+from alexnet_jax.files import expanded, make_folder, to_nowhere
 
 # How absl's messages about ill-typed values begin -> what the value must be.
 ILL_TYPED = {
@@ -88,13 +88,14 @@ def status(work: Callable[[], int]) -> int:
 def _unread() -> bool:
     """Whether nobody reads stdout any more; what is left for it then goes nowhere."""
     output = select.poll()
-    output.register(sys.stdout.fileno(), select.POLLOUT)
-    if not any(found & (select.POLLERR | select.POLLHUP) for _, found in output.poll(0)):
+    try:
+        output.register(sys.stdout.fileno(), select.POLLOUT)
+    except (AttributeError, OSError):  # it is closed, or a notebook's
         return False
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
-    return True
+    gone = any(found & (select.POLLERR | select.POLLHUP) for _, found in output.poll(0))
+    if gone:
+        to_nowhere(sys.stdout)
+    return gone
 
 
 def before_jax(config: Config) -> None:
@@ -211,12 +212,13 @@ def flag_error(error: Exception) -> str:
     if text.startswith("FrozenConfigDict"):
         return "the --config file returns a FrozenConfigDict; return what blank() gives"
     if isinstance(error, OSError):
-        what = re.search(r"\[Errno \d+\] (.*?): '(.*?)'", text)
+        what = re.search(r"""\[Errno \d+\] (.*?): (?:'(.*)'|"(.*)")$""", text)
         if not what:
             return text
-        where = "" if os.path.isabs(what[2]) else f" in {os.getcwd()}"
+        name = what[2] or what[3]
+        where = "" if os.path.isabs(name) else f" in {os.getcwd()}"
         said = f"{what[1][0].lower()}{what[1][1:]}{where}"
-        return f"--config={what[2]}: {said}; quickstart.py is in the repository's configs/"
+        return f"--config={name}: {said}; quickstart.py is in the repository's configs/"
     if isinstance(error, AttributeError | KeyError):
         return configs.no_field(text.removeprefix("'Key ").strip("'\"").split()[0].strip("'\""))
     return text

@@ -496,8 +496,8 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     if isinstance(hint, type) and hint is not float and type(value) is hint:
         return value
     if not isinstance(hint, type) and isinstance(value, list | tuple):
-        if value and all(isinstance(entry, str) for entry in value):
-            value = re.findall(r"\w+", " ".join(value))  # as a command line's fc6,fc7
+        if hint.__args__[0] is str and all(isinstance(entry, str) for entry in value):
+            value = re.findall(r"[^\s,()\[\]]+", " ".join(value))  # as a command line's fc6,fc7
         return tuple(_typed(name, entry, hint.__args__[0]) for entry in value)
     wanted = {float: "a finite number", int: "a whole number", bool: "True or False", str: "text"}
     words = wanted[hint] if isinstance(hint, type) else "a list"

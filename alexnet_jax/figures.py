@@ -142,7 +142,8 @@ def curves(
         axes.yaxis.set_major_formatter("{x:g}")
     else:
         axes.set_ylim(bottom=0)
-    axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+    if entries:
+        axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
     return figure
 
 

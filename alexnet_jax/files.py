@@ -1,4 +1,4 @@
-"""Paths as users write them; atomic file writes, synced to disk where needed."""
+"""Paths as users write them; atomic file writes, synced to disk where needed; unread output."""
 
 import contextlib
 import errno
@@ -9,6 +9,7 @@ import secrets
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
+from typing import TextIO
 
 import numpy as np
 
@@ -111,6 +112,13 @@ def read_arrays(path: pathlib.Path, names: Iterable[str]) -> dict[str, np.ndarra
             return {name: np.asarray(arrays[name]) for name in names}
     except Exception as error:  # on damaged bytes numpy and zipfile raise errors of all kinds
         raise ValueError(reason(error)) from error
+
+
+def to_nowhere(stream: TextIO) -> None:
+    """Let what else is written to a stream go nowhere, for instance if nobody reads it any more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def digest(path: pathlib.Path) -> str:

@@ -3,7 +3,6 @@
 import datetime
 import json
 import math
-import os
 import pathlib
 import sys
 import time
@@ -13,12 +12,24 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from alexnet_jax.files import naming, write_text
+from alexnet_jax.files import naming, to_nowhere, write_text
 
 METRICS_FILE = "metrics.jsonl"
 PASS = "num_examples"  # only in records of passes over a split
 RATIO = "update_to_weight/"  # before a layer's name
 AVERAGED = ("steps", "loss", "top1_error")
+
+
+def say(text: str) -> None:
+    """Print a line, above the progress bar if there is one.
+
+    If nobody reads stdout any more, as after Ctrl-C in `... | tee log`, what is done goes on.
+    """
+    try:
+        with tqdm.external_write_mode(file=sys.stdout):
+            print(text, flush=True)
+    except OSError:
+        to_nowhere(sys.stdout)
 
 
 class Silent:
@@ -109,17 +120,7 @@ class Report(Silent):
         return elapsed / (step - self.first_step) * (self.num_steps - step)
 
     def say(self, text: str) -> None:
-        """Print a line, above the progress bar if there is one.
-
-        If nobody reads stdout any more, as after Ctrl-C in `... | tee log`, the run goes on.
-        """
-        try:
-            with tqdm.external_write_mode(file=sys.stdout):
-                print(text, flush=True)
-        except OSError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, sys.stdout.fileno())
-            os.close(nowhere)
+        say(text)
 
 
 def described(values: Mapping[str, Any]) -> str:

@@ -83,7 +83,10 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
     latest = checkpoints.newest_whole()
     saved = None if latest is None else checkpoints.read_meta(latest)
     if saved is not None:
-        check_same_classes(saved.labels, source.labels, config.data.source)
+        check_same_classes(
+            saved.labels, source.labels, config.data.source, f"the run in {directory}",
+            "choose another --workdir, or the data that it was trained with",
+        )  # fmt: skip
         changed = workdir.check_resume(saved.config, config, allow_config_change)
     elif config.train.init_from:
         check_init_from(config, source.labels, job.broadcast)
@@ -194,18 +197,18 @@ def _resumed(
 
 
 def _check_images(meta: Meta, source: Source, name: str) -> None:
-    """Raises UserError if a run would resume with other training images than it began with."""
+    """Raises UserError if a run would resume with other training images than it had."""
     moved = meta.drawn_from not in (None, source.drawn_from)
     if meta.num_examples != len(source):
         change = f"has {len(source)} training images, and had {meta.num_examples}"
     elif moved:
-        change = "has files of other names than it had"
+        change = "has files of other names than"
     else:
         return
     also = ", and images moved from one split to another" if moved else ""
     raise UserError(
-        f"{name} {change} when the run began{also}; bring back just the images that it had, or go "
-        "on by --allow_config_change"
+        f"{name} {change} when last trained on{also}; bring back just the images that it had, or "
+        "go on by --allow_config_change"
     )
 
 

@@ -102,7 +102,7 @@ def run(values: flags.FlagValues) -> int:
         for name in names:
             settings = {**study.variants[name], **rates[name], "seed": seed}
             place = directory / name / str(seed)
-            print(f"{values.study}: {name}, seed {seed}, in {place}", flush=True)
+            report.say(f"{values.study}: {name}, seed {seed}, in {place}")
             try:
                 stopped = _run(_config(values.config, settings), place)
             except loop.TrainingError as error:  # the other runs are still worth having
@@ -116,7 +116,7 @@ def run(values: flags.FlagValues) -> int:
             figures.save(tables.draw(directory, study), directory / "errors")
         except UserError as error:  # the table is worth having without it
             log.warning("no figure: %s", error)
-        print((directory / "table.md").read_text(encoding="utf-8"))
+        report.say((directory / "table.md").read_text(encoding="utf-8"))
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
     return int(bool(failed))
@@ -289,7 +289,7 @@ def _best_rate(study: Study, user: Any, name: str, directory: pathlib.Path) -> S
         settings = {**study.variants[name], "optim.learning_rate": rate, "train.num_steps": 0}
         config = _config(user, {**settings, "train.num_epochs": study.search_epochs})
         place = directory / name / f"rate_{rate:g}"
-        print(f"{name}: trying learning rate {rate:g} in {place}", flush=True)
+        report.say(f"{name}: trying learning rate {rate:g} in {place}")
         try:
             number = _train(config, place)
             if number:
@@ -312,7 +312,7 @@ def _best_rate(study: Study, user: Any, name: str, directory: pathlib.Path) -> S
         )
     best = min(found, key=lambda rate: found[rate]["top1_error"])
     tried = ", ".join(f"{rate:g}: {value['top1_error']:.2%}" for rate, value in found.items())
-    print(f"{name}: training error by learning rate: {tried}; taken: {best:g}", flush=True)
+    report.say(f"{name}: training error by learning rate: {tried}; taken: {best:g}")
     return {"optim.learning_rate": best}
 
 

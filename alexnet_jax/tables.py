@@ -63,7 +63,11 @@ def read_json(path: pathlib.Path, *names: str) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return {name: found[name] for name in names}
-    except (ValueError, TypeError, LookupError) as error:
+    except KeyError as error:
+        raise UserError(
+            f"{path} lacks {error}; remove it, and the same command makes it anew"
+        ) from error
+    except (ValueError, TypeError) as error:
         raise UserError(
             f"{path} is damaged ({reason(error)}); remove it, and the same command makes it anew"
         ) from error

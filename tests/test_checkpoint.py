@@ -104,12 +104,13 @@ def test_a_checkpoint_of_earlier_code_is_read(state, meta, tmp_path, monkeypatch
     def earlier(self, step, names):
         found = load(self, step, names)
         assert found["meta"].pop("words") == ["a"]
-        del found["meta"]["pool"], found["meta"]["origin"]
+        del found["meta"]["pool"], found["meta"]["origin"], found["meta"]["mixed"]
         return found
 
     monkeypatch.setattr(Checkpoints, "_load", earlier)
     found = Checkpoints(tmp_path).read_meta(5)
-    assert (found.labels, found.words, found.drawn_from, found.origin) == (meta.labels, (), None, 0)
+    assert (found.labels, found.words, found.origin) == (meta.labels, (), 0)
+    assert (found.drawn_from, found.mixed, found.seen) == (None, False, None)
 
 
 def test_a_state_donated_right_after_its_save_is_saved_as_it_was(state, meta, tmp_path):

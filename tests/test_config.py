@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -256,6 +257,12 @@ def test_names_are_also_read_as_a_command_line_gives_them(given):
     found = configs.from_dict({"model": {"dropout_after": given}})
     assert found.model.dropout_after == ("fc6", "pool5")
     assert configs.from_dict({"model": {"without": [""]}}).model.without == ()
+
+
+@pytest.mark.parametrize("given", ["-fc6", "fc6;pool5", "fc6.pool5"])
+def test_a_name_is_not_made_of_another(given):
+    with pytest.raises(UserError, match=re.escape(f"model.dropout_after=('{given}',)")):
+        configs.from_dict({"model": {"dropout_after": [given]}})
 
 
 def test_an_unknown_preset_names_the_nearest():

@@ -119,6 +119,14 @@ def test_a_class_without_examples_is_left_white():
     np.testing.assert_allclose(np.asarray(drawn.get_array()), [[100, 0], [np.nan, np.nan]])
 
 
+def test_classes_without_examples_are_not_those_mistaken_most():
+    counts = np.diag([0] * 5 + [2] * 45)
+    counts[5:7, 5:7] = 1  # the two that are mistaken
+    figure = figures.confusion(counts, [f"c{n}" for n in range(50)])
+    shown = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert shown[:3] == ["c5", "c6", "c7"]
+
+
 def test_curves_of_many_runs_differ_in_more_than_colour():
     runs = {f"run {n}": [(1, 0.5), (2, 0.4 - n / 100)] for n in range(8)}
     (axes,) = figures.curves(runs, {}, ylabel="error", target=0.25).axes

@@ -18,9 +18,10 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from alexnet_jax import command as shared
-from alexnet_jax import loop, report
+from alexnet_jax import loop, report, setup
 from alexnet_jax import main as command
 from alexnet_jax.checkpoint import Checkpoints, Saver
+from alexnet_jax.cluster import Job
 from alexnet_jax.data import buffers
 from alexnet_jax.errors import FailedError
 from alexnet_jax.report import Report
@@ -303,22 +304,46 @@ from alexnet_jax import cluster, command
 
 def work():
     atexit.register(print, "shut down")
+    print("last words")
     if sys.argv[1] == "stopped":
         raise KeyboardInterrupt
-    return 0
+    return int(sys.argv[1])
 
 cluster.leave(command.status(work))
 """
 
 
 @pytest.mark.parametrize(
-    ("how", "status", "said"), [("stopped", 130, ""), ("done", 0, "shut down\n")]
+    ("how", "status", "shut"), [("stopped", 130, ""), ("143", 143, ""), ("0", 0, "shut down\n")]
 )
-def test_a_command_that_was_stopped_ends_without_pythons_shutdown(how, status, said):
+def test_a_command_that_was_stopped_ends_without_pythons_shutdown(how, status, shut):
     """In which XLA crashes, if it is still compiling."""
     command = [sys.executable, "-c", LEFT, how]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=50)
-    assert (ended.returncode, ended.stdout) == (status, said)
+    assert (ended.returncode, ended.stdout) == (status, f"last words\n{shut}")
+
+
+@pytest.mark.parametrize("how", ["stopped", "143", "0"])
+def test_a_command_ends_alike_where_its_output_is_closed(how):
+    line = shlex.join([sys.executable, "-c", LEFT, how])
+    ended = subprocess.run(["sh", "-c", f"{line} >&-"], stderr=subprocess.PIPE, timeout=50)
+    assert ended.returncode == {"stopped": 130}.get(how, int(how) if how.isdecimal() else 0)
+    assert b"Traceback" not in ended.stderr
+
+
+def test_which_checkpoints_are_whole_all_ranks_ask_the_first(run, tmp_path, monkeypatch):
+    asked, made = [], setup.Saver
+    monkeypatch.setattr(setup, "Saver", lambda *given: asked.append(given[1]) or made(*given))
+    assert run(tmp_path, "--config.train.num_steps=1") == 0
+    assert [ask.__func__ for ask in asked] == [Job.broadcast]
+
+
+def test_a_pipe_that_breaks_elsewhere_is_told(capsys):
+    def work():
+        raise BrokenPipeError(32, "Broken pipe")
+
+    assert shared.status(work) == 1
+    assert capsys.readouterr().err == "error: [Errno 32] Broken pipe\n"
 
 
 def test_compiled_programs_are_kept_in_the_cache_unless_jax_was_told_another_place(
@@ -627,8 +652,10 @@ def test_other_classes_are_refused(trained, run, images, tmp_path, capsys):
             (tmp_path / split).mkdir(exist_ok=True)
             (tmp_path / split / new).symlink_to(images / split / old)
     source = f"--config.data.source=folder:{tmp_path}"
-    assert run(trained, source, "--allow_config_change") == 2
-    assert "class 0 is 'ant', in the checkpoint 'cat'" in capsys.readouterr().err
+    for allowed in ([], ["--allow_config_change"]):
+        assert run(trained, source, *allowed) == 2
+        error = capsys.readouterr().err
+        assert f"class 0 is 'ant', in the run in {trained} 'cat'; choose another --workdir" in error
     assert run(trained, source, "--mode=eval") == 2
     error = capsys.readouterr().err
     assert "other classes" in error

@@ -268,6 +268,18 @@ def test_who_reads_only_the_first_answer_gets_no_word_of_the_others(config_file,
     assert "error" not in ended.stderr.lower()
 
 
+@pytest.mark.parametrize("unbuffered", [{}, {"PYTHONUNBUFFERED": "1"}])
+def test_nor_who_reads_nothing(unbuffered):
+    """Of what is only written at the end."""
+    line = [sys.executable, "-m", "alexnet_jax.main", "--help"]
+    read, written = os.pipe()
+    os.close(read)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | unbuffered
+    ended = subprocess.run(line, stdout=written, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(written)
+    assert (ended.returncode, ended.stderr) == (1, "")
+
+
 @pytest.mark.parametrize("towers", [1, 2])
 @pytest.mark.parametrize("layer", ["conv1", "conv4", "conv5", "fc7"])
 def test_features_are_the_layers_outputs(trained, images, run, tmp_path, towers, layer):
@@ -390,7 +402,7 @@ def test_a_split_is_that_of_training_or_it_is_told(images, run, capsys, tmp_path
     assert "another data.split or data.split_seed" in capsys.readouterr().err
     first = min((folder / CLASSES[0]).iterdir())
     assert run(tmp_path / "42", data, "--mode=eval") == 0
-    assert "not split as" not in capsys.readouterr().err
+    assert "those trained on" not in capsys.readouterr().err
     first.rename(first.with_name("zz.jpg"))  # as many files, in another order
     assert run(tmp_path / "42", data, "--config.train.num_steps=2") == 2
     assert "and images moved from one split to another" in capsys.readouterr().err
@@ -404,7 +416,7 @@ def test_a_split_is_that_of_training_or_it_is_told(images, run, capsys, tmp_path
     assert prepare(["prepare", f"--input={folder}", f"--output={prepared}", "--size=41"]) == 0
     capsys.readouterr()
     assert run(tmp_path / "42", f"--config.data.source=records:{prepared}", "--mode=eval") == 0
-    assert f"records:{prepared} is not split as the data" in capsys.readouterr().err
+    assert f"records:{prepared}: images of its validation split may be" in capsys.readouterr().err
 
 
 def test_a_run_that_went_on_with_other_splits_says_so_ever_after(images, run, capsys, tmp_path):
@@ -420,3 +432,5 @@ def test_a_run_that_went_on_with_other_splits_says_so_ever_after(images, run, ca
         assert told in capsys.readouterr().err
         assert run(*again, "--mode=eval") == 0
         assert told in capsys.readouterr().err
+    assert run(*again, "--mode=eval", "--config.eval.split=train") == 0
+    assert "those trained on" not in capsys.readouterr().err

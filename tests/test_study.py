@@ -191,6 +191,21 @@ def test_runs_with_other_settings_do_not_join_the_table(flags, words, finished, 
     assert not (finished / "with_lrn" / "9").exists()
 
 
+def test_runs_from_other_weights_do_not_join_the_table(finished, start, trained, capsys):
+    assert start("lrn", finished, "--seeds=9", f"--config.train.init_from={trained}") == 2
+    assert f"train.init_from: '' -> '{trained}'" in capsys.readouterr().err
+
+
+def test_a_study_of_epochs_to_an_error_goes_on_where_it_is_made_longer(
+    start, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(STUDIES, "race", Study("?", {"only": {}}, {}, target_error=0.001))
+    for steps in (2, 4):
+        assert start("race", tmp_path, f"--config.train.num_steps={steps}") == 0
+        result = json.loads((tmp_path / "only" / "42" / "result.json").read_text())
+        assert result["train"]["step"] == steps
+
+
 def test_runs_of_more_images_do_not_join_the_table(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "more")
     path = tmp_path / "more/with_lrn/2" / tables.RESULT
@@ -330,16 +345,18 @@ def test_a_study_at_none_of_whose_rates_training_goes_on_has_failed(
     assert "one: at none of the learning rates (1e+30, 1e+31)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]"])
+@pytest.mark.parametrize(
+    ("text", "words"), [("", "is damaged"), ("[1]", "is damaged"), ("{}", "lacks '")]
+)
 @pytest.mark.parametrize("name", ["study.json", "with_lrn/1/result.json"])
 def test_a_damaged_file_of_a_study_is_named_and_made_anew(
-    name, text, finished, start, tmp_path, capsys
+    name, text, words, finished, start, tmp_path, capsys
 ):
     shutil.copytree(finished, tmp_path / "study")
     (tmp_path / "study" / name).write_text(text)
     again = "lrn", tmp_path / "study", "--seeds=1", "--variants=with_lrn"
     assert start(*again) == 2
-    assert f"{name} is damaged" in capsys.readouterr().err
+    assert f"{name} {words}" in capsys.readouterr().err
     (tmp_path / "study" / name).unlink()
     assert start(*again) == 0
     assert (tmp_path / "study" / name).read_bytes() == (finished / name).read_bytes()

@@ -79,6 +79,18 @@ def test_a_net_that_may_know_the_validation_images_is_told(images, run, tmp_path
     assert told in capsys.readouterr().err
     assert run(*other, "--mode=eval") == 0
     assert told in capsys.readouterr().err
+    third = f"--config.train.init_from={tmp_path / 'other'}"
+    assert run(tmp_path / "third", *other[1:], short, third) == 0
+    assert told in capsys.readouterr().err
+
+
+def test_a_net_of_other_classes_cannot_know_them(trained, run, images, tmp_path, capsys):
+    for name, other in zip(("cat", "dog", "owl"), ("ant", "bee", "fly"), strict=True):
+        shutil.copytree(images / "train" / name, tmp_path / "flat" / other)
+    data = f"--config.data.source=folder:{tmp_path / 'flat'}"
+    begun = f"--config.train.init_from={trained}"
+    assert run(tmp_path / "run", data, begun, "--config.train.num_steps=1") == 0
+    assert "those trained on" not in capsys.readouterr().err
 
 
 def test_a_net_that_gained_a_class_may_know_the_validation_images_too(

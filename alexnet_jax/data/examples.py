@@ -112,10 +112,9 @@ def warn_if_trained_on(seen: str | None, source: Source, where: str, split: str)
       seen: the `drawn_from` of the split the net was trained on; None if unknown.
       source: a split of `where`, the data used now.
     """
-    if seen is not None and source.drawn_from != seen:
+    if split != "train" and seen is not None and source.drawn_from != seen:
         log.warning(
-            "%s is not split as the data the net was trained with: images of its %s split may be "
-            "among those trained on",
+            "%s: images of its %s split may be among those trained on, which were drawn otherwise",
             where, split,
         )  # fmt: skip
 

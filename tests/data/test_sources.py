@@ -171,8 +171,11 @@ def test_a_split_of_another_name_is_refused(pictures, tmp_path):
 
 def test_a_class_with_the_name_of_a_split_needs_a_folder_around_all_classes(pictures, tmp_path):
     pictures.folder(tmp_path, {"bus": 5, "test": 5})
-    with pytest.raises(UserError, match=r"if 'test' is a class, put all classes into .*/train$"):
-        opened(tmp_path, "train")
+    for split in ("train", "test"):
+        with pytest.raises(
+            UserError, match=r"if 'test' is a class, put all classes into .*/train$"
+        ):
+            opened(tmp_path, split)
     pictures.folder(tmp_path, {"train": 5})
     with pytest.raises(UserError, match=r"train has no class folders: .* if a class is called tra"):
         opened(tmp_path, "train")
@@ -208,7 +211,7 @@ def test_folders_inside_a_class_are_named_in_a_warning(pictures, tmp_path, caplo
 
 def test_hidden_files_and_folders_are_no_images_and_no_classes(pictures, tmp_path, caplog):
     pictures.folder(tmp_path / "train", {"ant": 3, ".thumbnails": 2})
-    for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
+    for name in (".DS_Store", "THUMBS.DB", "Thumbs.db", "desktop.ini"):
         (tmp_path / "train" / "ant" / name).write_bytes(b"x")
     (tmp_path / "train" / "ant" / ".cache").mkdir()
     source = opened(tmp_path, "train")
