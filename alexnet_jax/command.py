@@ -38,8 +38,8 @@ DETERMINISTIC = "--xla_gpu_deterministic_ops"
 def status(work: Callable[[], int]) -> int:
     """Run a command's `work` and return its exit status; an error becomes one line on stderr.
 
-    0: the whole job is done; 1: a failure, or who read the output, as `head` does, has gone, which
-    says nothing; 2: a user error; 130 or 143: ended by a signal.
+    0: the whole job is done; 1: a failure or, without a line, nobody reads stdout any more, as
+    behind `head`; 2: a user error; 130 or 143: ended by a signal.
     """
     if sys.stderr is None:  # it was closed before the start
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
