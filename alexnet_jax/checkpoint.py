@@ -66,11 +66,11 @@ class Meta:
     drawn_from: str | None = ""  # the `Source`'s; None in older checkpoints, which lack it
     words: tuple[str, ...] = ()  # readable class names, if labels are codes
     origin: int = 0  # of the `Calendar`
-    mixed: bool = False  # trained on splits drawn in several ways, before `drawn_from` too
+    mixed: bool = False  # earlier training drew the splits otherwise: any image may be known
 
     @property
-    def seen(self) -> str | None:
-        """The `drawn_from` of the splits of which training saw no image; "several" matches none."""
+    def drawing(self) -> str | None:
+        """The `drawn_from` of splits whose images are surely unseen, but the training split's."""
         return "several" if self.mixed else self.drawn_from
 
 

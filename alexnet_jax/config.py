@@ -4,7 +4,7 @@ A config file starts from `blank()`, a ConfigDict in which every field is None a
 what it wants. `resolve` then fills each field: what the user set wins, then the preset's table,
 then the default below. The result is frozen and is what `config.json` holds.
 
-Sources: "paper" is Krizhevsky, Sutskever, Hinton, NIPS 2012; "source" is the original 2012 code.
+Sources: "paper" is Krizhevsky, Sutskever, Hinton, NIPS 2012; "source" is the original, its code.
 """
 
 import dataclasses
@@ -99,14 +99,16 @@ class Model:
     num_classes: int = _setting(0, _at_least(0))  # 0: as many as the data has
     # Of activations and products; parameters, LRN sums and the loss stay float32.
     dtype: str = _setting("float32", _one_of("float32", "bfloat16"))
-    towers: int = _setting(2, _one_of(1, 2))  # paper, section 3.5
-    # conv1..conv5 and fc6, fc7; both towers together; paper, section 3.5.
+    towers: int = _setting(2, _one_of(1, 2))  # paper, section 3.2
+    # Maps of conv1..conv5; units of fc6 and fc7; both towers together; paper, section 3.5.
     channels: tuple[int, ...] = _setting((96, 256, 384, 384, 256), _numbers(5, 1))
     features: tuple[int, ...] = _setting((4096, 4096), _numbers(2, 1))
-    conv6: bool = False  # a sixth convolution on both towers' pool5 ("1 CNN*", paper, section 6.1)
-    # Layers left out; their pools stay, so that maps keep their sizes; paper, section 7.
+    conv6: bool = False  # a sixth convolution on both towers' pool5 ("1 CNN*", paper, section 6)
+    # Layers left out; their pools stay, so that maps keep their sizes; paper, section 7. Without
+    # conv3, where the towers first exchange maps, they do so only at fc6.
     without: tuple[str, ...] = _setting((), _LEFT_OUT)
-    # Pixels a side, conv1..conv5. 0 at conv1 overhangs right and bottom so that no pixel is lost.
+    # Zeros at each edge, in pixels, conv1..conv5. 0 at conv1 overhangs right and bottom so that no
+    # pixel is lost.
     paddings: tuple[int, ...] = _setting((0, 2, 1, 1, 1), _numbers(5, 0))
     activation: str = _setting("relu", _one_of("relu", "tanh"))  # paper, section 3.1
     after_conv1: tuple[str, ...] = _setting(("activation", "lrn", "pool"), _STAGE)  # section 3.3
@@ -161,7 +163,7 @@ class Data:
     colour_noise: float = _setting(0.1, _at_least(0))
     colour_noise_divides: bool = False  # then also divide by 1 + colour_noise; source
     colour_noise_epochs: int = _setting(0, _at_least(0))  # noise ends after these; 0: never
-    # Subtract the mean image's central crop, its crop at the image's place, or the channel means
+    # Subtract the mean image's central crop, its crop at the crop's place, or the channel means
     # (and divide by the channels' standard deviations).
     mean: str = _setting("central", _one_of("central", "at_crop", "channel"))
     workers: int = _setting(0, _at_least(0))  # that read and decode; 0: one per core
@@ -260,7 +262,7 @@ class Config:
     checkpoint: Checkpoint = Checkpoint()
 
 
-# What each preset changes, as section.field, from the defaults above, which are the paper's.
+# What each preset changes, as section.field, from the defaults above, preset `paper`'s.
 _SOURCE = {
     "model.after_conv1": ("lrn", "pool", "activation"),
     "model.after_conv2": ("activation", "lrn", "spatial_lrn", "pool"),

@@ -183,7 +183,8 @@ def table(found: dict[str, Any]) -> str:
         f"Parameters and multiply-adds (per image) are of all towers, which have "
         f"{totals['neurons']:,} neurons.",
         "Bytes are what each tower sends the other per image and direction, before the layer they",
-        "stand beside, as traced; the CPU backend widens bfloat16 collectives to float32.",
+        "stand beside (logits: after fc8), as traced; the CPU backend widens bfloat16 collectives",
+        "to float32.",
         "",
         "collectives of the compiled training step, mesh "
         + " x ".join(f"{name}={size}" for name, size in found["mesh"].items())

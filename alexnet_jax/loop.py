@@ -131,6 +131,7 @@ def train(
     Raises:
       UserError: the data, the mesh, the workdir or their combination cannot be used.
       TrainingError: a loss, a gradient or an update was not finite.
+      SaveError: a checkpoint could not be written.
     """
     workdir.make(directory)
     with workdir.locked(directory) if job.is_leader else contextlib.nullcontext():

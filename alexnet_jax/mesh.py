@@ -120,7 +120,7 @@ def training_mesh(config: configs.Config) -> jax.sharding.Mesh:
 
 
 def parameter_spec(array: jax.Array | jax.ShapeDtypeStruct) -> P:
-    """Parameters and their momentum are sharded on the last axis over `model`; scalars are not."""
+    """Parameters and velocities are sharded on the last axis over `model`; scalars are not."""
     return P(*(None,) * (array.ndim - 1), "model") if array.ndim else P()
 
 

@@ -58,7 +58,7 @@ def open_net(config: Config, directory: str | pathlib.Path, broadcast: Broadcast
       broadcast: `Job.broadcast`, if all ranks of a job open it.
 
     Raises:
-      UserError: there is no such run or step.
+      UserError: there is no such run or step, or it is damaged.
     """
     directory = expanded(str(directory))
     if not (directory / CHECKPOINTS).is_dir():
@@ -108,7 +108,7 @@ def open_split(net: Net, split: str) -> Source:
     way_out = f"set data.source to the data the net was trained for, {net.meta.config.data.source}"
     labels, where = source.labels, net.config.data.source
     check_same_classes(net.meta.labels, labels, where, way_out=way_out)
-    warn_if_trained_on(net.meta.seen, source, net.config.data.source, split)
+    warn_if_trained_on(net.meta.drawing, source, net.config.data.source, split)
     return survey.surveyed(source, net.config.data, net.config.model)[0]
 
 
@@ -202,6 +202,7 @@ def predict_files(
 
     Raises:
       UserError: a path does not exist, no files are found, or the nets have different classes.
+      FailedError: training has ruined a net.
     """
     files = _files(paths)
     predictors, labels, words = [], (), ()

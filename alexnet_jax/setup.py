@@ -58,7 +58,11 @@ class Run(NamedTuple):
 
 
 def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool, job: Job) -> Run:
-    """Open the data, restore or initialise the state, build the steps; alike on every rank."""
+    """Open the data, restore or initialise the state, build the steps; alike on every rank.
+
+    Raises:
+      UserError: the data, the mesh, the workdir or their combination cannot be used.
+    """
     layers(config.model, num_classes=1)  # refuses an input that is too small before all else
     mesh = training_mesh(config)
     with job.leader_first():  # the others find in caches what it compiles, draws and scans
@@ -110,7 +114,7 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
         drawn_from=source.drawn_from,
         words=source.words or meta.words,
     )
-    warn_if_trained_on(meta.seen, validation, config.data.source, config.eval.split)
+    warn_if_trained_on(meta.drawing, validation, config.data.source, config.eval.split)
     calendar = make_calendar(config.train, len(source), meta.origin)
     with job.leader_first():
         if job.is_leader:
@@ -157,7 +161,7 @@ def _first_state(
     # A new last layer starts at zero: every class is then equally probable.
     drawn = {name: state.params[name] for name in new}
     drawn |= {name: jax.tree.map(np.zeros_like, drawn[name]) for name in new if name != "conv6"}
-    mixed = bool({*meta.labels} & {*labels}) and meta.seen not in (None, validation.drawn_from)
+    mixed = bool({*meta.labels} & {*labels}) and meta.drawing not in (None, validation.drawn_from)
     return state._replace(params={**given, **drawn}), mixed
 
 
@@ -192,7 +196,7 @@ def _resumed(
         config=dataclasses.replace(config, train=train),
         origin=_origin(saved, step, config.train.batch_size, len(source)),
         statistics=statistics,
-        mixed=saved.seen not in (None, source.drawn_from),
+        mixed=saved.drawing not in (None, source.drawn_from),
     )
 
 

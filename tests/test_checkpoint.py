@@ -110,7 +110,7 @@ def test_a_checkpoint_of_earlier_code_is_read(state, meta, tmp_path, monkeypatch
     monkeypatch.setattr(Checkpoints, "_load", earlier)
     found = Checkpoints(tmp_path).read_meta(5)
     assert (found.labels, found.words, found.origin) == (meta.labels, (), 0)
-    assert (found.drawn_from, found.mixed, found.seen) == (None, False, None)
+    assert (found.drawn_from, found.mixed, found.drawing) == (None, False, None)
 
 
 def test_a_state_donated_right_after_its_save_is_saved_as_it_was(state, meta, tmp_path):

@@ -105,14 +105,14 @@ def check_same_classes(
     raise UserError(f"{where} has other classes: {detail}; {way_out}")
 
 
-def warn_if_trained_on(seen: str | None, source: Source, where: str, split: str) -> None:
+def warn_if_trained_on(drawing: str | None, source: Source, where: str, split: str) -> None:
     """Warn if a net may have been trained on images of `split`, drawn otherwise than its own.
 
     Args:
-      seen: the `drawn_from` of the split the net was trained on; None if unknown.
+      drawing: the `drawn_from` of the split the net was trained on; None if unknown.
       source: a split of `where`, the data used now.
     """
-    if split != "train" and seen is not None and source.drawn_from != seen:
+    if split != "train" and drawing is not None and source.drawn_from != drawing:
         log.warning(
             "%s: images of its %s split may be among those trained on, which were drawn otherwise",
             where, split,

@@ -59,10 +59,11 @@ def prepare(
     num_workers: int,
     allow_broken: int,
 ) -> dict[str, Any]:
-    """Write `output`, or resume writing it, and return its manifest.
+    """Write `output`, resume writing it, or find it done; return its manifest.
 
     Raises:
-      UserError: the output exists, or is being made from another input or by another process.
+      UserError: the output exists and is something else, or is being made from another input or by
+        another process.
       BrokenImagesError: more than `allow_broken`.
       OSError: reading or writing fails.
     """

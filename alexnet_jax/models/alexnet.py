@@ -82,7 +82,8 @@ class AlexNet(nnx.Module):
       num_classes: columns of fc8.
       shards: devices along the mesh axis `model`, over which the towers are split: 1 or 2.
 
-    Shapes in the comments are those of preset `paper`, c/n standing for c on n shards.
+    Shapes in the comments are those of preset `paper`, c/n a device's share of c maps or
+    units, n being `shards`.
     """
 
     conv1: Affine
@@ -134,7 +135,7 @@ class AlexNet(nnx.Module):
         yield "fc6", x
         x = self.connected("fc7", x, dropout)  # (b, 4096/n)
         yield "fc7", x
-        x = self.exchange(x).reshape(x.shape[0], -1)  # (b, 4096); flat without fc6, fc7 too
+        x = self.exchange(x).reshape(x.shape[0], -1)  # (b, 4096), maps without fc6, fc7
         x = self.exchange(self.fc8(x))  # (b, 1000)
         yield "fc8", x[:, : self.num_classes]  # without the column that pads an odd count
 
@@ -148,7 +149,8 @@ class AlexNet(nnx.Module):
             return self.stage(x, name, local)
         layer: Affine = getattr(self, name)
         x = self.exchange(x) if both else x
-        # At once where the layer or the LRN after it reads both towers, or a kernel takes groups.
+        # At once if there is one group here (the layer reads both towers, or one is elsewhere), if
+        # the LRN after it reads both, or if the platform computes groups at once.
         if layer.groups == 1 or self.config.normalises_across or ops.groups_at_once(x):
             return self.stage(layer(x), name, local)
         # Tower by tower. Where the next layer splits what is joined here, XLA drops both steps, and

@@ -75,7 +75,10 @@ def initial_parameters(config: Model, layer: Layer, seed: int) -> tuple[np.ndarr
 
 
 class Affine(nnx.Module):
-    """A convolution or a fully connected layer, or one device's share of it; parameters are 0."""
+    """A convolution or a fully connected layer, or one device's share of it.
+
+    Its parameters are placeholders: `state.make_apply` puts in those it is given.
+    """
 
     def __init__(self, layer: Layer, shards: int):
         outputs = -(-layer.kernel[-1] // shards)

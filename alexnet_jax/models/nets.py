@@ -35,7 +35,7 @@ def layers(config: Model, num_classes: int) -> tuple[Layer, ...]:
 
 
 def make_net(config: Model, num_classes: int, shards: int) -> alexnet.AlexNet | cifar.Cifar:
-    """The net's module on one device of `shards`, all parameters 0."""
+    """The net's module on one device of `shards`; its parameters are placeholders."""
     if config.net == "cifar":
         return cifar.Cifar(config, num_classes)
     return alexnet.AlexNet(config, num_classes, shards)

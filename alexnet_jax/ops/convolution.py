@@ -26,7 +26,7 @@ def conv(x: Array, kernel: Array, *, stride: int = 1, padding: Padding, groups: 
         and five to twelve times backward.
 
     Returns:
-      (b, h', w', o) of x's dtype. On a CPU it can be differentiated once.
+      (b, h', w', o) of x's dtype. As C++ on a CPU it can be differentiated once.
     """
     kernel = kernel.astype(x.dtype)
     sides = kernel.shape[:2]

@@ -11,7 +11,7 @@ from alexnet_jax.ops.varying import varying_alike
 def dense(x: Array, kernel: Array) -> Array:
     """x (b, i) times the kernel (i, o), cast to x's dtype: (b, o) of x's dtype.
 
-    On a CPU it can be differentiated once.
+    As C++ on a CPU it can be differentiated once.
     """
     kernel = kernel.astype(x.dtype)
     return _dense(*varying_alike(x, kernel)) if native.available(x) else x @ kernel

@@ -34,7 +34,7 @@ def relu_lrn_pool(
     Returns:
       (b, h', w', c) of x's dtype. Of the intermediate results, a GPU keeps only where the
       maxima were, and the rectifier takes no extra pass over memory. A CPU's kernel keeps nothing
-      but x.
+      but x. By either it can be differentiated once.
     """
     if beta == 0.75 and x.shape[-1] % groups == 0 and native.available(x):
         return _by_images(x, _Rule(groups, size, float(k), float(alpha), window, stride))

@@ -13,7 +13,7 @@ class Calendar:
     num_examples: int
     batch_size: int
     num_steps: int
-    # Position at step 0 if all steps had had `batch_size`, in images; 0 unless it was changed.
+    # Position at step 0 if all steps had had `batch_size`, in images; 0 unless that changed.
     origin: int = 0
 
     def position(self, step: int) -> int:

@@ -1,10 +1,10 @@
-"""The paper's update and its schedules, in Optax.
+"""The paper's update, in Optax or as C++; its schedule, the original's, Caffe's and a cosine.
 
     v <- momentum * v - decay * rate * w - rate * gradient        (paper, section 5)
     w <- w + v
 
 The rate and the decay act inside the velocity: a drop of the rate leaves the velocity as it is.
-Biases have their own rate and no decay.
+Biases have their own rate and no decay, as in the original.
 """
 
 import functools

@@ -28,7 +28,7 @@ def normalise(
       statistics: of the training split.
       mean: `central` subtracts the mean image's central crop from every image, wherever it was
         cut and mirrored or not, as the original did; `at_crop` the mean image's crop at the
-        image's place, mirrored with it, as Caffe; `channel` the channels' means, and divides by
+        same place, mirrored with it, as Caffe; `channel` the channels' means, and divides by
         their standard deviations, as torchvision.
 
     Returns:

@@ -32,7 +32,10 @@ def make_apply(model: Model, num_classes: int, shards: int, layer: str | None = 
     """The net, up to a layer, as a pure function of one device's share of the parameters.
 
     With two shards it must be called under `shard_map` with mesh axis `model`; the output of a
-    layer before the last is then this shard's. It raises ValueError for images of another size.
+    layer before the last is then this shard's.
+
+    Raises:
+      ValueError: when called, if the images have another size than the net's input.
     """
     graph = nnx.graphdef(nnx.eval_shape(lambda: make_net(model, num_classes, shards)))
     last, size = layers(model, num_classes)[-1].name, model.input_size
@@ -73,8 +76,8 @@ def initial_state(model: Model, num_classes: int, seed: int) -> TrainState:
 def put(tree: Any, mesh: Mesh) -> Any:
     """Put a state, or parameters, of natural shapes from the host onto the mesh.
 
-    fc8's classes are split over the towers too. If their count is odd, two shards hold one more:
-    the padding starts at zero and stays there, since its logits are cut off.
+    fc8's classes are split over the towers too. If their count is odd, two shards together hold one
+    column more: the padding starts at zero and stays there, since its logits are cut off.
     """
 
     def padded(leaf: np.ndarray, place: jax.ShapeDtypeStruct) -> Array:

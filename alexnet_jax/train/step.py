@@ -190,7 +190,7 @@ def _accumulated(
 
 
 def make_eval_step(apply: Apply, mesh: Mesh, *, size: int, num_crops: int, mean: str) -> EvalStep:
-    """Loss and correct answers of one batch of stored squares.
+    """Loss and correct answers of one batch of images, squares as stored.
 
     Args:
       size: pixels a side of a crop.
