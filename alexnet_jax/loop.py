@@ -195,7 +195,8 @@ def _steps(run: setup.Run, first: int, report: Silent, job: Job) -> int:
             name = signal.Signals(stopping).name
             report.say(f"{name}: saved step {step}; the same command goes on from there")
             return stopping
-        job.progress(f"step {step + 1}, and the batch after it")
+        more = step < calendar.num_steps
+        job.progress(f"step {step + 1}, and the batch after it" if more else "the last save")
     return 0  # also if a signal came while the last step was validated and saved
 
 
