@@ -33,8 +33,23 @@ from alexnet_jax.models.layers import Params
 from alexnet_jax.train.optim import Plateau
 from alexnet_jax.train.state import TrainState, state_shapes
 
-# A failed save raises; the hundreds of lines that Orbax logs about it help nobody.
-logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+_failures: list[BaseException] = []  # of this process's part of a save
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+    """Logs nothing of Orbax's: a failed save raises, and hundreds of lines about it help nobody.
+
+    But where other processes save too, Orbax waits for them before it raises, and they may wait for
+    this one. Its failure is then known from here alone.
+    """
+    if "orbax" not in record.pathname:
+        return True
+    if record.funcName == "_thread_func" and record.exc_info and record.exc_info[1]:
+        _failures.append(record.exc_info[1])
+    return False
+
+
+logging.getLogger("absl").addFilter(_not_orbax)
 
 # TensorStore leaks the metrics it reports, and Orbax asks at every save: 300 KB each time.
 tensorstore.experimental_collect_matching_metrics = lambda *prefix: []
@@ -52,6 +67,7 @@ BEGINNING = Plateau()
 log = logging.getLogger(__name__)
 
 UNFINISHED = "*.orbax-checkpoint-tmp*"
+PAUSE = 1.0  # seconds between two looks for a failure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,12 +298,17 @@ class Saver(Checkpoints):
     def __enter__(self) -> "Saver":
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        failed = isinstance(error, SaveError)
         try:
             self.wait()
+        except SaveError:
+            failed = True
+            raise
         finally:
-            self.finishing.shutdown()
-            self.checkpointer.close()
+            if not failed or jax.process_count() == 1:  # of several, Orbax waits for the others
+                self.finishing.shutdown()
+                self.checkpointer.close()
 
     def clean(self) -> None:
         """Remove unfinished saves left by a run that was killed."""
@@ -318,6 +339,7 @@ class Saver(Checkpoints):
           SaveError: this save cannot start, or the previous one failed.
         """
         self.wait()
+        _failures.clear()
         contents = {
             "params": state.params,
             "training": {"step": state.step, "opt_state": state.opt_state},
@@ -362,9 +384,13 @@ class Saver(Checkpoints):
         (step, finished), self.pending = self.pending, None
         try:
             with _save_errors(step):
+                while not concurrent.futures.wait([finished], PAUSE).done:
+                    if _failures and jax.process_count() > 1:
+                        raise _failures[0]
                 finished.result()
         except SaveError:
-            self._forget(step)
+            if jax.process_count() == 1:  # of several, all end
+                self._forget(step)
             raise
 
     def _forget(self, step: int) -> None:

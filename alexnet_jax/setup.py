@@ -1,7 +1,9 @@
 """Before the first step: open the data, initialise or restore the state, build the steps."""
 
 import dataclasses
+import json
 import logging
+import operator
 import pathlib
 from typing import NamedTuple
 
@@ -9,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from alexnet_jax import config as configs
 from alexnet_jax import validate, workdir
 from alexnet_jax.checkpoint import Broadcast, Checkpoints, Meta, Saver, local
 from alexnet_jax.cluster import Job
@@ -41,6 +44,12 @@ NEW_NET = {
 }  # fmt: skip
 
 
+# Settings that may differ between the processes of a job; `data.source` is compared by its images.
+OF_ONE_HOST = (
+    "data.source", "data.cache_dir", "data.tfds_dir", "data.workers", "data.worker_kind",
+)  # fmt: skip
+
+
 class Run(NamedTuple):
     """Everything the training loop needs, ready to start."""
 
@@ -63,6 +72,7 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
     Raises:
       UserError: the data, the mesh, the workdir or their combination cannot be used.
     """
+    _check_same_settings(config, job)
     layers(config.model, num_classes=1)  # refuses an input that is too small before all else
     mesh = training_mesh(config)
     with job.leader_first():  # the others find in caches what it compiles, draws and scans
@@ -136,6 +146,22 @@ def open_run(config: Config, directory: pathlib.Path, allow_config_change: bool,
         train_step=make_step(apply, config, mesh, calendar),
         eval_step=validate.make_step(apply, config, mesh),
         schedule=jax.jit(optim.make_schedule(config.optim, calendar)),
+    )
+
+
+def _check_same_settings(config: Config, job: Job) -> None:
+    """Raises UserError if this rank's settings differ from rank 0's, but for where files lie."""
+    first = job.broadcast(lambda: json.dumps(configs.to_dict(config)))
+    theirs = configs.from_dict(json.loads(first))
+    for name in configs.field_names():
+        given, other = map(operator.attrgetter(name), (config, theirs))
+        if given != other and name not in OF_ONE_HOST:
+            raise UserError(
+                f"{name}={given!r} on rank {job.rank}, {other!r} on rank 0; give every process the "
+                "same flags"
+            )
+    job.check_same(
+        "the number of devices", str(jax.local_device_count()), "give every process as many"
     )
 
 

@@ -24,11 +24,14 @@ from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.errors import UserError
 from alexnet_jax.ops import native
 
-# As `python -m alexnet_jax.main`, but sooner to take a rank for dead.
-COMMAND = (
-    "import sys; from alexnet_jax import cluster, main; cluster.SILENCE = 6.0; "
-    "cluster.leave(main.main(sys.argv))"
-)
+# As `python -m alexnet_jax.main`, but sooner to take a rank for dead, and with a limit on files.
+COMMAND = """
+import os, resource, sys
+from alexnet_jax import cluster, main
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ.get("LARGEST_FILE", -1)),) * 2)
+cluster.SILENCE = 6.0
+cluster.leave(main.main(sys.argv))
+"""
 SPLIT = ("--config.mesh.model=2", "--config.mesh.data=-1")
 
 
@@ -221,6 +224,34 @@ def test_ranks_that_would_compute_with_other_kernels_are_refused(start, tmp_path
     statuses, errors = job.ends()
     assert statuses == [2, 2]
     assert all("the C++ compiler of rank 1" in text for text in errors)
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables", "words"),
+    [
+        (["--config.seed=7"], {}, "seed=7 on rank 1, 42 on rank 0; give every process the same"),
+        ([], {"JAX_NUM_CPU_DEVICES": "2"}, "the number of devices of rank 1"),
+    ],
+)
+def test_a_rank_that_is_asked_for_something_else_is_refused(
+    flags, variables, words, start, tmp_path
+):
+    job = start(2, tmp_path, rank_1=flags, variables=[{}, variables])
+    statuses, errors = job.ends()
+    assert statuses == [2, 2]
+    assert all(words in error for error in errors)
+
+
+def test_a_save_that_fails_on_one_rank_ends_all_and_says_why(start, tmp_path):
+    """Where Orbax would wait: for ten minutes, and then without the reason."""
+    limited = [{}, {"LARGEST_FILE": "20000"}]
+    job = start(2, tmp_path, "--config.train.num_steps=1", variables=limited)
+    statuses, errors = job.ends()
+    assert statuses == [1, 1]
+    for error in errors:
+        assert "saving step 1 failed" in error
+        assert "File too large" in error
+    assert "rank 1" in errors[0]
 
 
 def test_a_workdir_that_is_another_folder_elsewhere_is_refused(start, tmp_path):
