@@ -10,6 +10,9 @@
 # PYTHON names another interpreter than `python`.
 set -uo pipefail
 
+[[ -e /dev/fd/1 ]] || exec >/dev/null # a closed one would be given to a pipe, and nobody see its end
+[[ -e /dev/fd/2 ]] || exec 2>/dev/null
+
 mistake() { echo "error: $*" >&2 && exit 2; }
 
 size=${1-}
@@ -64,7 +67,11 @@ alive() { for rank in "${ranks[@]}"; do kill -0 "$rank" 2>&- && echo; done | wc 
 since=$SECONDS
 while left=$(alive || true) && ((left)); do
   ((left < size)) || since=$SECONDS
-  ((SECONDS - since < 30)) || end_leftovers
+  if ((SECONDS - since >= 30)); then
+    echo "error: a rank ended 30 s ago, and others still wait for it: they are killed" >&2
+    end_leftovers
+    since=$SECONDS
+  fi
   sleep 0.2
 done
 
@@ -72,7 +79,7 @@ status=0
 for rank in "${ranks[@]}"; do
   wait "$rank"
   ended=$?
-  case $status:$ended in *:0) ;; 0:* | 1:2 | 1:130 | 1:143) status=$ended ;; esac
+  case $status:$ended in *:0) ;; 0:* | 1:2 | 1:130 | 1:143 | 137:130 | 137:143) status=$ended ;; esac
 done
 end_leftovers
 wait "${prefixes[@]}"

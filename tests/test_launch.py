@@ -132,12 +132,24 @@ def test_local_starts_each_rank_on_loopback(ranks):
 
 @pytest.mark.parametrize(
     ("of_ranks", "expected"),
-    [({"1": 2, "2": 1}, 2), ({"0": 1, "2": 2}, 2), ({"0": 143, "1": 1}, 143), ({"1": 137}, 137)],
+    [
+        ({"1": 2, "2": 1}, 2),
+        ({"0": 1, "2": 2}, 2),
+        ({"0": 143, "1": 1}, 143),
+        ({"0": 137, "1": 143}, 143),
+        ({"1": 137}, 137),
+    ],
 )
 def test_local_ends_with_the_status_that_says_most(ranks, monkeypatch, of_ranks, expected):
     monkeypatch.setenv("STATUS", json.dumps(of_ranks))
     assert bash("local.sh", "3", *FLAGS).returncode == expected
     assert len(ranks()) == 3
+
+
+def test_local_ends_also_where_nobody_hears_it(ranks):
+    closed = f"exec bash {LAUNCH / 'local.sh'} 2 {shlex.join(FLAGS)} >&- 2>&-"
+    assert subprocess.run(["bash", "-c", closed], timeout=60).returncode == 0
+    assert len(ranks()) == 2
 
 
 def test_local_gives_each_rank_a_gpu_or_says_that_there_are_too_few(ranks, place, monkeypatch):
@@ -184,11 +196,13 @@ def test_local_hands_sigterm_to_each_rank_once(ranks, monkeypatch):
 
 def test_local_ends_a_rank_that_outlives_the_others(ranks, tmp_path, monkeypatch):
     text = (LAUNCH / "local.sh").read_text()
-    assert text.count("< 30") == 1
-    (tmp_path / "local.sh").write_text(text.replace("< 30", "< 1"))
+    assert text.count(">= 30") == 1
+    (tmp_path / "local.sh").write_text(text.replace(">= 30", ">= 1"))
     monkeypatch.setenv("HALTED", "1")
     begun = time.monotonic()
-    assert bash(str(tmp_path / "local.sh"), "3", *FLAGS).returncode == 128 + signal.SIGKILL
+    ended = bash(str(tmp_path / "local.sh"), "3", *FLAGS)
+    assert ended.returncode == 128 + signal.SIGKILL
+    assert ended.stderr.count("others still wait for it: they are killed") == 1
     assert time.monotonic() - begun < 15
     assert len(ranks()) == 2
 
