@@ -1,7 +1,6 @@
 """Response normalisation, across maps and across pixels."""
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,23 +28,14 @@ def local_response_norm(
       be differentiated once.
     """
     if beta == 0.75 and x.shape[-1] % groups == 0 and native.available(x):
-        return _normalised_by_lines(x, _Rule(groups, size, float(k), float(alpha)))
+        return _normalised_by_lines(x, native.Rule(groups, size, float(k), float(alpha)))
     if gpu.available(x.shape, groups=groups, size=size, beta=beta):
         return _normalised_by_pixels(x, gpu.Rule(size, k, alpha, groups, rectify=False))
     return _normalised(x, size, k, alpha, beta, groups)
 
 
-class _Rule(NamedTuple):
-    """Attributes of the kernels in native/normalisation.h."""
-
-    groups: int
-    size: int
-    k: float
-    alpha: float
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _normalised_by_lines(x: Array, rule: _Rule) -> Array:
+def _normalised_by_lines(x: Array, rule: native.Rule) -> Array:
     """With a power of 3/4, pixel by pixel."""
     return native.call("normalise", x.shape, x, **rule._asdict())
 

@@ -1,7 +1,6 @@
 """The steps that follow the first two convolutions of the paper, fused."""
 
 import functools
-from typing import NamedTuple
 
 import jax
 from jax import Array
@@ -37,7 +36,7 @@ def relu_lrn_pool(
       but x. By either it can be differentiated once.
     """
     if beta == 0.75 and x.shape[-1] % groups == 0 and native.available(x):
-        return _by_images(x, _Rule(groups, size, float(k), float(alpha), window, stride))
+        return _by_images(x, native.Rule(groups, size, float(k), float(alpha)), window, stride)
     if gpu.available(x.shape, groups=groups, size=size, beta=beta):
         return _in_one(x, gpu.Rule(size, k, alpha, groups, rectify=True), window, stride)
     x = activation(x, "relu")
@@ -45,29 +44,20 @@ def relu_lrn_pool(
     return max_pool(x, window, stride)
 
 
-class _Rule(NamedTuple):
-    """Attributes of the kernels in native/stage.h."""
-
-    groups: int
-    size: int
-    k: float
-    alpha: float
-    window: int
-    stride: int
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _by_images(x: Array, rule: _Rule) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _by_images(x: Array, rule: native.Rule, window: int, stride: int) -> Array:
     """With a power of 3/4, one group of one image at a time."""
-    rows, columns = (pooled_size(side, rule.window, rule.stride) for side in x.shape[1:3])
+    rows, columns = (pooled_size(side, window, stride) for side in x.shape[1:3])
     shape = (x.shape[0], rows, columns, x.shape[3])
-    return native.call("stage", shape, x, **rule._asdict())
+    return native.call("stage", shape, x, **rule._asdict(), window=window, stride=stride)
 
 
-_by_images.defvjp(
-    lambda x, rule: (_by_images(x, rule), x),
-    lambda rule, x, dy: (native.call("stage_gradient", x.shape, x, dy, **rule._asdict()),),
-)
+def _images_backward(rule, window, stride, x, dy):
+    attributes = {**rule._asdict(), "window": window, "stride": stride}
+    return (native.call("stage_gradient", x.shape, x, dy, **attributes),)
+
+
+_by_images.defvjp(lambda x, *rule: (_by_images(x, *rule), x), _images_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

@@ -7,7 +7,7 @@ import functools
 import importlib.metadata
 import numbers
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,15 @@ SOURCE = pathlib.Path(__file__).parent / "kernels.cc"
 KERNELS = ("winograd", "winograd_weights", "strided", "strided_weights")
 KERNELS += ("dense", "dense_input", "dense_weights")
 KERNELS += ("normalise", "normalise_gradient", "stage", "stage_gradient", "update")
+
+
+class Rule(NamedTuple):
+    """Attributes of response normalisation, with a power of 3/4."""
+
+    groups: int
+    size: int
+    k: float
+    alpha: float
 
 
 def available(*arrays: Array) -> bool:
